@@ -1,0 +1,1 @@
+"""Checkpoint folder to GGUF: ``python -m yivl_edge.convert FOLDER -o FILE.gguf``."""

@@ -1,0 +1,7 @@
+#include "bindings.h"
+
+namespace yivl {
+
+void bind_gguf(py::module_&) {}
+
+}  // namespace yivl

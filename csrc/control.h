@@ -1,0 +1,38 @@
+// How a caller watches and stops long work: one Control per call into the core.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <functional>
+
+#include "errors.h"
+
+namespace yivl {
+
+enum class Stage { load, image, prefill, decode };
+
+const char* stage_name(Stage stage);
+
+class Control {
+public:
+    // Called on the calling thread, never concurrently, with the fraction done in [0, 1].
+    std::function<void(Stage, double)> on_progress;
+    // Called on the calling thread every few tens of milliseconds; may throw to end the work (Ctrl-C in Python).
+    std::function<void()> poll;
+
+    // From any thread.
+    void cancel() { cancelled_.store(true, std::memory_order_relaxed); }
+    bool cancelled() const { return cancelled_.load(std::memory_order_relaxed); }
+
+    // On the calling thread, between pieces of work: throws Cancelled, or what poll throws.
+    void check();
+    void progress(Stage stage, double fraction) {
+        if (on_progress) on_progress(stage, fraction);
+    }
+
+private:
+    std::atomic<bool> cancelled_{false};
+    std::chrono::steady_clock::time_point last_poll_{};
+};
+
+}  // namespace yivl

@@ -1,0 +1,29 @@
+// Every way in which the core reports failure. The bindings map each to a Python exception of the same name.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+namespace yivl {
+
+// A model file that is damaged, incomplete or not a Yi-VL model: names file, tensor or key, expected and found.
+struct ModelFileError : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// A picture that cannot be used: names what was expected and what was found.
+struct ImageError : std::invalid_argument {
+    using std::invalid_argument::invalid_argument;
+};
+
+// A conversation that does not fit the context: raised before anything is computed.
+struct ContextOverflowError : std::invalid_argument {
+    using std::invalid_argument::invalid_argument;
+};
+
+// The caller asked for the work to end. The model and the session stay usable.
+struct Cancelled : std::runtime_error {
+    Cancelled() : std::runtime_error("cancelled") {}
+};
+
+}  // namespace yivl
