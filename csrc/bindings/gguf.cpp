@@ -1,7 +1,91 @@
+#include "gguf.h"
+
+#include <pybind11/stl/filesystem.h>
+
 #include "bindings.h"
 
 namespace yivl {
 
-void bind_gguf(py::module_&) {}
+namespace {
+
+struct PyGguf {
+    std::shared_ptr<const GgufFile> file;
+    py::object bytes;  // what parse() was given, kept alive
+};
+
+struct PyTensor {
+    PyGguf owner;
+    const GgufTensor* tensor;
+};
+
+struct ToPython {
+    template <class Scalar>
+    py::object operator()(const Scalar& value) const {
+        return py::cast(value);
+    }
+    py::object operator()(const GgufArray& array) const {
+        return std::visit(
+            [](const auto& items) -> py::object {
+                py::list list(items.size());
+                size_t i = 0;
+                for (const auto item : items) list[i++] = py::cast(item);
+                return list;
+            },
+            array.items);
+    }
+};
+
+PyGguf open_file(const std::filesystem::path& path) {
+    py::gil_scoped_release release;
+    return {GgufFile::open(path.string()), {}};
+}
+
+PyGguf parse_bytes(const py::bytes& bytes, const std::string& name) {
+    const std::string_view text = bytes;
+    return {GgufFile::parse(std::as_bytes(std::span(text)), name), bytes};
+}
+
+py::dict metadata(const PyGguf& self) {
+    py::dict dict;
+    for (const auto& [key, value] : self.file->metadata()) dict[py::cast(key)] = std::visit(ToPython{}, value);
+    return dict;
+}
+
+std::vector<PyTensor> tensors(const PyGguf& self) {
+    std::vector<PyTensor> list;
+    for (const GgufTensor& tensor : self.file->tensors()) list.push_back({self, &tensor});
+    return list;
+}
+
+// uint8 (nbytes), a read-only view of the file.
+py::array_t<uint8_t> tensor_data(const py::object& self) {
+    const std::span<const std::byte> data = self.cast<const PyTensor&>().tensor->data;
+    py::array_t<uint8_t> view(static_cast<py::ssize_t>(data.size()), reinterpret_cast<const uint8_t*>(data.data()),
+                              self);
+    view.attr("flags").attr("writeable") = false;
+    return view;
+}
+
+}  // namespace
+
+void bind_gguf(py::module_& m) {
+    py::class_<PyTensor>(m, "GgufTensor", "One tensor of a GGUF file.")
+        .def_property_readonly("name", [](const PyTensor& self) { return self.tensor->name; })
+        .def_property_readonly("type", [](const PyTensor& self) { return type_info(self.tensor->type).name; })
+        .def_property_readonly("shape", [](const PyTensor& self) { return py::tuple(py::cast(self.tensor->shape)); })
+        .def_property_readonly("nbytes", [](const PyTensor& self) { return self.tensor->data.size(); })
+        .def_property_readonly(
+            "offset", [](const PyTensor& self) { return self.tensor->data.data() - self.owner.file->bytes().data(); },
+            "From the start of the file, in bytes.")
+        .def_property_readonly("data", tensor_data, "uint8 (nbytes,): a read-only view of the file.");
+
+    py::class_<PyGguf>(m, "GgufFile", "A GGUF file, mapped into memory and checked.")
+        .def_static("open", open_file, py::arg("path"))
+        .def_static("parse", parse_bytes, py::arg("data"), py::arg("name") = "<bytes>",
+                    "The same for bytes in memory; `name` stands for the path in errors.")
+        .def_property_readonly("file_size", [](const PyGguf& self) { return self.file->file_size(); })
+        .def_property_readonly("metadata", metadata, "dict of key to int, float, bool, str or a list of these.")
+        .def_property_readonly("tensors", tensors, "list of GgufTensor, in the file's order.");
+}
 
 }  // namespace yivl
