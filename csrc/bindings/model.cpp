@@ -1,7 +1,200 @@
+#include "model.h"
+
 #include "bindings.h"
 
 namespace yivl {
 
-void bind_model(py::module_&) {}
+namespace {
+
+using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
+
+// A Control that watches Python: signals, an object with is_set(), and a progress callback.
+class PyControl : public Control {
+public:
+    PyControl(py::object on_progress_callback, py::object cancel_flag)
+        : progress_callback_(std::move(on_progress_callback)), cancel_flag_(std::move(cancel_flag)) {
+        if (!progress_callback_.is_none()) {
+            on_progress = [this](Stage stage, double fraction) {
+                const py::gil_scoped_acquire gil;
+                progress_callback_(stage_name(stage), fraction);
+            };
+        }
+        poll = [this] {
+            const py::gil_scoped_acquire gil;
+            if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+            if (!cancel_flag_.is_none() && py::cast<bool>(cancel_flag_.attr("is_set")())) cancel();
+        };
+    }
+
+private:
+    py::object progress_callback_;
+    py::object cancel_flag_;
+};
+
+Pixels to_pixels(const std::optional<FloatArray>& array) {
+    if (!array) return nullptr;
+    return std::make_shared<const std::vector<float>>(array->data(), array->data() + array->size());
+}
+
+std::vector<Message> to_messages(const std::vector<std::pair<std::string, std::string>>& messages) {
+    std::vector<Message> result;
+    for (const auto& [role, text] : messages) {
+        if (role == "system") {
+            result.push_back({Role::system, text});
+        } else if (role == "user") {
+            result.push_back({Role::user, text});
+        } else if (role == "assistant") {
+            result.push_back({Role::assistant, text});
+        } else {
+            throw std::invalid_argument("role: expected system, user or assistant, found '" + role + "'");
+        }
+    }
+    return result;
+}
+
+const char* finish_name(FinishReason reason) {
+    switch (reason) {
+        case FinishReason::stop: return "stop";
+        case FinishReason::length: return "length";
+        case FinishReason::cancelled: return "cancelled";
+        case FinishReason::none: break;
+    }
+    return "";
+}
+
+void bind_config(py::module_& m) {
+    py::class_<VitConfig>(m, "VisionConfig")
+        .def_readonly("image_size", &VitConfig::image_size)
+        .def_readonly("patch_size", &VitConfig::patch_size)
+        .def_readonly("width", &VitConfig::width)
+        .def_readonly("n_heads", &VitConfig::n_heads)
+        .def_readonly("head_dim", &VitConfig::head_dim)
+        .def_readonly("mlp_width", &VitConfig::mlp_width)
+        .def_readonly("n_blocks", &VitConfig::n_blocks)
+        .def_readonly("norm_eps", &VitConfig::norm_eps)
+        .def_property_readonly("n_patches", &VitConfig::n_patches);
+    py::class_<DecoderConfig>(m, "DecoderConfig")
+        .def_readonly("width", &DecoderConfig::width)
+        .def_readonly("n_layers", &DecoderConfig::n_layers)
+        .def_readonly("n_heads", &DecoderConfig::n_heads)
+        .def_readonly("n_kv_heads", &DecoderConfig::n_kv_heads)
+        .def_readonly("head_dim", &DecoderConfig::head_dim)
+        .def_readonly("mlp_width", &DecoderConfig::mlp_width)
+        .def_readonly("vocab_size", &DecoderConfig::vocab_size)
+        .def_readonly("context_length", &DecoderConfig::context_length)
+        .def_readonly("rope_theta", &DecoderConfig::rope_theta)
+        .def_readonly("norm_eps", &DecoderConfig::norm_eps);
+    py::class_<Config>(m, "Config")
+        .def_readonly("name", &Config::name)
+        .def_readonly("decoder", &Config::decoder)
+        .def_readonly("vision", &Config::vit)
+        .def_property_readonly("system", [](const Config& c) { return c.prompt.system; })
+        .def_property_readonly("stops", [](const Config& c) { return c.prompt.stops; })
+        .def_readonly("temperature", &Config::temperature)
+        .def_readonly("max_tokens", &Config::max_tokens)
+        .def_property_readonly("image_aspect_ratio", [](const Config& c) { return c.preprocess.pad ? "pad" : "crop"; })
+        .def_property_readonly("image_mean", [](const Config& c) { return c.preprocess.mean; })
+        .def_property_readonly("image_std", [](const Config& c) { return c.preprocess.std; })
+        .def_property_readonly("pad_color", [](const Config& c) { return c.preprocess.pad_color; });
+}
+
+void bind_session(py::module_& m) {
+    py::class_<Session>(m, "Session")
+        .def(py::init<std::shared_ptr<const Model>, int64_t, int64_t>(), py::arg("model"), py::arg("n_ctx") = 0,
+             py::arg("batch") = kDefaultBatch)
+        .def_property_readonly("n_ctx", &Session::n_ctx)
+        .def("cached_prefix",
+             [](const Session& s, const std::vector<int32_t>& ids, const std::optional<FloatArray>& pixels) {
+                 return s.cached_prefix(ids, to_pixels(pixels));
+             })
+        .def(
+            "begin",
+            [](Session& s, const std::vector<int32_t>& ids, const std::optional<FloatArray>& pixels, int64_t max_tokens,
+               const SamplingOptions& sampling, std::vector<std::string> stops) {
+                s.begin(ids, to_pixels(pixels), {max_tokens, sampling, std::move(stops)});
+            },
+            py::arg("ids"), py::arg("pixels"), py::arg("max_tokens"), py::arg("sampling"), py::arg("stops"))
+        .def("next", &Session::next, py::arg("control"), py::call_guard<py::gil_scoped_release>())
+        .def_property_readonly("finish_reason", [](const Session& s) { return finish_name(s.finish_reason()); })
+        .def_property_readonly("text", [](const Session& s) { return s.text(); })
+        .def_property_readonly("usage",
+                               [](const Session& s) {
+                                   const Usage& u = s.usage();
+                                   return std::tuple(u.prompt_tokens, u.cached_tokens, u.completion_tokens);
+                               })
+        .def_property_readonly("timings",
+                               [](const Session& s) {
+                                   const Timings& t = s.timings();
+                                   return std::tuple(t.image, t.prefill, t.first_token, t.decode);
+                               })
+        .def("vision_features",
+             [](Session& s, const FloatArray& pixels, PyControl& control) {
+                 const Pixels picture = to_pixels(pixels);
+                 const py::gil_scoped_release release;
+                 return s.vision_features(picture, control);
+             })
+        .def("encode_image",
+             [](Session& s, const FloatArray& pixels, PyControl& control) {
+                 const Pixels picture = to_pixels(pixels);
+                 const py::gil_scoped_release release;
+                 return s.encode_image(picture, control);
+             })
+        .def("logits", [](Session& s, const std::vector<int32_t>& ids, const std::optional<FloatArray>& pixels,
+                          PyControl& control) {
+            const Pixels picture = to_pixels(pixels);
+            const py::gil_scoped_release release;
+            return s.logits(ids, picture, control);
+        });
+}
+
+}  // namespace
+
+void bind_model(py::module_& m) {
+    py::class_<PyControl>(m, "Control")
+        .def(py::init<py::object, py::object>(), py::arg("on_progress") = py::none(), py::arg("cancel") = py::none())
+        .def("cancel", &PyControl::cancel)
+        .def_property_readonly("cancelled", &PyControl::cancelled);
+    bind_config(m);
+    py::class_<Model, std::shared_ptr<Model>>(m, "Model")
+        .def_static(
+            "open",
+            [](const std::string& path, const std::string& mmproj, int n_threads, PyControl& control) {
+                return std::const_pointer_cast<Model>(Model::open({path, mmproj, n_threads}, control));
+            },
+            py::arg("path"), py::arg("mmproj"), py::arg("n_threads"), py::arg("control"),
+            py::call_guard<py::gil_scoped_release>())
+        .def_property_readonly("config", &Model::config, py::return_value_policy::reference_internal)
+        .def_property_readonly("backend_name", [](const Model& model) { return model.backend().name(); })
+        .def_property_readonly("n_threads", [](const Model& model) { return model.backend().n_threads(); })
+        .def("n_positions",
+             [](const Model& model, const std::vector<int32_t>& ids) { return model.n_positions(ids); })
+        .def("prompt_text",
+             [](const Model& model, const std::vector<std::pair<std::string, std::string>>& messages, bool image) {
+                 return build_prompt(model.config().prompt, to_messages(messages), image).text();
+             })
+        .def("prompt_ids",
+             [](const Model& model, const std::vector<std::pair<std::string, std::string>>& messages, bool image) {
+                 return prompt_ids(build_prompt(model.config().prompt, to_messages(messages), image), model.tokenizer());
+             })
+        .def("tokenize", [](const Model& model, const std::string& text) { return model.tokenizer().encode(text); })
+        .def("detokenize",
+             [](const Model& model, const std::vector<int32_t>& ids) { return model.tokenizer().decode(ids); })
+        .def(
+            "preprocess",
+            [](const Model& model, const py::array_t<uint8_t, py::array::c_style>& image) {
+                const int64_t S = model.config().preprocess.image_size;
+                std::vector<float> pixels;
+                const ImageView view{image.shape(1), image.shape(0), image.shape(2),
+                                     {image.data(), static_cast<size_t>(image.size())}};
+                {
+                    const py::gil_scoped_release release;
+                    pixels = preprocess(view, model.config().preprocess);
+                }
+                return to_array(std::move(pixels), {3, S, S});
+            },
+            py::arg("image"));
+    bind_session(m);
+    m.attr("IMAGE_ID") = kImageId;
+}
 
 }  // namespace yivl

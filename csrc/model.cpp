@@ -1,0 +1,306 @@
+#include "model.h"
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <stdexcept>
+
+#include "decoder.h"
+#include "projector.h"
+#include "vit.h"
+
+namespace yivl {
+
+namespace {
+
+class Stopwatch {
+public:
+    double seconds() const {
+        return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+    }
+
+private:
+    std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+bool same_picture(const Pixels& a, const Pixels& b) {
+    return a == b || (a != nullptr && b != nullptr && *a == *b);
+}
+
+}  // namespace
+
+Model::Model(Config config, Weights weights, Tokenizer tokenizer, std::unique_ptr<Backend> backend)
+    : config_(std::move(config)),
+      weights_(std::move(weights)),
+      tokenizer_(std::move(tokenizer)),
+      backend_(std::move(backend)) {}
+
+std::shared_ptr<const Model> Model::open(const ModelOptions& options, Control& control) {
+    control.progress(Stage::load, 0.0);
+    std::unique_ptr<Backend> backend = make_cpu_backend(options.n_threads);
+    std::shared_ptr<const GgufFile> text = GgufFile::open(options.path);
+    std::shared_ptr<const GgufFile> vision;
+    if (!options.mmproj.empty()) {
+        vision = GgufFile::open(options.mmproj);
+    } else if (text->has("clip.has_vision_encoder")) {
+        vision = text;
+    }
+    Config config = read_config(*text, vision.get());
+    Tokenizer tokenizer(Tokenizer::read_config(*text));
+    Weights weights = bind_weights(text, vision, config, *backend->ops(control));
+    control.progress(Stage::load, 1.0);
+    return std::shared_ptr<const Model>(
+        new Model(std::move(config), std::move(weights), std::move(tokenizer), std::move(backend)));
+}
+
+int64_t Model::n_positions(std::span<const int32_t> ids) const {
+    const int64_t images = std::ranges::count(ids, kImageId);
+    return static_cast<int64_t>(ids.size()) + (images > 0 ? images * (config_.vit->n_patches() - 1) : 0);
+}
+
+Session::Session(std::shared_ptr<const Model> model, int64_t n_ctx, int64_t batch)
+    : model_(std::move(model)),
+      decoder_(model_->config().decoder, n_ctx > 0 ? n_ctx : model_->config().decoder.context_length,
+               std::min(batch, n_ctx > 0 ? n_ctx : model_->config().decoder.context_length)) {
+    const Config& c = model_->config();
+    if (n_ctx < 0 || n_ctx > c.decoder.context_length) {
+        throw std::invalid_argument("n_ctx: expected 1 to the model's " + std::to_string(c.decoder.context_length) +
+                                    ", found " + std::to_string(n_ctx));
+    }
+    if (c.vit) vit_.emplace(*c.vit, c.decoder.width);
+    positions_.reserve(decoder_.n_ctx);
+}
+
+// One entry per position: an image becomes N entries of kImageId.
+std::vector<int32_t> Session::expand(std::span<const int32_t> ids) const {
+    std::vector<int32_t> positions;
+    positions.reserve(model_->n_positions(ids));
+    for (const int32_t id : ids) {
+        positions.insert(positions.end(), id == kImageId ? model_->config().vit->n_patches() : 1, id);
+    }
+    return positions;
+}
+
+void Session::check_prompt(std::span<const int32_t> ids, const Pixels& pixels, int64_t max_tokens) const {
+    const Config& c = model_->config();
+    const int64_t images = std::ranges::count(ids, kImageId);
+    if (ids.empty()) throw std::invalid_argument("expected a prompt of at least one token, found none");
+    if (images > 1) {
+        throw std::invalid_argument("expected at most one image, found " + std::to_string(images) +
+                                    ": Yi-VL looks at one picture per conversation");
+    }
+    if (images > 0 && !c.vit) {
+        throw std::invalid_argument("this model file has no vision tower: give the mmproj file that belongs to it");
+    }
+    if ((images > 0) != (pixels != nullptr)) {
+        throw std::invalid_argument("expected a picture exactly when the prompt has a place for one");
+    }
+    if (pixels != nullptr) {
+        const size_t expected = 3 * static_cast<size_t>(c.vit->image_size * c.vit->image_size);
+        if (pixels->size() != expected) {
+            throw std::invalid_argument("pixels: expected " + std::to_string(expected) + " values, found " +
+                                        std::to_string(pixels->size()));
+        }
+    }
+    for (const int32_t id : ids) {
+        if (id != kImageId && (id < 0 || id >= c.decoder.vocab_size)) {
+            throw std::invalid_argument("token id: expected 0 to " + std::to_string(c.decoder.vocab_size - 1) + ", found " +
+                                        std::to_string(id));
+        }
+    }
+    const int64_t prompt = model_->n_positions(ids);
+    if (prompt + max_tokens > decoder_.n_ctx) {
+        throw ContextOverflowError("the conversation needs " + std::to_string(prompt + max_tokens) + " tokens (" +
+                                   std::to_string(prompt) + " prompt + " + std::to_string(max_tokens) +
+                                   " reply), the context holds " + std::to_string(decoder_.n_ctx) +
+                                   ": shorten the conversation, lower max_tokens or raise n_ctx");
+    }
+}
+
+int64_t Session::cached_prefix(std::span<const int32_t> ids, const Pixels& pixels) const {
+    return matching_prefix(expand(ids), pixels);
+}
+
+int64_t Session::matching_prefix(std::span<const int32_t> wanted, const Pixels& pixels) const {
+    const auto [cached_end, wanted_end] = std::ranges::mismatch(positions_, wanted);
+    int64_t count = wanted_end - wanted.begin();
+    const int64_t first_image = std::ranges::find(positions_, kImageId) - positions_.begin();
+    if (count > first_image && !same_picture(cached_pixels_, pixels)) count = first_image;
+    return count;
+}
+
+void Session::forget_from(int64_t position) {
+    positions_.resize(position);
+    if (std::ranges::find(positions_, kImageId) == positions_.end()) cached_pixels_.reset();
+}
+
+void Session::embed_image(const Pixels& pixels, Ops& ops, Control& control) {
+    if (embedded_pixels_ != nullptr && same_picture(embedded_pixels_, pixels)) return;
+    embedded_pixels_.reset();  // vit_ is about to be overwritten
+    const Config& c = model_->config();
+    const ConstMat features = vit_forward(*model_->weights().vit, *c.vit, *vit_, *pixels, ops, control);
+    projector_forward(*model_->weights().projector, *c.vit, *vit_, features, ops, control);
+    embedded_pixels_ = pixels;
+}
+
+// Rows [0, positions.size()) of x: the table's rows of the ids, and the image's rows where the image stands. `first`
+// tells which of the image's rows come first.
+void Session::embed(std::span<const int32_t> positions, int64_t first_image_row, Ops& ops) {
+    const Mat x = decoder_.x.rows(static_cast<int64_t>(positions.size()));
+    for (size_t i = 0; i < positions.size();) {
+        const bool image = positions[i] == kImageId;
+        size_t end = i;
+        while (end < positions.size() && (positions[end] == kImageId) == image) ++end;
+        const Mat rows = x.row_range(static_cast<int64_t>(i), static_cast<int64_t>(end - i));
+        if (image) {
+            const ConstMat embeddings = vit_->embeddings.view();
+            for (int64_t r = 0; r < rows.rows; ++r) {
+                std::ranges::copy(embeddings.row(first_image_row + r), rows.row(r).begin());
+            }
+        } else {
+            ops.embed(rows, model_->weights().decoder.token_embedding, positions.subspan(i, end - i));
+        }
+        i = end;
+    }
+}
+
+void Session::prefill(std::span<const int32_t> positions, int64_t first, const Pixels& pixels, Control& control,
+                      const std::function<void(int64_t, int64_t, Ops&)>& on_batch) {
+    const DecoderConfig& c = model_->config().decoder;
+    const std::unique_ptr<Ops> ops = model_->backend().ops(control);
+    const int64_t total = static_cast<int64_t>(positions.size());
+    const int64_t image_begin = std::ranges::find(positions, kImageId) - positions.begin();
+
+    forget_from(first);
+    for (int64_t begin = first; begin < total;) {
+        const int64_t T = std::min(decoder_.batch, total - begin);
+        const std::span<const int32_t> batch = positions.subspan(begin, T);
+        embed(batch, std::max<int64_t>(begin - image_begin, 0), *ops);
+        decoder_forward(model_->weights().decoder, c, decoder_, T, begin, *ops, [&](int64_t layers) {
+            const double done = static_cast<double>(begin - first) +
+                                static_cast<double>(T) * static_cast<double>(layers) / static_cast<double>(c.n_layers);
+            control.progress(Stage::prefill, done / static_cast<double>(total - first));
+        });
+        on_batch(T, begin, *ops);
+        if (std::ranges::find(batch, kImageId) != batch.end()) cached_pixels_ = pixels;
+        positions_.insert(positions_.end(), batch.begin(), batch.end());
+        begin += T;
+    }
+}
+
+void Session::begin(std::span<const int32_t> ids, Pixels pixels, const GenerateOptions& options) {
+    if (options.max_tokens < 1) {
+        throw std::invalid_argument("max_tokens: expected at least 1, found " + std::to_string(options.max_tokens));
+    }
+    check_prompt(ids, pixels, options.max_tokens);
+    std::vector<std::string> stops = model_->config().prompt.stops;
+    stops.insert(stops.end(), options.stops.begin(), options.stops.end());
+    Reply reply{.prompt = expand(ids),
+                .pixels = std::move(pixels),
+                .max_tokens = options.max_tokens,
+                .sampler = Sampler(options.sampling),
+                .stream = TextStream(std::move(stops)),
+                .history = {ids.begin(), ids.end()}};
+    reply.usage.prompt_tokens = static_cast<int64_t>(reply.prompt.size());
+    reply_.emplace(std::move(reply));
+}
+
+// Encodes the picture if it is not the last one, and computes the positions that the cache lacks; the last one always,
+// since its logits choose the first id.
+void Session::read_prompt(Control& control) {
+    Reply& r = *reply_;
+    const int64_t cached = std::min(matching_prefix(r.prompt, r.pixels), r.usage.prompt_tokens - 1);
+    r.usage.cached_tokens = cached;
+    if (std::find(r.prompt.begin() + cached, r.prompt.end(), kImageId) != r.prompt.end()) {
+        const Stopwatch image;
+        embed_image(r.pixels, *model_->backend().ops(control), control);
+        r.timings.image = image.seconds();
+    }
+    const Stopwatch prefill_time;
+    prefill(r.prompt, cached, r.pixels, control, [&](int64_t T, int64_t first, Ops& ops) {
+        if (first + T < r.usage.prompt_tokens) return;
+        decoder_logits(model_->weights().decoder, model_->config().decoder, decoder_, T - 1, decoder_.logits.view(), ops);
+    });
+    r.timings.prefill = prefill_time.seconds();
+}
+
+// The last sampled id enters the cache and gives the next logits.
+void Session::decode_step(Control& control) {
+    const std::unique_ptr<Ops> ops = model_->backend().ops(control);
+    const int32_t id = reply_->history.back();
+    embed({&id, 1}, 0, *ops);
+    decoder_forward(model_->weights().decoder, model_->config().decoder, decoder_, 1,
+                    static_cast<int64_t>(positions_.size()), *ops);
+    decoder_logits(model_->weights().decoder, model_->config().decoder, decoder_, 0, decoder_.logits.view(), *ops);
+    positions_.push_back(id);
+}
+
+std::optional<std::string> Session::next(Control& control) {
+    if (!reply_) throw std::logic_error("Session::next before Session::begin");
+    Reply& r = *reply_;
+    while (r.finish == FinishReason::none) {
+        const Stopwatch step;
+        const bool first = r.usage.completion_tokens == 0;
+        try {
+            control.check();
+            first ? read_prompt(control) : decode_step(control);
+        } catch (const Cancelled&) {
+            r.finish = FinishReason::cancelled;
+            break;
+        }
+        const int32_t id = r.sampler.sample(decoder_.logits.view().row(0), r.history);
+        r.history.push_back(id);
+        ++r.usage.completion_tokens;
+        (first ? r.timings.first_token : r.timings.decode) += step.seconds();
+
+        std::string piece;
+        if (id == model_->tokenizer().config().eos_id) {
+            r.finish = FinishReason::stop;
+        } else {
+            piece = r.stream.push(model_->tokenizer().bytes(id));
+            if (r.stream.stopped()) {
+                r.finish = FinishReason::stop;
+            } else if (r.usage.completion_tokens == r.max_tokens) {
+                r.finish = FinishReason::length;
+            }
+        }
+        if (r.finish != FinishReason::none) piece += r.stream.finish();
+        control.progress(Stage::decode,
+                         r.finish != FinishReason::none
+                             ? 1.0
+                             : static_cast<double>(r.usage.completion_tokens) / static_cast<double>(r.max_tokens));
+        if (!piece.empty()) return piece;
+    }
+    std::string rest = r.stream.finish();
+    return rest.empty() ? std::nullopt : std::optional(std::move(rest));
+}
+
+std::vector<float> Session::vision_features(const Pixels& pixels, Control& control) {
+    const Config& c = model_->config();
+    check_prompt(std::array{kImageId}, pixels, 0);
+    embedded_pixels_.reset();
+    const std::unique_ptr<Ops> ops = model_->backend().ops(control);
+    const ConstMat features = vit_forward(*model_->weights().vit, *c.vit, *vit_, *pixels, *ops, control);
+    return {features.data, features.data + features.rows * features.cols};
+}
+
+std::vector<float> Session::encode_image(const Pixels& pixels, Control& control) {
+    check_prompt(std::array{kImageId}, pixels, 0);
+    embed_image(pixels, *model_->backend().ops(control), control);
+    const Mat embeddings = vit_->embeddings.view();
+    return {embeddings.data, embeddings.data + embeddings.rows * embeddings.cols};
+}
+
+std::vector<float> Session::logits(std::span<const int32_t> ids, const Pixels& pixels, Control& control) {
+    check_prompt(ids, pixels, 0);
+    const DecoderConfig& c = model_->config().decoder;
+    const std::vector<int32_t> positions = expand(ids);
+    if (pixels != nullptr) embed_image(pixels, *model_->backend().ops(control), control);
+    std::vector<float> result(positions.size() * static_cast<size_t>(c.vocab_size));
+    prefill(positions, 0, pixels, control, [&](int64_t T, int64_t first, Ops& ops) {
+        decoder_logits(model_->weights().decoder, c, decoder_, 0, Mat(&result[first * c.vocab_size], T, c.vocab_size), ops);
+    });
+    return result;
+}
+
+}  // namespace yivl

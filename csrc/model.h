@@ -1,0 +1,137 @@
+// The public face of the core: open a file, make a session, get a reply.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "config.h"
+#include "prompt.h"
+#include "sampler.h"
+#include "state.h"
+#include "text_stream.h"
+#include "tokenizer.h"
+#include "weights.h"
+
+namespace yivl {
+
+struct ModelOptions {
+    std::string path;
+    std::string mmproj;  // empty: the file holds the vision tower itself, or there is none
+    int n_threads = 0;   // 0: one per physical core
+};
+
+// Weights, tokeniser and backend: read-only, shared by any number of sessions and threads.
+class Model {
+public:
+    // Throws ModelFileError, or std::invalid_argument for an unknown YIVL_ISA.
+    static std::shared_ptr<const Model> open(const ModelOptions& options, Control& control);
+
+    const Config& config() const { return config_; }
+    const Weights& weights() const { return weights_; }
+    const Tokenizer& tokenizer() const { return tokenizer_; }
+    Backend& backend() const { return *backend_; }
+
+    // Positions that a prompt of these ids takes: an image counts as N.
+    int64_t n_positions(std::span<const int32_t> ids) const;
+
+private:
+    Model(Config config, Weights weights, Tokenizer tokenizer, std::unique_ptr<Backend> backend);
+
+    Config config_;
+    Weights weights_;
+    Tokenizer tokenizer_;
+    std::unique_ptr<Backend> backend_;
+};
+
+// pixels (3, S, S) of one picture; also the key under which its embeddings are kept.
+using Pixels = std::shared_ptr<const std::vector<float>>;
+
+struct GenerateOptions {
+    int64_t max_tokens = 1024;
+    SamplingOptions sampling;
+    std::vector<std::string> stops;  // beside the model's own
+};
+
+enum class FinishReason { none, stop, length, cancelled };
+
+struct Usage {
+    int64_t prompt_tokens = 0;      // positions, image rows included
+    int64_t cached_tokens = 0;      // of these, positions taken from the session's cache
+    int64_t completion_tokens = 0;  // sampled ids, an end-of-text id included
+};
+
+struct Timings {  // seconds
+    double image = 0;        // ViT and projector; 0 when the embeddings were kept
+    double prefill = 0;      // the prompt's other positions
+    double first_token = 0;  // picture, prompt and the first sampled id
+    double decode = 0;       // all sampled ids after the first
+};
+
+// A conversation's KV cache and what is in it. Belongs to one caller at a time; stays usable after an error or a cancel.
+class Session {
+public:
+    // n_ctx 0: the model's context length. `batch`: positions computed at once in prefill.
+    explicit Session(std::shared_ptr<const Model> model, int64_t n_ctx = 0, int64_t batch = kDefaultBatch);
+
+    int64_t n_ctx() const { return decoder_.n_ctx; }
+    // How many leading positions of this prompt the cache holds.
+    int64_t cached_prefix(std::span<const int32_t> ids, const Pixels& pixels) const;
+
+    // Sets up a reply; computes nothing yet. Throws ContextOverflowError when prompt and max_tokens exceed the context, and
+    // std::invalid_argument for anything else that is wrong with the arguments.
+    void begin(std::span<const int32_t> ids, Pixels pixels, const GenerateOptions& options);
+    // The next piece of text, never empty; nothing at the end of the reply. The first call reads the prompt: it encodes the
+    // picture if it is not the last one, and computes the positions that the cache lacks. A cancel ends the reply.
+    std::optional<std::string> next(Control& control);
+
+    // Of the last reply begun.
+    FinishReason finish_reason() const { return reply_->finish; }
+    const std::string& text() const { return reply_->stream.text(); }
+    const Usage& usage() const { return reply_->usage; }
+    const Timings& timings() const { return reply_->timings; }
+
+    // Stage by stage.
+    std::vector<float> vision_features(const Pixels& pixels, Control& control);  // (N, W)
+    std::vector<float> encode_image(const Pixels& pixels, Control& control);     // (N, D)
+    // (T, V), one row per position, image rows included; nothing is taken from the cache.
+    std::vector<float> logits(std::span<const int32_t> ids, const Pixels& pixels, Control& control);
+
+private:
+    // A reply on its way.
+    struct Reply {
+        std::vector<int32_t> prompt;  // one id per position
+        Pixels pixels;
+        int64_t max_tokens;
+        Sampler sampler;
+        TextStream stream;
+        std::vector<int32_t> history;  // prompt and reply ids; the last one is not in the cache yet
+        FinishReason finish = FinishReason::none;
+        Usage usage;
+        Timings timings;
+    };
+
+    std::vector<int32_t> expand(std::span<const int32_t> ids) const;
+    void check_prompt(std::span<const int32_t> ids, const Pixels& pixels, int64_t max_tokens) const;
+    int64_t matching_prefix(std::span<const int32_t> wanted, const Pixels& pixels) const;
+    void embed_image(const Pixels& pixels, Ops& ops, Control& control);
+    void embed(std::span<const int32_t> positions, int64_t first_image_row, Ops& ops);
+    void forget_from(int64_t position);
+    // Computes positions [first, end) of `positions` in batches; `on_batch` sees each (row count, first position).
+    void prefill(std::span<const int32_t> positions, int64_t first, const Pixels& pixels, Control& control,
+                 const std::function<void(int64_t, int64_t, Ops&)>& on_batch);
+    void read_prompt(Control& control);
+    void decode_step(Control& control);
+
+    std::shared_ptr<const Model> model_;
+    std::optional<VitState> vit_;
+    DecoderState decoder_;
+
+    std::vector<int32_t> positions_;  // what the KV cache holds, one id per position, kImageId for each image row
+    Pixels cached_pixels_;            // the picture behind the image rows in the cache
+    Pixels embedded_pixels_;          // the picture whose embeddings vit_ holds
+    std::optional<Reply> reply_;
+};
+
+}  // namespace yivl

@@ -1,0 +1,19 @@
+#include "projector.h"
+
+namespace yivl {
+
+// embeddings = LN2(W2 gelu(LN1(W1 features + b1)) + b2)
+ConstMat projector_forward(const ProjectorWeights& w, const VitConfig& c, VitState& s, ConstMat features, Ops& ops,
+                           Control& control) {
+    const Mat h = s.projected.view();
+    const Mat out = s.embeddings.view();
+    ops.linear(h, features, w.linear1.weight, w.linear1.bias);
+    ops.layer_norm(h, h, w.norm1.weight, w.norm1.bias, c.projector_norm_eps);
+    ops.gelu(h);
+    ops.linear(out, h, w.linear2.weight, w.linear2.bias);
+    ops.layer_norm(out, out, w.norm2.weight, w.norm2.bias, c.projector_norm_eps);
+    control.progress(Stage::image, 1.0);
+    return out;
+}
+
+}  // namespace yivl

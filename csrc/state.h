@@ -1,0 +1,68 @@
+// Every activation and the KV cache of one session, allocated once. Sizes follow from the config alone, so that what a
+// session will need is known before anything is loaded.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "config.h"
+#include "ops.h"
+
+namespace yivl {
+
+// Floats aligned for vector loads. The memory is not touched, so pages cost nothing until they are used.
+class Buffer {
+public:
+    Buffer() = default;
+    Buffer(int64_t rows, int64_t cols);
+    Mat view() const { return {data_.get(), rows_, cols_}; }
+    Mat rows(int64_t count) const { return view().row_range(0, count); }
+
+private:
+    struct Free {
+        void operator()(float* p) const { std::free(p); }
+    };
+    std::unique_ptr<float, Free> data_;
+    int64_t rows_ = 0;
+    int64_t cols_ = 0;
+};
+
+struct VitState {
+    explicit VitState(const VitConfig& c, int64_t decoder_width);
+
+    Buffer patches;           // (N, 3 P P)
+    Buffer x;                 // (N + 1, W) residual stream, class row first
+    Buffer h;                 // (N + 1, W) normalised
+    Buffer q, k, v;           // (N + 1, W)
+    Buffer attn;              // (N + 1, W)
+    Buffer mlp;               // (N + 1, F)
+    Buffer projected;         // (N, D)
+    Buffer embeddings;        // (N, D) what the decoder reads
+
+    static int64_t bytes(const VitConfig& c, int64_t decoder_width);
+};
+
+struct DecoderState {
+    // `batch`: how many positions are computed at once in prefill.
+    DecoderState(const DecoderConfig& c, int64_t n_ctx, int64_t batch);
+
+    int64_t n_ctx;
+    int64_t batch;
+    Buffer x;         // (B, D) residual stream
+    Buffer h;         // (B, D) normalised
+    Buffer q;         // (B, H hd)
+    Buffer attn;      // (B, H hd)
+    Buffer gate, up;  // (B, F)
+    Buffer logits;    // (1, V)
+    std::vector<Buffer> k_cache, v_cache;  // L of (n_ctx, K hd)
+
+    static int64_t kv_bytes(const DecoderConfig& c, int64_t n_ctx);
+    static int64_t activation_bytes(const DecoderConfig& c, int64_t batch);
+};
+
+// Positions computed at once when nothing else is asked for: a picture with its question in one go (1024 image tokens,
+// system text, question), since every pass unpacks all weights once.
+inline constexpr int64_t kDefaultBatch = 1152;
+
+}  // namespace yivl

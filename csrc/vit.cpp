@@ -1,0 +1,70 @@
+#include "vit.h"
+
+#include <algorithm>
+
+namespace yivl {
+
+namespace {
+
+// pixels (3, S, S) -> patches (N, 3 P P): the inputs of each patch in the order (channel, row, column) of the convolution.
+void cut_patches(Mat patches, Vec pixels, const VitConfig& c) {
+    const int64_t P = c.patch_size;
+    const int64_t S = c.image_size;
+    for (int64_t n = 0; n < patches.rows; ++n) {
+        const int64_t top = n / c.grid() * P;
+        const int64_t left = n % c.grid() * P;
+        float* out = patches.row(n).data();
+        for (int64_t channel = 0; channel < 3; ++channel) {
+            for (int64_t y = 0; y < P; ++y, out += P) {
+                std::copy_n(&pixels[(channel * S + top + y) * S + left], P, out);
+            }
+        }
+    }
+}
+
+// x = [class; conv(pixels)] + position
+void embed_patches(const VitWeights& w, const VitConfig& c, VitState& s, Vec pixels, Ops& ops) {
+    const Mat x = s.x.view();
+    cut_patches(s.patches.view(), pixels, c);
+    ops.linear(x.row_range(1, c.n_patches()), s.patches.view(), w.patch_embedding);
+    std::ranges::copy(w.class_embedding, x.row(0).begin());
+    ops.add(x, w.position_embedding);
+}
+
+void self_attention(const VitBlockWeights& w, const VitConfig& c, VitState& s, Ops& ops) {
+    const Mat h = s.h.view();
+    ops.linear(s.q.view(), h, w.q.weight, w.q.bias);
+    ops.linear(s.k.view(), h, w.k.weight, w.k.bias);
+    ops.linear(s.v.view(), h, w.v.weight, w.v.bias);
+    ops.attention(s.attn.view(), s.q.view(), s.k.view(), s.v.view(),
+                  {.n_heads = c.n_heads, .n_kv_heads = c.n_heads, .head_dim = c.head_dim, .causal = false});
+    ops.linear(h, s.attn.view(), w.out.weight, w.out.bias);
+}
+
+}  // namespace
+
+ConstMat vit_forward(const VitWeights& w, const VitConfig& c, VitState& s, Vec pixels, Ops& ops, Control& control) {
+    const Mat x = s.x.view();
+    const Mat h = s.h.view();
+    control.progress(Stage::image, 0.0);
+    embed_patches(w, c, s, pixels, ops);
+    ops.layer_norm(x, x, w.pre_ln.weight, w.pre_ln.bias, c.norm_eps);
+
+    for (size_t i = 0; i < w.blocks.size(); ++i) {
+        const VitBlockWeights& block = w.blocks[i];
+        // x = x + attention(LN1(x))
+        ops.layer_norm(h, x, block.ln1.weight, block.ln1.bias, c.norm_eps);
+        self_attention(block, c, s, ops);
+        ops.add(x, h);
+        // x = x + fc2(gelu(fc1(LN2(x))))
+        ops.layer_norm(h, x, block.ln2.weight, block.ln2.bias, c.norm_eps);
+        ops.linear(s.mlp.view(), h, block.fc1.weight, block.fc1.bias);
+        ops.gelu(s.mlp.view());
+        ops.linear(h, s.mlp.view(), block.fc2.weight, block.fc2.bias);
+        ops.add(x, h);
+        control.progress(Stage::image, static_cast<double>(i + 1) / static_cast<double>(w.blocks.size() + 1));
+    }
+    return x.row_range(1, c.n_patches());
+}
+
+}  // namespace yivl

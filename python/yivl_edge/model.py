@@ -1,0 +1,394 @@
+"""Model: open a file, talk about a picture."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Protocol, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from yivl_edge import _core
+from yivl_edge.image import DEFAULT_MAX_PIXELS, ImageSource, load_image
+from yivl_edge.messages import Messages, normalise
+
+Progress = Callable[[str, float], object]
+"""Called with the stage (``load``, ``image``, ``prefill``, ``decode``) and the fraction of it that is done, 0 to 1."""
+
+# Sessions kept after a conversation, each with a KV cache: as many as callers that usually work at once.
+_IDLE_SESSIONS = 4
+
+
+class CancelFlag(Protocol):
+    """What can stop a reply from another thread: a ``threading.Event``, or anything with ``is_set()``."""
+
+    def is_set(self) -> bool:
+        """Whether the work should end."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one reply."""
+
+    prompt_tokens: int
+    """Positions of the prompt, each image row counted as one."""
+    cached_tokens: int
+    """Of these, positions that were not computed again."""
+    completion_tokens: int
+    """Tokens of the reply, an end-of-text token included."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds per stage of one reply."""
+
+    preprocess: float
+    """Reading, padding and resizing the picture."""
+    image: float
+    """Vision tower and projector; 0 when the picture's embeddings were kept from the last turn."""
+    prefill: float
+    """The prompt's positions that were not cached."""
+    first_token: float
+    """From the call to the first token of the reply."""
+    decode: float
+    """All tokens after the first."""
+
+
+@dataclass(frozen=True)
+class ChatResult:
+    """A reply."""
+
+    text: str
+    """The reply, stripped of white space at both ends and of the text that stopped it."""
+    finish_reason: Literal["stop", "length", "cancelled"]
+    """``stop``: the model ended its turn; ``length``: max_tokens reached; ``cancelled``: stopped by the caller."""
+    usage: Usage
+    timings: Timings
+
+
+class ChatStream(Iterator[str]):
+    """The pieces of a reply as they come; together they are the whole text.
+
+    Close it (or leave its ``with`` block, or drop it) to end the work early. ``cancel`` may be called from any thread.
+    """
+
+    def __init__(
+        self, session: _core.Session, release: Callable[[_core.Session], None], control: _core.Control, preprocess: float
+    ) -> None:
+        self._session: _core.Session | None = session
+        self._release = release
+        self._control = control
+        self._preprocess = preprocess
+        self._result: ChatResult | None = None
+        self._in_use = threading.Lock()
+
+    def __iter__(self) -> ChatStream:
+        return self
+
+    def __next__(self) -> str:
+        with self._in_use:
+            if self._session is None:
+                raise StopIteration
+            try:
+                piece = self._session.next(self._control)
+            except BaseException:
+                self._finish("cancelled")
+                raise
+            if piece is None:
+                self._finish(self._session.finish_reason)
+                raise StopIteration
+            return piece
+
+    @property
+    def result(self) -> ChatResult:
+        """The whole reply. Reads the rest of the stream first if it has not ended."""
+        for _ in self:
+            pass
+        assert self._result is not None
+        return self._result
+
+    def cancel(self) -> None:
+        """Asks the work to end: within 100 ms the iteration stops, with finish_reason ``cancelled``."""
+        self._control.cancel()
+
+    def close(self) -> None:
+        """Ends the work and gives the memory back for the next conversation."""
+        self._control.cancel()
+        with self._in_use:
+            self._finish("cancelled")
+
+    def _finish(self, reason: Any) -> None:
+        """Takes the result out of the session and hands the session back; later calls do nothing."""
+        if self._session is None:
+            return
+        session, self._session = self._session, None
+        image, prefill, first_token, decode = session.timings
+        self._result = ChatResult(
+            text=session.text,
+            finish_reason=reason,
+            usage=Usage(*session.usage),
+            timings=Timings(self._preprocess, image, prefill, self._preprocess + first_token, decode),
+        )
+        self._release(session)
+
+    def __enter__(self) -> ChatStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._finish("cancelled")
+
+
+class Model:
+    """A Yi-VL model, opened from a GGUF file.
+
+    Any number of threads may use one Model. Weights are mapped from the file and shared; each conversation that runs at
+    the same time as another has its own KV cache.
+
+    Args:
+        path: The model file; in the pair layout, the text model.
+        mmproj: In the pair layout, the file with the vision tower. Without it a text model answers text only.
+        device: ``"auto"`` or ``"cpu"``.
+        n_ctx: Context length in tokens; None for the model's own (4096). Less saves memory.
+        n_threads: Threads to compute with; None for one per physical core.
+        max_image_pixels: The largest picture accepted, in pixels (width x height).
+        on_progress: Called while loading.
+
+    Raises:
+        ModelFileError: The file is missing, damaged or not a Yi-VL model; says what was expected and found.
+        ValueError: An argument out of range, or ``YIVL_ISA`` names an instruction set that this CPU lacks.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        mmproj: str | os.PathLike[str] | None = None,
+        device: str = "auto",
+        n_ctx: int | None = None,
+        n_threads: int | None = None,
+        max_image_pixels: int = DEFAULT_MAX_PIXELS,
+        on_progress: Progress | None = None,
+    ) -> None:
+        if device not in ("auto", "cpu"):
+            raise ValueError(f"device: expected 'auto' or 'cpu', found {device!r}")
+        if n_threads is not None and n_threads < 1:
+            raise ValueError(f"n_threads: expected at least 1, found {n_threads}")
+        if n_ctx is not None and n_ctx < 1:
+            raise ValueError(f"n_ctx: expected at least 1, found {n_ctx}")
+        self._model = _core.Model.open(
+            os.fspath(path),
+            "" if mmproj is None else os.fspath(mmproj),
+            n_threads or 0,
+            _core.Control(on_progress),
+        )
+        self._n_ctx = n_ctx or 0
+        self._max_image_pixels = max_image_pixels
+        self._lock = threading.Lock()
+        self._idle: list[_core.Session] = [_core.Session(self._model, self._n_ctx)]
+
+    @property
+    def config(self) -> _core.Config:
+        """Sizes of the vision tower and the decoder, preprocessing, prompt and defaults, as read from the file."""
+        return self._model.config
+
+    @property
+    def device(self) -> str:
+        """What computes: the instruction set in use, e.g. ``"avx512"``."""
+        return self._model.backend_name
+
+    @property
+    def n_threads(self) -> int:
+        """Threads that compute."""
+        return self._model.n_threads
+
+    @overload
+    def chat(
+        self,
+        image: ImageSource | None,
+        messages: Messages,
+        *,
+        system: str | None = ...,
+        max_tokens: int = ...,
+        temperature: float = ...,
+        top_k: int = ...,
+        top_p: float = ...,
+        min_p: float = ...,
+        repetition_penalty: float = ...,
+        seed: int | None = ...,
+        stop: str | Sequence[str] | None = ...,
+        stream: Literal[False] = ...,
+        on_progress: Progress | None = ...,
+        cancel: CancelFlag | None = ...,
+    ) -> ChatResult: ...
+
+    @overload
+    def chat(
+        self,
+        image: ImageSource | None,
+        messages: Messages,
+        *,
+        system: str | None = ...,
+        max_tokens: int = ...,
+        temperature: float = ...,
+        top_k: int = ...,
+        top_p: float = ...,
+        min_p: float = ...,
+        repetition_penalty: float = ...,
+        seed: int | None = ...,
+        stop: str | Sequence[str] | None = ...,
+        stream: Literal[True],
+        on_progress: Progress | None = ...,
+        cancel: CancelFlag | None = ...,
+    ) -> ChatStream: ...
+
+    def chat(
+        self,
+        image: ImageSource | None,
+        messages: Messages,
+        *,
+        system: str | None = None,
+        max_tokens: int = 1024,
+        temperature: float = 0.2,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stream: bool = False,
+        on_progress: Progress | None = None,
+        cancel: CancelFlag | None = None,
+    ) -> ChatResult | ChatStream:
+        """Replies to a conversation about a picture, or to a text-only one.
+
+        To go on asking, pass all earlier turns again: what the model has already read of them, the picture above all, is
+        not computed again (``usage.cached_tokens``).
+
+        Args:
+            image: A path, encoded bytes, a PIL image, a uint8 array (H, W, 3), or None for text only.
+            messages: One question, or a list of ``{"role": "system"|"user"|"assistant", "content": str}`` that ends
+                with the user's; OpenAI content parts with one ``image_url`` are accepted.
+            system: Takes the place of the model's default system text.
+            max_tokens: Longest reply in tokens. Prompt and reply must fit the context together.
+            temperature: 0 for the most likely token each time; higher is more varied.
+            top_k: Sample from the k most likely tokens only; 0 for all.
+            top_p: Sample from the smallest set of tokens with at least this probability; 1 for all.
+            min_p: Sample from tokens at least this fraction as likely as the most likely one; 0 for all.
+            repetition_penalty: Above 1, tokens of the prompt and the reply become less likely.
+            seed: Same seed, same text, on any number of threads; None for a random one.
+            stop: Texts that end the reply, beside the model's own (``###`` and a new ``Human:`` turn).
+            stream: Return an iterator over the pieces of the reply instead of the whole.
+            on_progress: Called with stage and fraction; what it raises ends the work and is passed on.
+            cancel: Ends the reply within 100 ms once its ``is_set()`` is true.
+
+        Returns:
+            ChatResult, or with ``stream=True`` a ChatStream.
+
+        Raises:
+            ValueError: A conversation or option outside what is described here; ImageError for a picture that cannot
+                be used; ContextOverflowError if prompt and max_tokens exceed the context (before any computing).
+        """
+        picture, turns = normalise(image, messages, system)
+        ids = self._model.prompt_ids(turns, picture is not None)
+        sampling = _core.SamplingOptions(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=secrets.randbits(63) if seed is None else seed,
+        )
+        stops = [stop] if isinstance(stop, str) else list(stop or [])
+        started = time.perf_counter()
+        pixels = None if picture is None else self.preprocess(picture)
+        control = _core.Control(on_progress, cancel)
+        session = self._acquire(ids, pixels)
+        try:
+            session.begin(ids, pixels, max_tokens, sampling, stops)
+        except BaseException:
+            self._give_back(session)
+            raise
+        control = _core.Control(on_progress, cancel)
+        reply = ChatStream(session, self._give_back, control, time.perf_counter() - started)
+        return reply if stream else reply.result
+
+    def preprocess(self, image: ImageSource) -> NDArray[np.float32]:
+        """The pixels that the vision tower reads: padded, resized, normalised; (3, S, S)."""
+        self._require_vision()
+        return self._model.preprocess(load_image(image, max_pixels=self._max_image_pixels))
+
+    def vision_features(self, image: ImageSource) -> NDArray[np.float32]:
+        """What the vision tower makes of a picture: (N, vision width), patches in row order."""
+        pixels = self.preprocess(image)
+        with self._borrowed_session() as session:
+            return session.vision_features(pixels, _core.Control())
+
+    def encode_image(self, image: ImageSource) -> NDArray[np.float32]:
+        """What the decoder reads of a picture: (N, decoder width)."""
+        pixels = self.preprocess(image)
+        with self._borrowed_session() as session:
+            return session.encode_image(pixels, _core.Control())
+
+    def prompt(self, messages: Messages, image: bool = True) -> str:
+        """The prompt text of a conversation, with ``<image_placeholder>`` where the picture goes if `image`."""
+        return self._model.prompt_text(normalise(None, messages)[1], image)
+
+    def prompt_ids(self, messages: Messages, image: bool = True) -> list[int]:
+        """The prompt's token ids, with -200 where the picture goes if `image`."""
+        return self._model.prompt_ids(normalise(None, messages)[1], image)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, as the reference's tokeniser makes them."""
+        return self._model.tokenize(text)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of token ids; special tokens are skipped."""
+        return self._model.detokenize(list(ids))
+
+    def logits(self, image: ImageSource | None, messages: Messages) -> NDArray[np.float32]:
+        """Logits of every position of a conversation's prompt: (T, V), image rows included."""
+        picture, turns = normalise(image, messages)
+        pixels = None if picture is None else self.preprocess(picture)
+        ids = self._model.prompt_ids(turns, picture is not None)
+        with self._borrowed_session() as session:
+            return session.logits(ids, pixels, _core.Control())
+
+    def _require_vision(self) -> None:
+        if self.config.vision is None:
+            raise ValueError(
+                "this model file has no vision tower: open it with mmproj=..., or ask without a picture (image=None)"
+            )
+
+    def _acquire(self, ids: list[int], pixels: NDArray[np.float32] | None) -> _core.Session:
+        """An idle session, the one that knows most of this conversation; a new one if all are at work."""
+        with self._lock:
+            if self._idle:
+                best = max(self._idle, key=lambda session: session.cached_prefix(ids, pixels))
+                self._idle.remove(best)
+                return best
+        return _core.Session(self._model, self._n_ctx)
+
+    def _give_back(self, session: _core.Session) -> None:
+        with self._lock:
+            if len(self._idle) < _IDLE_SESSIONS:
+                self._idle.append(session)
+
+    @contextmanager
+    def _borrowed_session(self) -> Iterator[_core.Session]:
+        session = self._acquire([], None)
+        try:
+            yield session
+        finally:
+            self._give_back(session)
