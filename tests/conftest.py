@@ -1,0 +1,47 @@
+"""Models that many tests share, converted once per run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from yivl_edge import Model
+from yivl_edge.convert import convert
+
+DATA = Path(__file__).parent / "data"
+GOLDEN = DATA / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, np.ndarray]:
+    """What the reference implementation recorded."""
+    with np.load(GOLDEN / "golden.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="session")
+def golden_image() -> Path:
+    return GOLDEN / "image.png"
+
+
+@pytest.fixture(scope="session")
+def golden_f32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden checkpoint as one F32 file."""
+    path = tmp_path_factory.mktemp("golden") / "golden-f32.gguf"
+    convert(GOLDEN / "checkpoint", path, type="f32")
+    return path
+
+
+@pytest.fixture(scope="session")
+def golden_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The golden checkpoint as an F32 pair: (text model, mmproj)."""
+    path = tmp_path_factory.mktemp("golden-pair") / "golden.gguf"
+    convert(GOLDEN / "checkpoint", path, type="f32", layout="pair")
+    return path, path.with_name("golden-mmproj.gguf")
+
+
+@pytest.fixture(scope="session")
+def golden_model(golden_f32: Path) -> Model:
+    return Model(golden_f32)

@@ -1,0 +1,123 @@
+"""Logits against a torch float32 twin with the same weights: every type, both layouts, many shapes, any chunking."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import write_checkpoint
+from twin import Twin, relative_l2
+from weight_types import ALL_TYPES, retype
+
+from yivl_edge import Model, _core
+from yivl_edge.convert import convert
+
+QUESTION = "What is this? 这是什么？"
+
+
+@pytest.fixture(scope="module")
+def wide_f32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An F32 file whose decoder and vision rows are all whole 256-blocks, so that every type applies everywhere."""
+    folder = tmp_path_factory.mktemp("wide")
+    write_checkpoint(
+        folder / "checkpoint", heads=2, kv_heads=1, head_dim=128, mlp=512, vit_hidden=256, vit_heads=4, vit_layers=3
+    )
+    convert(folder / "checkpoint", folder / "wide.gguf", type="f32")
+    return folder / "wide.gguf"
+
+
+@pytest.fixture(scope="module")
+def pixels(golden_image: Path, golden_model: Model) -> np.ndarray:
+    return golden_model.preprocess(golden_image)
+
+
+@pytest.mark.parametrize("kind", ALL_TYPES, ids=lambda kind: kind.name)
+def test_every_weight_type_computes_what_its_dequantised_weights_do(wide_f32, tmp_path, golden_image, kind):
+    path = retype(wide_f32, tmp_path / f"{kind.name}.gguf", kind)
+    model = Model(path)
+    expected = Twin(path).logits(model.prompt_ids(QUESTION), model.preprocess(golden_image))
+    # Both compute in float32 with the same weights; 1e-3 leaves room for other summation orders only.
+    assert relative_l2(model.logits(golden_image, QUESTION), expected) <= 1e-3
+
+
+def test_pair_and_single_layout_give_the_same_logits(golden_f32, golden_pair, golden_image):
+    text, mmproj = golden_pair
+    single = Model(golden_f32).logits(golden_image, QUESTION)
+    pair = Model(text, mmproj=mmproj)
+    np.testing.assert_array_equal(pair.logits(golden_image, QUESTION), single)
+    expected = Twin(text, mmproj).logits(pair.prompt_ids(QUESTION), pair.preprocess(golden_image))
+    assert relative_l2(single, expected) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(2, 2, 64), (4, 2, 64), (7, 1, 64), (8, 1, 80), (14, 2, 64), (2, 1, 80), (2, 1, 128)]
+)
+@pytest.mark.parametrize("vit_heads_and_dim", [(2, 64), (2, 80), (1, 128)])
+def test_grouped_query_attention_and_head_dims(tmp_path, golden_image, heads, kv_heads, head_dim, vit_heads_and_dim):
+    vit_heads, vit_head_dim = vit_heads_and_dim
+    write_checkpoint(
+        tmp_path / "c",
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        mlp=96,
+        vit_hidden=vit_heads * vit_head_dim,
+        vit_heads=vit_heads,
+    )
+    convert(tmp_path / "c", tmp_path / "m.gguf", type="f32")
+    model = Model(tmp_path / "m.gguf")
+    twin = Twin(tmp_path / "m.gguf")
+    pixels = model.preprocess(golden_image)
+    assert relative_l2(model.vision_features(golden_image), twin.vision_features(pixels)) <= 1e-5
+    logits = twin.logits(model.prompt_ids(QUESTION), pixels)
+    assert relative_l2(model.logits(golden_image, QUESTION), logits) <= 1e-4
+
+
+@pytest.mark.parametrize("image_size", [112, 224, 448])
+def test_image_grids(tmp_path, golden_image, image_size):
+    write_checkpoint(tmp_path / "c", image_size=image_size, vit_hidden=64, vit_heads=1, heads=1, head_dim=64, mlp=96)
+    convert(tmp_path / "c", tmp_path / "m.gguf", type="f32")
+    model = Model(tmp_path / "m.gguf")
+    twin = Twin(tmp_path / "m.gguf")
+    pixels = model.preprocess(golden_image)
+    assert pixels.shape == (3, image_size, image_size)
+    features = model.vision_features(golden_image)
+    assert features.shape == ((image_size // 14) ** 2, 64)
+    assert relative_l2(features, twin.vision_features(pixels)) <= 1e-5
+    assert relative_l2(model.encode_image(golden_image), twin.encode_image(pixels)) <= 1e-5
+    logits = twin.logits(model.prompt_ids(QUESTION), pixels)
+    assert relative_l2(model.logits(golden_image, QUESTION), logits) <= 1e-4
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_prefill_in_chunks_equals_prefill_at_once(golden_model, pixels, chunk):
+    ids = golden_model.prompt_ids(QUESTION)
+    control = _core.Control()
+    whole = _core.Session(golden_model._model, 1024, 1024).logits(ids, pixels, control)
+    chunked = _core.Session(golden_model._model, 1024, chunk).logits(ids, pixels, control)
+    # Not only within 1e-5: each value is computed in an order that does not depend on its neighbours.
+    np.testing.assert_array_equal(chunked, whole)
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_logits_do_not_depend_on_the_number_of_threads(golden_f32, golden_model, golden_image, n_threads):
+    other = Model(golden_f32, n_threads=n_threads)
+    np.testing.assert_array_equal(other.logits(golden_image, QUESTION), golden_model.logits(golden_image, QUESTION))
+
+
+def test_cached_decoding_equals_uncached(golden_model, pixels):
+    """Each greedy id from the growing KV cache is the one that computing everything anew gives."""
+    core = golden_model._model
+    control = _core.Control()
+    ids = golden_model.prompt_ids(QUESTION)
+    cached = _core.Session(core, 1024)
+    cached.begin(ids, pixels, 16, _core.SamplingOptions(temperature=0.0, seed=0), [])
+    while cached.next(control) is not None:
+        pass
+    fresh = _core.Session(core, 1024)
+    for _ in range(cached.usage[2]):
+        ids.append(int(fresh.logits(ids, pixels, control)[-1].argmax()))
+    reply = ids[-cached.usage[2] :]
+    assert cached.cached_prefix(ids, pixels) == core.n_positions(ids) - 1
+    assert core.detokenize(reply).strip() == cached.text
