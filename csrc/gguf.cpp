@@ -33,6 +33,7 @@ constexpr uint64_t kMinAlignment = 8;
 // could justify more than the machine has. No model comes near these numbers.
 constexpr uint64_t kMaxKeys = 1 << 16;
 constexpr uint64_t kMaxTensors = 1 << 16;
+constexpr uint64_t kMaxStringBytes = 1 << 26;
 constexpr uint64_t kMaxArrayItems = 1 << 24;  // of all arrays of a file together
 
 // The fewest bytes that an entry can take.
@@ -220,6 +221,9 @@ private:
 
     std::string_view read_string(std::string_view subject) {
         const auto length = read<uint64_t>(subject);
+        if (length > kMaxStringBytes) {
+            fail(subject, "a string of at most " + std::to_string(kMaxStringBytes) + " bytes", std::to_string(length));
+        }
         need(length, subject);
         const std::string_view text(reinterpret_cast<const char*>(bytes_.data()) + pos_, static_cast<size_t>(length));
         if (!is_utf8(text)) fail(subject, "UTF-8 text", quoted(text));
