@@ -1,13 +1,61 @@
-# Two commands for everyone: `make demo` and `make test`. Both set up .venv with everything they need.
+# Two commands for everyone, on a fresh machine with Python 3.10+, a C++ compiler and make:
+#   make demo    builds, converts a checkpoint folder, and answers about a photograph
+#   make test    builds and runs the tests
+# Both make .venv with all that they need, and stop at the first error.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SOURCES := $(shell find csrc python convert demo -type f -not -name '*.pyc' 2>/dev/null) CMakeLists.txt pyproject.toml
+GOLDEN := tests/data/golden
 
 .PHONY: demo test lint format fuzz tsan clean
 
-$(BIN)/python:
-	@echo "== Making $(VENV) with $(PYTHON)"
+demo: $(VENV)/.package
+	@echo "== Converting the checkpoint folder $(GOLDEN)/checkpoint"
+	@mkdir -p out
+	@$(BIN)/python -m yivl_edge.convert $(GOLDEN)/checkpoint -o out/golden-q8_0.gguf --type q8_0
+	@echo "== Asking about the photograph $(GOLDEN)/image.png (random weights: the answer is noise)"
+	@$(BIN)/yivl-edge chat out/golden-q8_0.gguf --image $(GOLDEN)/image.png --prompt "What is in this picture?" \
+	  --max-tokens 24 --seed 1 --timings
+
+test: $(VENV)/.test
+	@echo "== Running the tests"
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	@echo "== Checking format, lint and types"
+	@$(BIN)/python -m pip install --quiet 'mypy>=1.11' 'ruff>=0.9' 'clang-format==19.1.7'
+	@find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | \
+	  xargs $(BIN)/clang-format --dry-run --Werror
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format:
+	@find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build out
+
+$(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "error: yivl-edge needs Python 3.10 or newer, found $$($(PYTHON) --version)"; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { echo "error: no venv module; on Debian: apt install python3-venv"; exit 1; }
-	@command -v $${CXX:-c++} >/dev/null || { echo "error: no C++ compiler; on Debian: apt install g++"; exit 1; }
+	  { echo "error: yivl-edge needs Python 3.10 or newer, found $$($(PYTHON) --version)" >&2; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || \
+	  { echo "error: no C++ compiler found; on Debian or Ubuntu: apt install g++" >&2; exit 1; }
+	@echo "== Making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "error: Python cannot make a virtual environment; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.python $(SOURCES)
+	@echo "== Building and installing yivl-edge"
+	@$(BIN)/python -m pip install --quiet '.[convert]'
+	@touch $@
+
+# torch==2.13.0: a plain "torch" could fetch another build with gigabytes of GPU libraries.
+$(VENV)/.test: $(VENV)/.python $(SOURCES)
+	@echo "== Building and installing yivl-edge with what the tests need"
+	@$(BIN)/python -m pip install --quiet '.[test]'
+	@touch $@ $(VENV)/.package

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# The sdist builds the wheel, the wheel needs numpy and pillow only, and its import is light.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+.venv/bin/python -m pip install --quiet build
+.venv/bin/python -m build --outdir "$work/dist" . >"$work/build.log" 2>&1 || { cat "$work/build.log"; exit 1; }
+python3 -m venv "$work/venv"
+"$work/venv/bin/pip" install --quiet "$work"/dist/*.whl
+cd "$work"
+"$work/venv/bin/pip" list --format=freeze | cut -d= -f1 | sort | tr '\n' ' '
+"$work/venv/bin/python" - <<'PYTHON'
+import subprocess, sys
+
+modules = subprocess.run(
+    [sys.executable, "-c", "import sys, yivl_edge; print(*sys.modules)"], check=True, capture_output=True, text=True
+).stdout.split()
+heavy = {"torch", "gguf", "transformers", "sentencepiece", "safetensors"} & set(modules)
+assert not heavy, f"import yivl_edge imports {heavy}"
+
+import importlib.metadata as metadata
+
+needs = [r for r in metadata.requires("yivl-edge") if "extra ==" not in r]
+assert sorted(r.split(">")[0] for r in needs) == ["numpy", "pillow"], needs
+print("wheel: needs", needs)
+PYTHON
+"$work/venv/bin/yivl-edge" --version
