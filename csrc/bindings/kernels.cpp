@@ -1,7 +1,216 @@
+// The CPU kernels, one operation at a time, on numpy arrays: for the tests and the benchmarks.
+#include <algorithm>
+
 #include "bindings.h"
+#include "cpu/dequant.h"
+#include "cpu/isa.h"
+#include "cpu/ops_cpu.h"
+#include "cpu/threads.h"
 
 namespace yivl {
 
-void bind_kernels(py::module_&) {}
+namespace {
+
+using Bytes = py::array_t<uint8_t, py::array::c_style>;
+using Floats = py::array_t<float>;
+
+WeightType weight_type(uint32_t number) {
+    const TypeInfo* info = find_type(number);
+    if (info == nullptr) throw std::invalid_argument("unknown weight type " + std::to_string(number));
+    return info->type;
+}
+
+// A float32 matrix with rows of any stride and columns side by side, not copied.
+template <class T, class Array>
+View<T> matrix(Array& array, const char* name) {
+    const bool fits = array.ndim() == 2 && array.strides(0) >= 0 &&
+                      array.strides(0) % py::ssize_t{sizeof(float)} == 0 &&
+                      (array.shape(1) <= 1 || array.strides(1) == py::ssize_t{sizeof(float)});
+    if (!fits) throw std::invalid_argument(std::string(name) + " must be a float32 matrix with contiguous rows");
+    T* data;
+    if constexpr (std::is_const_v<T>) {
+        data = array.data();
+    } else {
+        data = array.mutable_data();
+    }
+    return {data, array.shape(0), array.shape(1), array.strides(0) / py::ssize_t{sizeof(float)}};
+}
+
+Mat out(Floats& array, const char* name) { return matrix<float>(array, name); }
+ConstMat in(const Floats& array, const char* name) { return matrix<const float>(array, name); }
+
+Vec vec(const Floats& array) {
+    if (array.ndim() != 1 || (array.size() > 1 && array.strides(0) != py::ssize_t{sizeof(float)})) {
+        throw std::invalid_argument("expected a contiguous float32 vector");
+    }
+    return {array.data(), static_cast<size_t>(array.size())};
+}
+
+void require(bool ok, const char* what) {
+    if (!ok) throw std::invalid_argument(what);
+}
+
+Weight weight(const Bytes& bytes, uint32_t type, int64_t rows, int64_t cols) {
+    const TypeInfo& info = type_info(weight_type(type));
+    require(rows >= 0 && cols >= 0 && cols % info.block == 0, "columns must be a whole number of blocks");
+    const Weight w{info.type, rows, cols, reinterpret_cast<const std::byte*>(bytes.data())};
+    require(bytes.size() == rows * w.row_bytes(), "the bytes do not match type, rows and columns");
+    return w;
+}
+
+// Lets a test cancel an operation, or hear from it.
+class KernelControl {
+public:
+    explicit KernelControl(const py::object& poll) {
+        if (poll.is_none()) return;
+        control.poll = [poll] {
+            const py::gil_scoped_acquire gil;
+            poll();
+        };
+    }
+    Control control;
+};
+
+class KernelOps {
+public:
+    KernelOps(const std::string& isa, int n_threads) : backend_(make_cpu_backend(n_threads, choose_kernels(isa))) {}
+
+    std::string isa() const { return backend_->name(); }
+    int n_threads() const { return backend_->n_threads(); }
+
+    // Runs fn(ops) without the GIL.
+    template <class Fn>
+    void run(KernelControl* control, Fn&& fn) {
+        const py::gil_scoped_release release;
+        Control unwatched;
+        fn(*backend_->ops(control == nullptr ? unwatched : control->control));
+    }
+
+private:
+    std::unique_ptr<Backend> backend_;
+};
+
+void linear(KernelOps& self, Floats y, const Floats& x, const Bytes& bytes, uint32_t type,
+            const std::optional<Floats>& bias, KernelControl* control) {
+    const Mat to = out(y, "y");
+    const ConstMat from = in(x, "x");
+    const Weight w = weight(bytes, type, to.cols, from.cols);
+    const Vec b = bias ? vec(*bias) : Vec{};
+    require(to.rows == from.rows && (b.empty() || static_cast<int64_t>(b.size()) == w.rows), "shapes do not match");
+    self.run(control, [&](Ops& ops) { ops.linear(to, from, w, b); });
+}
+
+void layer_norm(KernelOps& self, Floats y, const Floats& x, const Floats& weight, const Floats& bias, float eps) {
+    const Mat to = out(y, "y");
+    const ConstMat from = in(x, "x");
+    require(to.rows == from.rows && to.cols == from.cols && weight.size() == from.cols && bias.size() == from.cols,
+            "shapes do not match");
+    self.run(nullptr, [&, w = vec(weight), b = vec(bias)](Ops& ops) { ops.layer_norm(to, from, w, b, eps); });
+}
+
+void rms_norm(KernelOps& self, Floats y, const Floats& x, const Floats& weight, float eps) {
+    const Mat to = out(y, "y");
+    const ConstMat from = in(x, "x");
+    require(to.rows == from.rows && to.cols == from.cols && weight.size() == from.cols, "shapes do not match");
+    self.run(nullptr, [&, w = vec(weight)](Ops& ops) { ops.rms_norm(to, from, w, eps); });
+}
+
+void gelu(KernelOps& self, Floats x) {
+    self.run(nullptr, [to = out(x, "x")](Ops& ops) { ops.gelu(to); });
+}
+
+void swiglu(KernelOps& self, Floats gate, const Floats& up) {
+    const Mat to = out(gate, "gate");
+    const ConstMat from = in(up, "up");
+    require(to.rows == from.rows && to.cols == from.cols, "shapes do not match");
+    self.run(nullptr, [&](Ops& ops) { ops.swiglu(to, from); });
+}
+
+void add(KernelOps& self, Floats y, const Floats& x) {
+    const Mat to = out(y, "y");
+    const ConstMat from = in(x, "x");
+    require(to.rows == from.rows && to.cols == from.cols, "shapes do not match");
+    self.run(nullptr, [&](Ops& ops) { ops.add(to, from); });
+}
+
+void rope(KernelOps& self, Floats x, int64_t head_dim, int64_t first, float theta) {
+    const Mat to = out(x, "x");
+    require(head_dim > 0 && head_dim % 2 == 0 && to.cols % head_dim == 0, "shapes do not match");
+    self.run(nullptr, [&](Ops& ops) { ops.rope(to, head_dim, first, theta); });
+}
+
+void attention(KernelOps& self, Floats y, const Floats& q, const Floats& k, const Floats& v, int64_t n_heads,
+               int64_t n_kv_heads, bool causal, KernelControl* control) {
+    const Mat to = out(y, "y");
+    const ConstMat qs = in(q, "q"), ks = in(k, "k"), vs = in(v, "v");
+    require(n_kv_heads > 0 && n_heads > 0 && n_heads % n_kv_heads == 0 && qs.cols % n_heads == 0, "bad head counts");
+    const int64_t head_dim = qs.cols / n_heads;
+    require(to.rows == qs.rows && to.cols == qs.cols && ks.cols == n_kv_heads * head_dim && vs.cols == ks.cols &&
+                vs.rows == ks.rows && ks.rows >= 1 && (!causal || ks.rows >= qs.rows),
+            "shapes do not match");
+    self.run(control, [&](Ops& ops) { ops.attention(to, qs, ks, vs, {n_heads, n_kv_heads, head_dim, causal}); });
+}
+
+void embed(KernelOps& self, Floats y, const Bytes& bytes, uint32_t type, int64_t rows,
+           const std::vector<int32_t>& ids) {
+    const Mat to = out(y, "y");
+    const Weight table = weight(bytes, type, rows, to.cols);
+    require(to.rows == static_cast<int64_t>(ids.size()), "shapes do not match");
+    for (const int32_t id : ids) require(id >= 0 && id < rows, "id out of range");
+    self.run(nullptr, [&](Ops& ops) { ops.embed(to, table, ids); });
+}
+
+}  // namespace
+
+void bind_kernels(py::module_& m) {
+    m.def(
+        "dequantize",
+        [](const Bytes& bytes, uint32_t type, int64_t rows, int64_t cols, const std::string& isa) {
+            const Weight w = weight(bytes, type, rows, cols);
+            std::vector<float> values(static_cast<size_t>(rows * cols));
+            auto* dequantize = isa.empty() ? dequantize_row : choose_kernels(isa).dequantize;
+            for (int64_t i = 0; i < rows; ++i) {
+                dequantize(w.type, w.data + i * w.row_bytes(), values.data() + i * cols, cols);
+            }
+            return to_array(std::move(values), {rows, cols});
+        },
+        py::arg("bytes"), py::arg("type"), py::arg("rows"), py::arg("cols"), py::arg("isa") = "",
+        "Weights of a GGUF type as float32 (rows, cols); by the reference code, or by an instruction set's kernel.");
+    m.def("default_thread_count", &default_thread_count, "Physical cores that this process may use.");
+    m.def(
+        "available_isas",
+        [] {
+            std::vector<std::string> names;
+            for (const Kernels* kernels : available_kernels()) names.push_back(kernels->name);
+            return names;
+        },
+        "Names of the instruction sets that this CPU and build offer, best first.");
+    m.def(
+        "isa_name", [] { return std::string(make_cpu_backend(1)->name()); },
+        "The instruction set that a model would use, YIVL_ISA considered.");
+
+    py::class_<KernelControl>(m, "KernelControl")
+        .def(py::init<const py::object&>(), py::arg("poll") = py::none())
+        .def("cancel", [](KernelControl& self) { self.control.cancel(); });
+
+    // Results go into arrays that the caller gives, so that tests can pass views with strides.
+    const auto to = [](const char* name) { return py::arg(name).noconvert(); };
+    const auto control = py::arg("control") = py::none();
+    py::class_<KernelOps>(m, "KernelOps")
+        .def(py::init<const std::string&, int>(), py::arg("isa") = "", py::arg("n_threads") = 0)
+        .def_property_readonly("isa", &KernelOps::isa)
+        .def_property_readonly("n_threads", &KernelOps::n_threads)
+        .def("linear", &linear, to("y"), to("x"), py::arg("bytes"), py::arg("type"), py::arg("bias") = py::none(),
+             control)
+        .def("layer_norm", &layer_norm, to("y"), to("x"), py::arg("weight"), py::arg("bias"), py::arg("eps"))
+        .def("rms_norm", &rms_norm, to("y"), to("x"), py::arg("weight"), py::arg("eps"))
+        .def("gelu", &gelu, to("x"))
+        .def("swiglu", &swiglu, to("gate"), to("up"))
+        .def("add", &add, to("y"), to("x"))
+        .def("rope", &rope, to("x"), py::arg("head_dim"), py::arg("first"), py::arg("theta"))
+        .def("attention", &attention, to("y"), to("q"), to("k"), to("v"), py::arg("n_heads"), py::arg("n_kv_heads"),
+             py::arg("causal"), control)
+        .def("embed", &embed, to("y"), py::arg("bytes"), py::arg("type"), py::arg("rows"), py::arg("ids"));
+}
 
 }  // namespace yivl

@@ -1,0 +1,20 @@
+// Which instruction set to use: decided once per backend, from what the CPU and the operating system offer.
+#pragma once
+
+#include <string_view>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace yivl {
+
+extern const Kernels kPortableKernels;
+
+// The kernel tables that this CPU can run, best first.
+std::vector<const Kernels*> available_kernels();
+
+// The table of that name; an empty name takes the best. Throws std::invalid_argument if the name is unknown, or if the
+// CPU or this build lacks it.
+const Kernels& choose_kernels(std::string_view name);
+
+}  // namespace yivl

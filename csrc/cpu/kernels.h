@@ -1,0 +1,63 @@
+// What one instruction set offers: a table of kernels, each the work of one thread on one piece of an operation.
+//
+// An output value is computed in the same order whatever the shape of the piece it stands in.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "quant_blocks.h"
+
+namespace yivl {
+
+// Inner products are summed over slabs of this many columns, so that a slab of weights widened to float32 stays in the
+// cache; a multiple of every block size.
+inline constexpr int64_t kSlab = 1024;
+
+// Keys that a query row sees at a time in attention.
+inline constexpr int64_t kKeyBlock = 128;
+
+// Attention of the query heads that share one KV head. Query row r of [0, T * group) is head r % group of token
+// r / group.
+struct AttentionPiece {
+    const float* q;  // token 0, first head of the group; heads lie side by side
+    int64_t q_stride;
+    float* out;  // as q
+    int64_t out_stride;
+    const float* k;  // key 0, this KV head
+    int64_t k_stride;
+    const float* v;
+    int64_t v_stride;
+    int64_t head_dim;
+    int64_t group;        // query heads of the KV head
+    int64_t n_keys;       // S
+    int64_t first_limit;  // keys that token 0 sees; each later token sees one more. Not causal: n_keys
+    bool causal;
+    int64_t row_begin, row_end;  // the query rows of this piece
+};
+
+struct Kernels {
+    const char* name;
+
+    // dst[0..n) = the n weights that begin at `src`, bit for bit as dequantize_row.
+    void (*dequantize)(WeightType type, const std::byte* src, float* dst, int64_t n);
+
+    // y[t][o] (+)= x[t] . w[o] over k <= kSlab columns, for every t of n_x rows and o of n_w rows.
+    void (*dot)(float* y, int64_t y_stride, const float* x, int64_t x_stride, int64_t n_x, const float* w,
+                int64_t w_stride, int64_t n_w, int64_t k, bool accumulate);
+
+    void (*layer_norm)(float* y, const float* x, const float* weight, const float* bias, float eps, int64_t n);
+    void (*rms_norm)(float* y, const float* x, const float* weight, float eps, int64_t n);
+    void (*gelu)(float* x, int64_t n);
+    void (*swiglu)(float* gate, const float* up, int64_t n);
+    void (*add)(float* y, const float* x, int64_t n);
+    // Rotates the n / 2 adjacent pairs of x; cos_sin holds cos and sin of each pair side by side.
+    void (*rotate)(float* x, const float* cos_sin, int64_t n);
+
+    // Floats of scratch that attention needs for `rows` query rows.
+    int64_t (*attention_scratch)(int64_t rows, int64_t head_dim);
+    // `stop` is polled between blocks of keys; the output is not complete if it said true.
+    void (*attention)(const AttentionPiece& piece, float* scratch, bool (*stop)(const void*), const void* stop_arg);
+};
+
+}  // namespace yivl

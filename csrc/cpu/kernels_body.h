@@ -1,0 +1,401 @@
+// The kernels, written once over a vector type. Each kernels_<isa>.cpp includes this file inside its own namespace and
+// target region, after these definitions:
+//
+//   F                              a vector of kLanes floats
+//   zero() set1(s) load(p) load_n(p, n) store(p, v) store_n(p, v, n)     n in [1, kLanes): the other lanes are 0
+//   add sub mul div max min abs, fma(a, b, c) = a * b + c, below(a, b, x, y) = a < b ? x : y per lane
+//   round(v) to the nearest integer, pow2(v) = 2^v for integers v in [-126, 127]
+//   sum(v), largest(v) over the lanes; sum4(a, b, c, d, out) four sums, each as any other position would give it
+//   swap_pairs(v): lanes 2j and 2j + 1 exchanged; load_even(p), load_odd(p): see rotate
+//   kTokens x kRows: accumulators of the dot tile (kRows is 4); kTileRows x kTileVectors: of the attention tile
+//   dequantize
+//
+// No include guard and no includes: standard headers must not be compiled inside a target region.
+
+namespace {
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline F load_some(const float* p, int64_t n) { return n >= kLanes ? load(p) : load_n(p, n); }
+inline void store_some(float* p, F v, int64_t n) { n >= kLanes ? store(p, v) : store_n(p, v, n); }
+
+// e^x within 1.5 ulp on [-87.33, 88.37]; x beyond is clamped to that. r = x - n ln 2 with ln 2 in two parts, of which
+// the first has few enough bits for n * part to be exact; the polynomial is a minimax fit of (e^r - 1 - r) / r^2.
+inline F exp(F x) {
+    x = min(max(x, set1(-87.33f)), set1(88.37f));
+    const F n = round(mul(x, set1(1.44269504f)));
+    F r = fma(n, set1(-0.693359375f), x);
+    r = fma(n, set1(2.12194440e-4f), r);
+    F p = set1(1.9789266e-4f);
+    p = fma(p, r, set1(1.3945752e-3f));
+    p = fma(p, r, set1(8.3335042e-3f));
+    p = fma(p, r, set1(4.1666280e-2f));
+    p = fma(p, r, set1(1.6666666e-1f));
+    p = fma(p, r, set1(0.5f));
+    p = fma(mul(r, r), p, r);
+    return mul(add(p, set1(1.0f)), pow2(n));
+}
+
+// erf(z) within 2 ulp: z times a polynomial in z^2 up to 1, then 1 - e^q(z) with q a fit of log(erfc).
+inline F erf(F z) {
+    const F a = abs(z);
+    const F u = mul(a, a);
+    F p = set1(7.8891200e-5f);
+    p = fma(p, u, set1(-8.0208411e-4f));
+    p = fma(p, u, set1(5.1895352e-3f));
+    p = fma(p, u, set1(-2.6854444e-2f));
+    p = fma(p, u, set1(1.1283600e-1f));
+    p = fma(p, u, set1(-3.7612626e-1f));
+    p = fma(p, u, set1(1.1283791f));
+    const F small = mul(z, p);
+
+    const F t = sub(min(a, set1(4.0f)), set1(1.0f));
+    F q = set1(-2.1686850e-5f);
+    q = fma(q, t, set1(2.8952843e-4f));
+    q = fma(q, t, set1(-2.0119674e-3f));
+    q = fma(q, t, set1(1.0046453e-2f));
+    q = fma(q, t, set1(-4.1563481e-2f));
+    q = fma(q, t, set1(-8.4310710e-1f));
+    q = fma(q, t, set1(-2.6389675f));
+    q = fma(q, t, set1(-1.8496056f));
+    F large = sub(set1(1.0f), exp(q));
+    large = below(z, zero(), sub(zero(), large), large);
+    return below(a, set1(1.0f), small, large);
+}
+
+// ---- linear ----
+
+// T rows of x against R rows of w. Every output has one accumulator vector, so its value does not depend on T and R.
+template <int T, int R>
+inline void dot_tile(float* y, int64_t y_stride, const float* x, int64_t x_stride, const float* w, int64_t w_stride,
+                     int64_t k, bool accumulate) {
+    F acc[T][R];
+    for (int t = 0; t < T; ++t) {
+        for (int r = 0; r < R; ++r) acc[t][r] = zero();
+    }
+    int64_t i = 0;
+    for (; i + kLanes <= k; i += kLanes) {
+        F xs[T];
+        for (int t = 0; t < T; ++t) xs[t] = load(x + t * x_stride + i);
+        for (int r = 0; r < R; ++r) {
+            const F ws = load(w + r * w_stride + i);
+            for (int t = 0; t < T; ++t) acc[t][r] = fma(xs[t], ws, acc[t][r]);
+        }
+    }
+    if (i < k) {
+        F xs[T];
+        for (int t = 0; t < T; ++t) xs[t] = load_n(x + t * x_stride + i, k - i);
+        for (int r = 0; r < R; ++r) {
+            const F ws = load_n(w + r * w_stride + i, k - i);
+            for (int t = 0; t < T; ++t) acc[t][r] = fma(xs[t], ws, acc[t][r]);
+        }
+    }
+    for (int t = 0; t < T; ++t) {
+        for (int r = 0; r < R; r += 4) {
+            float sums[4];
+            sum4(acc[t][r], acc[t][r + 1 < R ? r + 1 : r], acc[t][r + 2 < R ? r + 2 : r], acc[t][r + 3 < R ? r + 3 : r],
+                 sums);
+            for (int j = 0; j < 4 && r + j < R; ++j) {
+                float& out = y[t * y_stride + r + j];
+                out = accumulate ? out + sums[j] : sums[j];
+            }
+        }
+    }
+}
+
+// T rows of x against all rows of w. Few rows of x take more rows of w at once, to have enough independent sums.
+template <int T>
+void dot_rows(float* y, int64_t y_stride, const float* x, int64_t x_stride, const float* w, int64_t w_stride,
+              int64_t n_w, int64_t k, bool accumulate) {
+    constexpr int kWide = T * 8 <= kTokens * kRows ? 8 : kRows;
+    int64_t r = 0;
+    for (; r + kWide <= n_w; r += kWide) {
+        dot_tile<T, kWide>(y + r, y_stride, x, x_stride, w + r * w_stride, w_stride, k, accumulate);
+    }
+    for (; r + 4 <= n_w; r += 4) {
+        dot_tile<T, 4>(y + r, y_stride, x, x_stride, w + r * w_stride, w_stride, k, accumulate);
+    }
+    for (; r < n_w; ++r) {
+        dot_tile<T, 1>(y + r, y_stride, x, x_stride, w + r * w_stride, w_stride, k, accumulate);
+    }
+}
+
+// Calls dot_rows<n>, n in [1, N].
+template <int N>
+inline void dot_rest(int64_t n, float* y, int64_t y_stride, const float* x, int64_t x_stride, const float* w,
+                     int64_t w_stride, int64_t n_w, int64_t k, bool accumulate) {
+    if (n == N) {
+        dot_rows<N>(y, y_stride, x, x_stride, w, w_stride, n_w, k, accumulate);
+    } else if constexpr (N > 1) {
+        dot_rest<N - 1>(n, y, y_stride, x, x_stride, w, w_stride, n_w, k, accumulate);
+    }
+}
+
+void dot(float* y, int64_t y_stride, const float* x, int64_t x_stride, int64_t n_x, const float* w, int64_t w_stride,
+         int64_t n_w, int64_t k, bool accumulate) {
+    for (int64_t t = 0; t < n_x; t += kTokens) {
+        dot_rest<kTokens>(min64(n_x - t, kTokens), y + t * y_stride, y_stride, x + t * x_stride, x_stride, w, w_stride,
+                          n_w, k, accumulate);
+    }
+}
+
+// ---- norms and element-wise operations ----
+
+inline float sum_of(const float* x, int64_t n) {
+    F acc = zero();
+    for (int64_t i = 0; i < n; i += kLanes) acc = add(acc, load_some(x + i, n - i));
+    return sum(acc);
+}
+
+inline float sum_of_squares(const float* x, int64_t n) {
+    F acc = zero();
+    for (int64_t i = 0; i < n; i += kLanes) {
+        const F v = load_some(x + i, n - i);
+        acc = fma(v, v, acc);
+    }
+    return sum(acc);
+}
+
+void layer_norm(float* y, const float* x, const float* weight, const float* bias, float eps, int64_t n) {
+    const float mean = sum_of(x, n) / static_cast<float>(n);
+    for (int64_t i = 0; i < n; i += kLanes) {
+        store_some(y + i, sub(load_some(x + i, n - i), set1(mean)), n - i);
+    }
+    const float variance = sum_of_squares(y, n) / static_cast<float>(n);
+    const F scale = set1(1.0f / __builtin_sqrtf(variance + eps));
+    for (int64_t i = 0; i < n; i += kLanes) {
+        const F normal = mul(load_some(y + i, n - i), scale);
+        store_some(y + i, fma(normal, load_some(weight + i, n - i), load_some(bias + i, n - i)), n - i);
+    }
+}
+
+void rms_norm(float* y, const float* x, const float* weight, float eps, int64_t n) {
+    const F scale = set1(1.0f / __builtin_sqrtf(sum_of_squares(x, n) / static_cast<float>(n) + eps));
+    for (int64_t i = 0; i < n; i += kLanes) {
+        store_some(y + i, mul(mul(load_some(x + i, n - i), scale), load_some(weight + i, n - i)), n - i);
+    }
+}
+
+void gelu(float* x, int64_t n) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+        const F v = load_some(x + i, n - i);
+        const F e = erf(mul(v, set1(0.707106781f)));
+        store_some(x + i, mul(mul(v, set1(0.5f)), add(set1(1.0f), e)), n - i);
+    }
+}
+
+void swiglu(float* gate, const float* up, int64_t n) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+        const F g = load_some(gate + i, n - i);
+        const F silu = div(g, add(set1(1.0f), exp(sub(zero(), g))));
+        store_some(gate + i, mul(silu, load_some(up + i, n - i)), n - i);
+    }
+}
+
+void add_rows(float* y, const float* x, int64_t n) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+        store_some(y + i, add(load_some(y + i, n - i), load_some(x + i, n - i)), n - i);
+    }
+}
+
+void rotate(float* x, const float* cos_sin, int64_t n) {
+    for (int64_t i = 0; i < n; i += 2) {
+        const float a = x[i], b = x[i + 1], c = cos_sin[i], s = cos_sin[i + 1];
+        x[i] = a * c - b * s;
+        x[i + 1] = a * s + b * c;
+    }
+}
+
+// ---- attention: online softmax over blocks of kKeyBlock keys ----
+
+constexpr int64_t kPanel = kTileVectors * kLanes;  // keys, or values of a head, that one tile takes at a time
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// c[r][0..V lanes) (+)= sum over i of a[r][i] * b[i][..], in order of i.
+template <int R, int V>
+inline void outer_tile(float* c, int64_t c_stride, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                       int64_t k, bool accumulate) {
+    F acc[R][V];
+    for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? load(c + r * c_stride + v * kLanes) : zero();
+    }
+    for (int64_t i = 0; i < k; ++i) {
+        F bs[V];
+        for (int v = 0; v < V; ++v) bs[v] = load(b + i * b_stride + v * kLanes);
+        for (int r = 0; r < R; ++r) {
+            const F as = set1(a[r * a_stride + i]);
+            for (int v = 0; v < V; ++v) acc[r][v] = fma(as, bs[v], acc[r][v]);
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < V; ++v) store(c + r * c_stride + v * kLanes, acc[r][v]);
+    }
+}
+
+// Scores of R query rows: s[r][j] = q[r] . k[j], k packed in panels of (head_dim, kPanel).
+template <int R>
+void score_rows(float* s, const float* q, int64_t q_stride, const float* k_panels, int64_t head_dim, int64_t n_keys) {
+    for (int64_t j = 0; j < n_keys; j += kPanel) {
+        outer_tile<R, kTileVectors>(s + j, kKeyBlock, q, q_stride, k_panels + j * head_dim, kPanel, head_dim, false);
+    }
+}
+
+// out[r] += sum over j of p[r][j] * v[j], v packed as (kKeyBlock, width), width a multiple of kLanes.
+template <int R>
+void value_rows(float* out, const float* p, const float* v, int64_t width, int64_t n_keys) {
+    int64_t d = 0;
+    for (; d + kPanel <= width; d += kPanel) {
+        outer_tile<R, kTileVectors>(out + d, width, p, kKeyBlock, v + d, width, n_keys, true);
+    }
+    for (; d < width; d += kLanes) outer_tile<R, 1>(out + d, width, p, kKeyBlock, v + d, width, n_keys, true);
+}
+
+// s[0..visible) = exp(s - the largest so far), the rest 0; sum and out are brought to the new largest first.
+inline void softmax_row(float* s, int64_t visible, int64_t n, float& largest_seen, float& total, float* out,
+                        int64_t width) {
+    F most = set1(largest_seen);
+    int64_t j = 0;
+    for (; j + kLanes <= visible; j += kLanes) most = max(most, load(s + j));
+    float now = largest(most);
+    for (; j < visible; ++j) now = s[j] > now ? s[j] : now;
+    if (now > largest_seen) {
+        float factor[kLanes];
+        store(factor, exp(set1(largest_seen - now)));
+        total *= factor[0];
+        for (int64_t d = 0; d < width; d += kLanes) store(out + d, mul(load(out + d), set1(factor[0])));
+        largest_seen = now;
+    }
+    F acc = zero();
+    for (j = 0; j + kLanes <= visible; j += kLanes) {
+        const F p = exp(sub(load(s + j), set1(now)));
+        store(s + j, p);
+        acc = add(acc, p);
+    }
+    if (j < visible) {
+        float p[kLanes];
+        store(p, exp(sub(load_n(s + j, visible - j), set1(now))));
+        for (int64_t i = 0; j + i < visible; ++i) s[j + i] = p[i];
+        acc = add(acc, load_n(s + j, visible - j));
+    }
+    for (j = visible; j < n; ++j) s[j] = 0.0f;
+    total += sum(acc);
+}
+
+struct AttentionRows {
+    const AttentionPiece& piece;
+    int64_t width;  // head_dim rounded up to whole vectors
+    float* q;       // (rows, head_dim), scaled
+    float* out;     // (rows, width)
+    float* largest;
+    float* total;
+    float* k;       // panels of (head_dim, kPanel)
+    float* v;       // (kKeyBlock, width)
+    float* scores;  // (kTileRows, kKeyBlock)
+};
+
+inline int64_t visible_keys(const AttentionPiece& piece, int64_t row) {
+    return piece.causal ? min64(piece.first_limit + row / piece.group, piece.n_keys) : piece.n_keys;
+}
+
+// R query rows from `row` against the packed keys [key, key + n).
+template <int R>
+void attend_tile(const AttentionRows& a, int64_t row, int64_t key, int64_t n) {
+    const int64_t i = row - a.piece.row_begin;
+    const int64_t head_dim = a.piece.head_dim;
+    // The last row sees the most.
+    n = min64(n, visible_keys(a.piece, row + R - 1) - key);
+    if (n <= 0) return;
+    score_rows<R>(a.scores, a.q + i * head_dim, head_dim, a.k, head_dim, n);
+    for (int r = 0; r < R; ++r) {
+        float* s = a.scores + r * kKeyBlock;
+        const int64_t visible = min64(n, visible_keys(a.piece, row + r) - key);
+        if (visible > 0) {
+            softmax_row(s, visible, n, a.largest[i + r], a.total[i + r], a.out + (i + r) * a.width, a.width);
+        } else {
+            for (int64_t j = 0; j < n; ++j) s[j] = 0.0f;
+        }
+    }
+    value_rows<R>(a.out + i * a.width, a.scores, a.v, a.width, n);
+}
+
+template <int N>
+inline void attend_rest(int64_t n_rows, const AttentionRows& a, int64_t row, int64_t key, int64_t n) {
+    if (n_rows == N) {
+        attend_tile<N>(a, row, key, n);
+    } else if constexpr (N > 1) {
+        attend_rest<N - 1>(n_rows, a, row, key, n);
+    }
+}
+
+void pack_keys(const AttentionRows& a, int64_t key, int64_t n) {
+    const int64_t head_dim = a.piece.head_dim;
+    for (int64_t j = 0; j < round_up(n, kPanel); ++j) {
+        float* to = a.k + j / kPanel * kPanel * head_dim + j % kPanel;
+        if (j < n) {
+            const float* from = a.piece.k + (key + j) * a.piece.k_stride;
+            for (int64_t d = 0; d < head_dim; ++d) to[d * kPanel] = from[d];
+        } else {
+            for (int64_t d = 0; d < head_dim; ++d) to[d * kPanel] = 0.0f;
+        }
+    }
+    for (int64_t j = 0; j < n; ++j) {
+        const float* from = a.piece.v + (key + j) * a.piece.v_stride;
+        for (int64_t d = 0; d < a.width; d += kLanes) store(a.v + j * a.width + d, load_some(from + d, head_dim - d));
+    }
+}
+
+int64_t attention_scratch(int64_t rows, int64_t head_dim) {
+    const int64_t width = round_up(head_dim, kLanes);
+    return round_up(rows * head_dim, kLanes) + rows * width + 2 * round_up(rows, kLanes) +
+           kKeyBlock * (head_dim + width + kTileRows);
+}
+
+void attention(const AttentionPiece& piece, float* scratch, bool (*stop)(const void*), const void* stop_arg) {
+    const int64_t rows = piece.row_end - piece.row_begin;
+    const int64_t head_dim = piece.head_dim;
+    const int64_t width = round_up(head_dim, kLanes);
+    const auto take = [&scratch](int64_t n) YIVL_TARGET_LAMBDA {
+        float* p = scratch;
+        scratch += n;
+        return p;
+    };
+    AttentionRows a{piece,
+                    width,
+                    take(round_up(rows * head_dim, kLanes)),
+                    take(rows * width),
+                    take(round_up(rows, kLanes)),
+                    take(round_up(rows, kLanes)),
+                    take(kKeyBlock * head_dim),
+                    take(kKeyBlock * width),
+                    take(kKeyBlock * kTileRows)};
+
+    const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(head_dim));
+    for (int64_t i = 0; i < rows; ++i) {
+        const int64_t row = piece.row_begin + i;
+        const float* from = piece.q + row / piece.group * piece.q_stride + row % piece.group * head_dim;
+        for (int64_t d = 0; d < head_dim; ++d) a.q[i * head_dim + d] = from[d] * scale;
+        for (int64_t d = 0; d < width; ++d) a.out[i * width + d] = 0.0f;
+        a.largest[i] = -3.0e38f;
+        a.total[i] = 0.0f;
+    }
+
+    const int64_t n_keys = visible_keys(piece, piece.row_end - 1);
+    for (int64_t key = 0; key < n_keys; key += kKeyBlock) {
+        if (stop(stop_arg)) return;
+        const int64_t n = min64(kKeyBlock, n_keys - key);
+        pack_keys(a, key, n);
+        for (int64_t row = piece.row_begin; row < piece.row_end; row += kTileRows) {
+            attend_rest<kTileRows>(min64(kTileRows, piece.row_end - row), a, row, key, n);
+        }
+    }
+
+    for (int64_t i = 0; i < rows; ++i) {
+        const int64_t row = piece.row_begin + i;
+        float* to = piece.out + row / piece.group * piece.out_stride + row % piece.group * head_dim;
+        const float total = a.total[i];
+        for (int64_t d = 0; d < head_dim; ++d) to[d] = a.out[i * width + d] / total;
+    }
+}
+
+}  // namespace

@@ -1,0 +1,81 @@
+// The kernels on whatever the compiler takes for granted: vectors of four floats, SSE2 on x86-64 and NEON on ARM64.
+#include "cpu/dequant.h"
+#include "cpu/isa.h"
+#include "cpu/kernels.h"
+
+#define YIVL_TARGET_LAMBDA
+
+namespace yivl::portable {
+
+namespace {
+
+typedef float F __attribute__((vector_size(16)));
+typedef int32_t I __attribute__((vector_size(16)));
+
+constexpr int kLanes = 4;
+constexpr int kTokens = 2, kRows = 4;
+constexpr int kTileRows = 4, kTileVectors = 2;
+
+inline F set1(float s) { return F{s, s, s, s}; }
+inline F zero() { return set1(0.0f); }
+inline F load(const float* p) {
+    F v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
+}
+inline void store(float* p, F v) { __builtin_memcpy(p, &v, sizeof(v)); }
+inline F load_n(const float* p, int64_t n) { return F{p[0], n > 1 ? p[1] : 0.0f, n > 2 ? p[2] : 0.0f, 0.0f}; }
+inline void store_n(float* p, F v, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+}
+
+inline F add(F a, F b) { return a + b; }
+inline F sub(F a, F b) { return a - b; }
+inline F mul(F a, F b) { return a * b; }
+inline F div(F a, F b) { return a / b; }
+inline F fma(F a, F b, F c) { return a * b + c; }
+inline F below(F a, F b, F x, F y) { return a < b ? x : y; }
+inline F max(F a, F b) { return a < b ? b : a; }
+inline F min(F a, F b) { return b < a ? b : a; }
+inline F abs(F v) { return reinterpret_cast<F>(reinterpret_cast<I>(v) & 0x7fffffff); }
+// 1.5 * 2^23 leaves no bits for a fraction.
+inline F round(F v) { return (v + 12582912.0f) - 12582912.0f; }
+inline F pow2(F v) { return reinterpret_cast<F>((__builtin_convertvector(v, I) + 127) << 23); }
+inline float sum(F v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+inline float largest(F v) {
+    const float a = v[0] < v[1] ? v[1] : v[0], b = v[2] < v[3] ? v[3] : v[2];
+    return a < b ? b : a;
+}
+inline void sum4(F a, F b, F c, F d, float* out) {
+    out[0] = sum(a);
+    out[1] = sum(b);
+    out[2] = sum(c);
+    out[3] = sum(d);
+}
+
+void dequantize(WeightType type, const std::byte* src, float* dst, int64_t n) { dequantize_row(type, src, dst, n); }
+
+}  // namespace
+
+#include "cpu/kernels_body.h"
+
+}  // namespace yivl::portable
+
+namespace yivl {
+
+extern const Kernels kPortableKernels;
+const Kernels kPortableKernels = {
+    .name = "portable",
+    .dequantize = portable::dequantize,
+    .dot = portable::dot,
+    .layer_norm = portable::layer_norm,
+    .rms_norm = portable::rms_norm,
+    .gelu = portable::gelu,
+    .swiglu = portable::swiglu,
+    .add = portable::add_rows,
+    .rotate = portable::rotate,
+    .attention_scratch = portable::attention_scratch,
+    .attention = portable::attention,
+};
+
+}  // namespace yivl
