@@ -1,0 +1,181 @@
+#include "sampler.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+namespace yivl {
+
+namespace {
+
+constexpr float infinity = std::numeric_limits<float>::infinity();
+
+// Ids less probable than 2^-64 of the most probable one are never drawn: all of a vocabulary's together weigh less than
+// the rounding of the sum that they would be added to.
+constexpr double least_exponent = -44.36141955583650;  // ln 2^-64
+
+void require(bool ok, const char* option, const char* expected, float found) {
+    if (!ok)
+        throw std::invalid_argument(std::string(option) + ": expected " + expected + ", found " +
+                                    std::to_string(found));
+}
+
+// e^x for least_exponent <= x <= 0 with a relative error below 1e-15. The standard library's differs between systems.
+double exponential(double x) {
+    constexpr double log2_e = 1.4426950408889634;
+    constexpr double ln2_high = 0.693147180369123816490;  // 33 bits, so that k * ln2_high is exact
+    constexpr double ln2_low = 1.90821492927058770002e-10;
+    constexpr double shift = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer in the low bits
+    const double shifted = x * log2_e + shift;
+    const double k = shifted - shift;
+    const double r = (x - k * ln2_high) - k * ln2_low;  // e^x = 2^k e^r, |r| <= ln 2 / 2
+    double sum = 1.0;
+    for (int n = 12; n >= 1; --n) sum = 1.0 + sum * r * (1.0 / n);
+    const uint64_t exponent = std::bit_cast<uint64_t>(shifted) + 1023;
+    return sum * std::bit_cast<double>(exponent << 52);
+}
+
+// The first position of the greatest logit.
+size_t greatest(std::span<const float> logits) {
+    // Lanes, because a single running maximum of floats is not vectorised.
+    std::array<float, 16> most;
+    std::array<int32_t, 16> bad{};
+    most.fill(-infinity);
+    const auto look = [&](size_t lane, float logit) {
+        most[lane] = logit > most[lane] ? logit : most[lane];
+        bad[lane] |= !(logit < infinity);
+    };
+    size_t i = 0;
+    for (; i + most.size() <= logits.size(); i += most.size())
+        for (size_t lane = 0; lane < most.size(); ++lane) look(lane, logits[i + lane]);
+    for (; i < logits.size(); ++i) look(0, logits[i]);
+
+    if (std::any_of(bad.begin(), bad.end(), [](int32_t b) { return b != 0; }))
+        throw std::runtime_error("the logits hold NaN or infinity: the model's weights or its input are damaged");
+    const float top = *std::max_element(most.begin(), most.end());
+    if (top == -infinity) throw std::runtime_error("all logits are -infinity: no id can be drawn");
+    return static_cast<size_t>(std::find(logits.begin(), logits.end(), top) - logits.begin());
+}
+
+}  // namespace
+
+Sampler::Sampler(const SamplingOptions& options) : options_(options), state_(options.seed) {
+    const auto& o = options_;
+    require(o.temperature >= 0 && o.temperature < infinity, "temperature", "a finite number of at least 0",
+            o.temperature);
+    require(o.top_p > 0 && o.top_p <= 1, "top_p", "a number above 0 and up to 1", o.top_p);
+    require(o.min_p >= 0 && o.min_p <= 1, "min_p", "a number from 0 to 1", o.min_p);
+    require(o.repetition_penalty > 0 && o.repetition_penalty < infinity, "repetition_penalty",
+            "a finite number above 0", o.repetition_penalty);
+    if (o.top_k < 0)
+        throw std::invalid_argument("top_k: expected a number of at least 0, found " + std::to_string(o.top_k));
+}
+
+int32_t Sampler::sample(std::span<float> logits, std::span<const int32_t> previous_ids) {
+    if (logits.empty()) throw std::invalid_argument("expected at least one logit, found none");
+    if (options_.repetition_penalty != 1) penalise(logits, previous_ids);
+    const size_t best = greatest(logits);
+    if (options_.temperature == 0) return static_cast<int32_t>(best);
+
+    const float least = least_of_top_k(logits);
+    const double top = logits[best], inverse_temperature = 1.0 / options_.temperature;
+    if (candidates_.size() < logits.size()) candidates_.resize(logits.size());
+    size_t count = 0;
+    for (size_t i = 0; i < logits.size(); ++i) {
+        const double x = (logits[i] - top) * inverse_temperature;
+        if (x >= least_exponent && logits[i] >= least) candidates_[count++] = {exponential(x), static_cast<int32_t>(i)};
+    }
+    std::span<Candidate> kept = std::span(candidates_).first(count);
+    if (options_.top_p < 1) kept = top_p(kept);
+    if (options_.min_p > 0) {
+        const auto improbable = [&](const Candidate& c) { return c.weight < options_.min_p; };
+        kept = kept.first(std::remove_if(kept.begin(), kept.end(), improbable) - kept.begin());
+    }
+
+    const double target = random() * total_weight(kept);
+    double cumulated = 0;
+    for (const Candidate& candidate : kept) {
+        cumulated += candidate.weight;
+        if (cumulated > target) return candidate.id;
+    }
+    return kept.back().id;  // random() * total may round up to the total
+}
+
+// Scores above 0 are divided by the penalty, those below multiplied.
+void Sampler::penalise(std::span<float> logits, std::span<const int32_t> previous_ids) {
+    for (const int32_t id : previous_ids) {
+        if (id >= 0 && static_cast<size_t>(id) >= logits.size())
+            throw std::invalid_argument("previous id " + std::to_string(id) + " is not below the number of logits, " +
+                                        std::to_string(logits.size()));
+    }
+    if (seen_.size() < logits.size()) seen_.resize(logits.size());
+    const float penalty = options_.repetition_penalty;
+    for (const int32_t id : previous_ids) {
+        if (id < 0 || seen_[id]) continue;
+        seen_[id] = 1;
+        logits[id] = logits[id] < 0 ? logits[id] * penalty : logits[id] / penalty;
+    }
+    for (const int32_t id : previous_ids)
+        if (id >= 0) seen_[id] = 0;
+}
+
+// The logit of the last of the top k.
+float Sampler::least_of_top_k(std::span<const float> logits) {
+    const auto k = static_cast<size_t>(options_.top_k);
+    if (k == 0 || k >= logits.size()) return -infinity;
+    order_.assign(logits.begin(), logits.end());
+    std::nth_element(order_.begin(), order_.begin() + (k - 1), order_.end(), std::greater<>());
+    return order_[k - 1];
+}
+
+// The shortest run of candidates, from the most probable on, whose probabilities sum to top_p or more; sorted so.
+std::span<Sampler::Candidate> Sampler::top_p(std::span<Candidate> candidates) {
+    const double total = total_weight(candidates), wanted = options_.top_p * total;
+    // Candidates of less than (1 - top_p) / count cannot be reached, since all of them together are less than the
+    // 1 - top_p that is to remain. Half of it, for the rounding of the sums.
+    const double reachable = 0.5 * (total - wanted) / static_cast<double>(candidates.size());
+    const auto out_of_reach = [&](const Candidate& c) { return c.weight < reachable; };
+    candidates =
+        candidates.first(std::remove_if(candidates.begin(), candidates.end(), out_of_reach) - candidates.begin());
+
+    // Sorted in growing portions: a full sort only where the distribution is flat.
+    const auto before = [](const Candidate& a, const Candidate& b) {
+        return a.weight > b.weight || (a.weight == b.weight && a.id < b.id);
+    };
+    double cumulated = 0;
+    size_t portion = 64;
+    for (auto first = candidates.begin(); first != candidates.end();) {
+        const auto left = static_cast<size_t>(candidates.end() - first);
+        const auto last = first + std::min(portion, left);
+        if (last != candidates.end()) std::nth_element(first, last, candidates.end(), before);
+        std::sort(first, last, before);
+        for (; first != last; ++first) {
+            cumulated += first->weight;
+            if (cumulated >= wanted) return candidates.first(first - candidates.begin() + 1);
+        }
+        portion *= 8;
+    }
+    return candidates;
+}
+
+double Sampler::total_weight(std::span<const Candidate> candidates) {
+    double total = 0;
+    for (const Candidate& candidate : candidates) total += candidate.weight;
+    return total;
+}
+
+double Sampler::random() {
+    state_ += 0x9E3779B97F4A7C15u;
+    uint64_t z = state_;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    z ^= z >> 31;
+    return static_cast<double>(z >> 11) * 0x1p-53;
+}
+
+}  // namespace yivl

@@ -1,0 +1,55 @@
+// From the logits of the last position to the next id.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+namespace yivl {
+
+struct SamplingOptions {
+    float temperature = 0.2f;         // 0: greedy
+    int32_t top_k = 0;                // the k most probable ids, and those as probable as the last of them; 0: all
+    float top_p = 1.0f;               // the fewest most probable ids whose probabilities reach top_p; 1: all
+    float min_p = 0.0f;               // ids at least min_p times as probable as the most probable one; 0: all
+    float repetition_penalty = 1.0f;  // > 1 makes ids that have occurred less probable (Keskar et al. 2019, CTRL)
+    uint64_t seed = 0;
+};
+
+// The filters work in transformers' order: repetition penalty, temperature, top_k, top_p, min_p.
+//
+// The same seed and logits give the same ids on any machine: random numbers come from SplitMix64 (Steele, Lea and Flood
+// 2014; one step per id drawn, none when greedy), its upper 53 bits as a number u in [0, 1); the exponential is made of
+// basic IEEE operations; an id is the first whose cumulated probability exceeds u, in the order of ids, or with
+// top_p < 1 from the most probable to the least (equal ones: lower id first).
+class Sampler {
+public:
+    // Throws std::invalid_argument naming the option, its range and what was found.
+    explicit Sampler(const SamplingOptions& options);
+
+    // The next id. logits: (V); those of previous ids are overwritten if there is a repetition penalty. previous_ids:
+    // those of prompt and reply; negative ones (an image's place) are ignored. Throws std::runtime_error if a logit is
+    // NaN or +infinity, or all are -infinity; std::invalid_argument for no logits or a previous id that is not below V.
+    // Allocates only when V is larger than ever before.
+    int32_t sample(std::span<float> logits, std::span<const int32_t> previous_ids);
+
+private:
+    struct Candidate {
+        double weight;  // probability, not normalised: 1 for the most probable id
+        int32_t id;
+    };
+
+    void penalise(std::span<float> logits, std::span<const int32_t> previous_ids);
+    float least_of_top_k(std::span<const float> logits);
+    std::span<Candidate> top_p(std::span<Candidate> candidates);
+    static double total_weight(std::span<const Candidate> candidates);
+    double random();
+
+    SamplingOptions options_;
+    uint64_t state_;
+    std::vector<uint8_t> seen_;          // (V), all 0 between calls
+    std::vector<float> order_;           // (V), scratch of top_k
+    std::vector<Candidate> candidates_;  // at most (V)
+};
+
+}  // namespace yivl
