@@ -70,50 +70,8 @@ std::string spaces_for_escapes(std::string_view piece) {
     return text;
 }
 
-}  // namespace
-
-struct Tokenizer::Impl {
-    using IdMap = std::unordered_map<std::string_view, int32_t>;
-
-    TokenizerConfig config;
-    IdMap mergeable;                    // normal, user defined and unused pieces: what merging can make
-    IdMap reserved;                     // control, unknown and byte pieces
-    std::array<int32_t, 256> byte_ids;  // valid if has_bytes
-    bool has_bytes = false;
-    size_t longest_mergeable = 0;  // bytes
-    std::vector<bool> is_special;  // (V), from special_ids
-    std::unordered_map<std::string_view, int32_t> special_by_text;
-    PrefixSet special_texts{{}};
-    PrefixSet user_defined{{}};
-    std::string surfaces;                // what bytes(id) gives, one after another
-    std::vector<uint32_t> surface_ends;  // (V)
-
-    explicit Impl(TokenizerConfig from) : config(std::move(from)) {
-        check();
-        index_pieces();
-        index_surfaces();
-    }
-
-    void check() const;
-    void index_pieces();
-    void index_surfaces();
-
-    int64_t vocab_size() const { return static_cast<int64_t>(config.pieces.size()); }
-    void check_id(int64_t id) const {
-        if (id < 0 || id >= vocab_size())
-            throw std::invalid_argument("token id " + std::to_string(id) + " is not in the vocabulary of " +
-                                        std::to_string(vocab_size()) + " pieces");
-    }
-    bool is_unknown(int32_t id) const { return id == config.unk_id || config.types[id] == PieceType::unknown; }
-    int32_t id_of(std::string_view piece) const;
-
-    std::string_view next_unit(std::string_view text, bool* frozen) const;
-    std::string normalise(std::string_view text) const;
-    void encode_part(std::string_view text, std::vector<int32_t>& ids) const;
-    std::string decode_part(std::span<const int32_t> ids, bool skip_special) const;
-};
-
-void Tokenizer::Impl::check() const {
+// Throws std::invalid_argument for a vocabulary that cannot work.
+void check(const TokenizerConfig& config) {
     const auto fail = [](const std::string& what) { throw std::invalid_argument("tokeniser: " + what); };
     const size_t count = config.pieces.size();
     if (count == 0) fail("the vocabulary is empty");
@@ -151,6 +109,48 @@ void Tokenizer::Impl::check() const {
     for (const int32_t id : config.special_ids) check_role("a special piece", id, 0);
     if (bytes == 0 && config.unk_id < 0) fail("there are neither byte pieces nor an unknown piece");
 }
+
+}  // namespace
+
+struct Tokenizer::Impl {
+    using IdMap = std::unordered_map<std::string_view, int32_t>;
+
+    TokenizerConfig config;
+    IdMap mergeable;                    // normal, user defined and unused pieces: what merging can make
+    IdMap reserved;                     // control, unknown and byte pieces
+    std::array<int32_t, 256> byte_ids;  // valid if has_bytes
+    bool has_bytes = false;
+    size_t longest_mergeable = 0;  // bytes
+    std::vector<bool> is_special;  // (V), from special_ids
+    std::unordered_map<std::string_view, int32_t> special_by_text;
+    PrefixSet special_texts{{}};
+    PrefixSet user_defined{{}};
+    std::string surfaces;                // what bytes(id) gives, one after another
+    std::vector<uint32_t> surface_ends;  // (V)
+
+    explicit Impl(TokenizerConfig from) : config(std::move(from)) {
+        check(config);
+        index_pieces();
+        index_surfaces();
+    }
+
+    void index_pieces();
+    void index_surfaces();
+
+    int64_t vocab_size() const { return static_cast<int64_t>(config.pieces.size()); }
+    void check_id(int64_t id) const {
+        if (id < 0 || id >= vocab_size())
+            throw std::invalid_argument("token id " + std::to_string(id) + " is not in the vocabulary of " +
+                                        std::to_string(vocab_size()) + " pieces");
+    }
+    bool is_unknown(int32_t id) const { return id == config.unk_id || config.types[id] == PieceType::unknown; }
+    int32_t id_of(std::string_view piece) const;
+
+    std::string_view next_unit(std::string_view text, bool* frozen) const;
+    std::string normalise(std::string_view text) const;
+    void encode_part(std::string_view text, std::vector<int32_t>& ids) const;
+    std::string decode_part(std::span<const int32_t> ids, bool skip_special) const;
+};
 
 void Tokenizer::Impl::index_pieces() {
     const size_t count = config.pieces.size();
@@ -371,7 +371,59 @@ std::string Tokenizer::Impl::decode_part(std::span<const int32_t> ids, bool skip
     return text;
 }
 
+TokenizerConfig Tokenizer::read_config(const GgufFile& file) {
+    const auto key = [](const char* name) { return std::string("tokenizer.ggml.") + name; };
+    const auto id = [&](const char* name) -> int32_t {
+        if (!file.has(key(name))) return -1;
+        const int64_t value = file.integer(key(name));
+        if (value < 0 || value > std::numeric_limits<int32_t>::max())
+            file.fail(key(name) + ": expected an id of the vocabulary, found " + std::to_string(value));
+        return static_cast<int32_t>(value);
+    };
+    const auto flag = [&](const char* name, bool otherwise) {
+        return file.has(key(name)) ? file.boolean(key(name)) : otherwise;
+    };
+
+    if (const std::string_view model = file.string(key("model")); model != "llama")
+        file.fail(key("model") + ": expected \"llama\" (SentencePiece BPE), found \"" + std::string(model) + "\"");
+    TokenizerConfig config;
+    const auto pieces = file.strings(key("tokens"));
+    config.pieces.assign(pieces.begin(), pieces.end());
+    const auto scores = file.floats(key("scores"));
+    config.scores.assign(scores.begin(), scores.end());
+    for (const int64_t type : file.integers(key("token_type"))) {
+        const bool known = type >= 1 && type <= 6;  // check() names the piece of an unknown type
+        config.types.push_back(static_cast<PieceType>(known ? type : 0));
+    }
+    config.bos_id = id("bos_token_id");
+    config.eos_id = id("eos_token_id");
+    config.unk_id = id("unknown_token_id");
+    config.add_bos = flag("add_bos_token", true);
+    config.add_eos = flag("add_eos_token", false);
+    config.add_dummy_prefix = flag("add_space_prefix", true);
+    config.remove_extra_whitespaces = flag("remove_extra_whitespaces", false);
+    if (file.has("yivl.tokenizer.special_ids")) {
+        for (const int64_t special : file.integers("yivl.tokenizer.special_ids")) {
+            if (special < 0 || special >= static_cast<int64_t>(pieces.size()))
+                file.fail("yivl.tokenizer.special_ids: expected ids of the vocabulary, found " +
+                          std::to_string(special));
+            config.special_ids.push_back(static_cast<int32_t>(special));
+        }
+    } else {
+        for (const int32_t special : {config.bos_id, config.eos_id, config.unk_id, id("padding_token_id")})
+            if (special >= 0) config.special_ids.push_back(special);
+    }
+    try {
+        check(config);
+    } catch (const std::invalid_argument& error) {
+        file.fail(error.what());
+    }
+    return config;
+}
+
 Tokenizer::Tokenizer(TokenizerConfig config) : impl_(std::make_unique<Impl>(std::move(config))) {}
+Tokenizer::Tokenizer(Tokenizer&&) noexcept = default;
+Tokenizer& Tokenizer::operator=(Tokenizer&&) noexcept = default;
 Tokenizer::~Tokenizer() = default;
 
 const TokenizerConfig& Tokenizer::config() const { return impl_->config; }

@@ -24,16 +24,19 @@ struct TokenizerConfig {
     int32_t unk_id = 0;
     bool add_bos = false;
     bool add_eos = false;
-    bool add_dummy_prefix = false;            // tokenizer.ggml.add_space_prefix
-    bool remove_extra_whitespaces = false;    // tokenizer.ggml.remove_extra_whitespaces
-    std::vector<int32_t> special_ids;         // matched in the text before the BPE, as the reference does (bos, eos, unk, pad)
+    bool add_dummy_prefix = false;          // tokenizer.ggml.add_space_prefix
+    bool remove_extra_whitespaces = false;  // tokenizer.ggml.remove_extra_whitespaces
+    std::vector<int32_t> special_ids;  // matched in the text before the BPE, as the reference does (bos, eos, unk, pad)
 };
 
 class Tokenizer {
 public:
     // Reads tokenizer.ggml.*; throws ModelFileError naming file and key.
     static TokenizerConfig read_config(const GgufFile& file);
+    // Throws std::invalid_argument for a vocabulary that cannot work.
     explicit Tokenizer(TokenizerConfig config);
+    Tokenizer(Tokenizer&&) noexcept;
+    Tokenizer& operator=(Tokenizer&&) noexcept;
     ~Tokenizer();
 
     const TokenizerConfig& config() const;
@@ -42,8 +45,9 @@ public:
     // Ids of UTF-8 text, with BOS and EOS only if the config adds them and `add_special`. Special pieces written in the
     // text become their ids, as in the reference. Throws std::invalid_argument for invalid UTF-8.
     std::vector<int32_t> encode(std::string_view text, bool add_special = true) const;
-    // The text of ids, as the reference decodes a reply: special ids are skipped if `skip_special`; byte pieces that do
-    // not make valid UTF-8 become U+FFFD. Throws std::invalid_argument for an id out of range.
+    // The text of ids as SentencePiece decodes them: a dummy prefix is dropped, each byte of byte pieces that do not
+    // make valid UTF-8 becomes U+FFFD. Special ids are skipped; otherwise they become their texts and each part between
+    // them is decoded on its own, which inverts encode(). Throws std::invalid_argument for an id out of range.
     std::string decode(std::span<const int32_t> ids, bool skip_special = true) const;
     // The raw bytes that an id adds to a reply: a space for U+2581, one byte for a byte piece, nothing for a control
     // piece or the unknown piece.
