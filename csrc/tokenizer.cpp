@@ -117,12 +117,11 @@ struct Tokenizer::Impl {
 
     TokenizerConfig config;
     IdMap mergeable;                    // normal, user defined and unused pieces: what merging can make
-    IdMap reserved;                     // control, unknown and byte pieces
     std::array<int32_t, 256> byte_ids;  // valid if has_bytes
     bool has_bytes = false;
     size_t longest_mergeable = 0;  // bytes
     std::vector<bool> is_special;  // (V), from special_ids
-    std::unordered_map<std::string_view, int32_t> special_by_text;
+    IdMap special_by_text;
     PrefixSet special_texts{{}};
     PrefixSet user_defined{{}};
     std::string surfaces;                // what bytes(id) gives, one after another
@@ -144,7 +143,6 @@ struct Tokenizer::Impl {
                                         std::to_string(vocab_size()) + " pieces");
     }
     bool is_unknown(int32_t id) const { return id == config.unk_id || config.types[id] == PieceType::unknown; }
-    int32_t id_of(std::string_view piece) const;
 
     std::string_view next_unit(std::string_view text, bool* frozen) const;
     std::string normalise(std::string_view text) const;
@@ -167,11 +165,11 @@ void Tokenizer::Impl::index_pieces() {
                 longest_mergeable = std::max(longest_mergeable, piece.size());
                 break;
             case PieceType::byte:
-                if (reserved.try_emplace(piece, id).second) byte_ids[byte_value(piece)] = id;
+                byte_ids[byte_value(piece)] = id;
                 has_bytes = true;
                 break;
             case PieceType::control:
-            case PieceType::unknown: reserved.try_emplace(piece, id); break;
+            case PieceType::unknown: break;  // never made from text
         }
     }
     user_defined = PrefixSet(std::move(user_texts));
@@ -197,13 +195,6 @@ void Tokenizer::Impl::index_surfaces() {
         surface_ends.push_back(static_cast<uint32_t>(surfaces.size()));
     }
     surfaces.shrink_to_fit();
-}
-
-// SentencePiece looks for a reserved piece first.
-int32_t Tokenizer::Impl::id_of(std::string_view piece) const {
-    if (const auto it = reserved.find(piece); it != reserved.end()) return it->second;
-    const auto it = mergeable.find(piece);
-    return it != mergeable.end() ? it->second : config.unk_id;
 }
 
 // What comes next as a whole: the longest user-defined piece, or one character.
@@ -311,18 +302,17 @@ void Tokenizer::Impl::encode_part(std::string_view text, std::vector<int32_t>& i
         while (!stack.empty()) {
             const std::string_view piece = stack.back();
             stack.pop_back();
-            const int32_t id = id_of(piece);
-            const bool unknown = id < 0 || is_unknown(id);
-            if (const auto it = halves_of_unused.find(piece);
-                !unknown && config.types[id] == PieceType::unused && it != halves_of_unused.end()) {
+            if (const auto it = halves_of_unused.find(piece); it != halves_of_unused.end()) {
                 stack.push_back(it->second.second);
                 stack.push_back(it->second.first);
                 continue;
             }
+            const auto it = mergeable.find(piece);
+            const bool unknown = it == mergeable.end() || config.types[it->second] == PieceType::unused;
             if (unknown && has_bytes) {
                 for (const char c : piece) ids.push_back(byte_ids[static_cast<uint8_t>(c)]);
             } else if (!unknown || !after_unknown) {  // a run of unknown characters is one unknown piece
-                ids.push_back(id);
+                ids.push_back(unknown ? config.unk_id : it->second);
             }
             after_unknown = unknown;
         }
