@@ -27,18 +27,21 @@ struct Image {
 };
 
 struct PreprocessConfig {
-    int64_t image_size = 448;                    // S
-    bool pad = true;                             // image_aspect_ratio "pad"; otherwise see `fit`
-    std::array<uint8_t, 3> pad_color{};          // int(mean * 255)
+    int64_t image_size = 448;            // S
+    bool pad = true;                     // image_aspect_ratio "pad"; otherwise see `fit`
+    std::array<uint8_t, 3> pad_color{};  // int(mean * 255)
     std::array<float, 3> mean{};
     std::array<float, 3> std{};
 };
 
 // What stands between the decoded picture and the arithmetic: alpha composed, padded to a square (or, without `pad`,
-// shortest edge resized and centre cropped, as CLIPImageProcessor does), resized to (S, S) with Pillow's bicubic.
+// shortest edge resized and centre cropped, as CLIPImageProcessor does), resized to (S, S) with Pillow's bicubic. The
+// padding is never stored: a picture of 20000 x 3 costs what 60000 pixels cost.
 Image fit(const ImageView& image, const PreprocessConfig& config);
 
-// Pillow's Image.resize(BICUBIC), bit for bit: separable, a = -0.5, antialiased, 8 bits between the passes.
+// Pillow's Image.resize(BICUBIC), bit for bit: separable, a = -0.5, antialiased, 8 bits between the passes. Columns
+// first, then rows, as every Pillow up to 12 does; from 13 on, Pillow takes rows first for some tall pictures whose
+// shape changes, which moves single values. Squares, and so padded pictures, come out the same in all of them.
 Image resize_bicubic(const ImageView& rgb, int64_t width, int64_t height);
 
 // pixels (3, S, S) = ((fit(image) / 255) - mean) / std
