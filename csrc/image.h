@@ -40,8 +40,8 @@ struct PreprocessConfig {
 Image fit(const ImageView& image, const PreprocessConfig& config);
 
 // Pillow's Image.resize(BICUBIC), bit for bit: separable, a = -0.5, antialiased, 8 bits between the passes. Columns
-// first, then rows, as every Pillow up to 12 does; from 13 on, Pillow takes rows first for some tall pictures whose
-// shape changes, which moves single values. Squares, and so padded pictures, come out the same in all of them.
+// first, then rows, as every Pillow up to 12 does. From 13 on, Pillow takes rows first when the height shrinks much
+// more than the width, and other values come out; squares, and so padded pictures, are the same in all of them.
 Image resize_bicubic(const ImageView& rgb, int64_t width, int64_t height);
 
 // pixels (3, S, S) = ((fit(image) / 255) - mean) / std
