@@ -264,7 +264,10 @@ std::optional<std::string> Session::next(Control& control) {
                 r.finish = FinishReason::length;
             }
         }
-        if (r.finish != FinishReason::none) piece += r.stream.finish();
+        if (r.finish != FinishReason::none) {
+            piece += r.stream.finish();
+            if (r.stream.stopped()) r.finish = FinishReason::stop;  // the last piece held back was a stop text
+        }
         control.progress(Stage::decode,
                          r.finish != FinishReason::none
                              ? 1.0
