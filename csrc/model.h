@@ -75,6 +75,7 @@ public:
     // n_ctx 0: the model's context length. `batch`: positions computed at once in prefill.
     explicit Session(std::shared_ptr<const Model> model, int64_t n_ctx = 0, int64_t batch = kDefaultBatch);
 
+    const Model& model() const { return *model_; }
     int64_t n_ctx() const { return decoder_.n_ctx; }
     // How many leading positions of this prompt the cache holds.
     int64_t cached_prefix(std::span<const int32_t> ids, const Pixels& pixels) const;

@@ -36,6 +36,18 @@ Pixels to_pixels(const std::optional<FloatArray>& array) {
     return std::make_shared<const std::vector<float>>(array->data(), array->data() + array->size());
 }
 
+// What `compute` returns, computed without the GIL, as rows of `cols` values.
+template <class Compute>
+py::array_t<float> compute_rows(Compute compute, int64_t cols) {
+    std::vector<float> values;
+    {
+        const py::gil_scoped_release release;
+        values = compute();
+    }
+    const auto rows = static_cast<py::ssize_t>(values.size()) / cols;
+    return to_array(std::move(values), {rows, cols});
+}
+
 std::vector<Message> to_messages(const std::vector<std::pair<std::string, std::string>>& messages) {
     std::vector<Message> result;
     for (const auto& [role, text] : messages) {
@@ -114,7 +126,9 @@ void bind_session(py::module_& m) {
                 s.begin(ids, to_pixels(pixels), {max_tokens, sampling, std::move(stops)});
             },
             py::arg("ids"), py::arg("pixels"), py::arg("max_tokens"), py::arg("sampling"), py::arg("stops"))
-        .def("next", &Session::next, py::arg("control"), py::call_guard<py::gil_scoped_release>())
+        .def(
+            "next", [](Session& s, PyControl& control) { return s.next(control); }, py::arg("control"),
+            py::call_guard<py::gil_scoped_release>())
         .def_property_readonly("finish_reason", [](const Session& s) { return finish_name(s.finish_reason()); })
         .def_property_readonly("text", [](const Session& s) { return s.text(); })
         .def_property_readonly("usage",
@@ -129,21 +143,18 @@ void bind_session(py::module_& m) {
                                })
         .def("vision_features",
              [](Session& s, const FloatArray& pixels, PyControl& control) {
-                 const Pixels picture = to_pixels(pixels);
-                 const py::gil_scoped_release release;
-                 return s.vision_features(picture, control);
+                 return compute_rows([&, picture = to_pixels(pixels)] { return s.vision_features(picture, control); },
+                                     s.model().config().vit->width);
              })
         .def("encode_image",
              [](Session& s, const FloatArray& pixels, PyControl& control) {
-                 const Pixels picture = to_pixels(pixels);
-                 const py::gil_scoped_release release;
-                 return s.encode_image(picture, control);
+                 return compute_rows([&, picture = to_pixels(pixels)] { return s.encode_image(picture, control); },
+                                     s.model().config().decoder.width);
              })
         .def("logits", [](Session& s, const std::vector<int32_t>& ids, const std::optional<FloatArray>& pixels,
                           PyControl& control) {
-            const Pixels picture = to_pixels(pixels);
-            const py::gil_scoped_release release;
-            return s.logits(ids, picture, control);
+            return compute_rows([&, picture = to_pixels(pixels)] { return s.logits(ids, picture, control); },
+                                s.model().config().decoder.vocab_size);
         });
 }
 
