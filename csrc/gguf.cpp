@@ -15,6 +15,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "utf8.h"
+
 namespace yivl {
 
 static_assert(std::endian::native == std::endian::little, "GGUF values are read as they lie in the file");
@@ -58,46 +60,21 @@ enum class ValueType : uint32_t {
 
 std::string system_message(int error) { return std::generic_category().message(error); }
 
-// The length of the UTF-8 sequence at the start of `text`; 0 if it is not valid (overlong, surrogate, cut short).
-size_t utf8_sequence(std::string_view text) {
-    const auto byte = [&](size_t i) { return static_cast<uint8_t>(text[i]); };
-    const uint8_t first = byte(0);
-    if (first < 0x80) return 1;
-    const size_t length = first >= 0xF0 ? 4 : first >= 0xE0 ? 3 : 2;
-    if (first < 0xC2 || first > 0xF4 || text.size() < length) return 0;
-    // The second byte is where overlong forms, surrogates and numbers above U+10FFFF show.
-    const uint8_t low = first == 0xE0 ? 0xA0 : first == 0xF0 ? 0x90 : 0x80;
-    const uint8_t high = first == 0xED ? 0x9F : first == 0xF4 ? 0x8F : 0xBF;
-    if (byte(1) < low || byte(1) > high) return 0;
-    for (size_t i = 2; i < length; ++i) {
-        if ((byte(i) & 0xC0) != 0x80) return 0;
-    }
-    return length;
-}
-
-bool is_utf8(std::string_view text) {
-    while (!text.empty()) {
-        const size_t length = utf8_sequence(text);
-        if (length == 0) return false;
-        text.remove_prefix(length);
-    }
-    return true;
-}
-
 // Error messages must be valid UTF-8 whatever is in the file or its name: Python refuses others.
 std::string printable(std::string_view text) {
     constexpr char kHex[] = "0123456789abcdef";
     std::string out;
     while (!text.empty()) {
-        const size_t length = utf8_sequence(text);
-        const auto first = static_cast<uint8_t>(text[0]);
-        if (length == 0 || first < 0x20 || first == 0x7F) {
-            out += {'\\', 'x', kHex[first >> 4], kHex[first & 15]};
-            text.remove_prefix(1);
-        } else {
-            out += text.substr(0, length);
-            text.remove_prefix(length);
+        const Utf8Step step = utf8_step(text);
+        for (const char c : text.substr(0, step.length)) {
+            const auto byte = static_cast<uint8_t>(c);
+            if (step.kind == Utf8Step::valid && byte >= 0x20 && byte != 0x7F) {
+                out += c;
+            } else {
+                out += {'\\', 'x', kHex[byte >> 4], kHex[byte & 15]};
+            }
         }
+        text.remove_prefix(step.length);
     }
     return out;
 }
@@ -226,7 +203,7 @@ private:
         }
         need(length, subject);
         const std::string_view text(reinterpret_cast<const char*>(bytes_.data()) + pos_, static_cast<size_t>(length));
-        if (!is_utf8(text)) fail(subject, "UTF-8 text", quoted(text));
+        if (find_invalid_utf8(text) != std::string_view::npos) fail(subject, "UTF-8 text", quoted(text));
         pos_ += static_cast<size_t>(length);
         return text;
     }

@@ -15,13 +15,10 @@ import gguf
 import numpy as np
 import pytest
 from gguf_bytes import Kind, array, build, key, scalar, string, tensor, u32, u64
+from tiny_models import write_gguf
+from weight_types import ALL_TYPES
 from yivl_edge import ModelFileError
 from yivl_edge._core import GgufFile
-
-TYPES = [
-    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1",
-    "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS",
-]  # fmt: skip
 
 # Two tensors, F32 of 4 x 3 (48 bytes, padded to 64) and of 8 (32 bytes).
 ENTRIES = [tensor("a", [3, 4], 0, 0), tensor("b", [8], 0, 64)]
@@ -40,22 +37,6 @@ def error(data: bytes) -> str:
     message = str(caught.value)
     assert message.startswith("model.gguf: ")
     return message.removeprefix("model.gguf: ")
-
-
-def write(
-    path: Path, keys: dict[str, tuple[str, object]], tensors: dict[str, tuple[np.ndarray, str]]
-) -> None:
-    """`keys`: name to (the writer's add_ method, value); `tensors`: name to (bytes or numbers, type)."""
-    writer = gguf.GGUFWriter(path, "llama")
-    for name, (kind, value) in keys.items():
-        getattr(writer, f"add_{kind}")(name, value)
-    for name, (values, type_name) in tensors.items():
-        raw_type = None if type_name in ("F32", "F16") else gguf.GGMLQuantizationType[type_name]
-        writer.add_tensor(name, values, raw_dtype=raw_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 # --- Good files --------------------------------------------------------------------------------------------
@@ -81,7 +62,7 @@ def test_metadata_of_every_type_reads_back_as_the_gguf_package_wrote_it(tmp_path
         "bools": ("array", [True, False, True]),
         "texts": ("array", ["", "a", "é"]),
     }
-    write(tmp_path / "keys.gguf", keys, {})
+    write_gguf(tmp_path / "keys.gguf", keys, {})
     metadata = GgufFile.open(tmp_path / "keys.gguf").metadata
     expected = {name: value for name, (_, value) in keys.items()}
     expected |= {"f32": float(np.float32(0.1)), "general.architecture": "llama"}
@@ -121,12 +102,12 @@ def test_arrays_of_doubles_are_rounded_to_float32() -> None:
     assert parse(build([key("a", array(Kind.F64, [0.1]))])).metadata == {"a": [float(np.float32(0.1))]}
 
 
-@pytest.mark.parametrize("type_name", TYPES)
+@pytest.mark.parametrize("kind", ALL_TYPES, ids=lambda kind: kind.name)
 def test_tensors_of_every_type_read_back_as_the_gguf_package_wrote_them(
-    tmp_path: Path, type_name: str
+    tmp_path: Path, kind: gguf.GGMLQuantizationType
 ) -> None:
-    number = gguf.GGMLQuantizationType[type_name]
-    block, block_bytes = gguf.GGML_QUANT_SIZES[number]
+    type_name = kind.name
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     rng = np.random.default_rng(0)
     written = {}
     for shape in [(block,), (3, 2 * block), (2, 3, block), (2, 1, 3, 3 * block)]:
@@ -137,7 +118,7 @@ def test_tensors_of_every_type_read_back_as_the_gguf_package_wrote_them(
             rows = rows.view(np.dtype(type_name.replace("F", "float").lower()))
         written[f"t{len(shape)}"] = (shape, raw, rows)
     path = tmp_path / "tensors.gguf"
-    write(path, {}, {name: (rows, type_name) for name, (_, _, rows) in written.items()})
+    write_gguf(path, {}, {name: (rows, type_name) for name, (_, _, rows) in written.items()})
 
     found = GgufFile.open(path).tensors
     content = path.read_bytes()
@@ -565,6 +546,8 @@ def test_absurd_counts_cost_no_memory() -> None:
     script = """
 import resource, sys
 from gguf_bytes import *
+from tiny_models import write_gguf
+from weight_types import ALL_TYPES
 from yivl_edge import ModelFileError
 from yivl_edge._core import GgufFile
 files = []
