@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from yivl_edge import ContextOverflowError, Model
+from yivl_edge import ContextOverflowError, Model, _core
 
 FIRST = "Describe the cat."
 IMAGE_ROWS = 64
@@ -306,8 +306,6 @@ def test_other_python_threads_run_while_the_core_computes(model, golden_image):
     begin = time.perf_counter()
     pixels = model.preprocess(golden_image)
     with model._borrowed_session() as session:
-        from yivl_edge import _core
-
         session.logits(model.prompt_ids("a" * 300), pixels, _core.Control())
     end = time.perf_counter()
     done.set()

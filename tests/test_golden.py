@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from twin import relative_l2
 
-from yivl_edge import Model
+from yivl_edge import Model, _core
 
 QUESTIONS = [
     "Describe the cat and what it is doing in detail.",
@@ -59,20 +59,13 @@ def test_greedy_ids_are_the_references(model, golden, golden_image, turn):
     expected = golden[f"greedy_{turn}"].tolist()
     stream = model.chat(golden_image, QUESTIONS[turn], temperature=0, max_tokens=len(expected), stream=True)
     reply = stream.result
-    assert reply.text == model.detokenize(expected).strip()
+    # A character that max_tokens cuts in two is left out of the reply; the recorded text shows it as U+FFFD.
+    assert reply.text == model.detokenize(expected).strip().removesuffix("\ufffd")
     assert reply.usage.completion_tokens == len(expected)
     # The text could hide a difference; argmax continuation from the logits cannot.
-    core = model._model
     ids = model.prompt_ids(QUESTIONS[turn])
     pixels = model.preprocess(golden_image)
     with model._borrowed_session() as session:
         for token in expected:
-            assert int(session.logits(ids, pixels, _control())[-1].argmax()) == token
+            assert int(session.logits(ids, pixels, _core.Control())[-1].argmax()) == token
             ids.append(token)
-    assert core.n_positions(ids) == len(ids) + 63
-
-
-def _control():
-    from yivl_edge import _core
-
-    return _core.Control()
