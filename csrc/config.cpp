@@ -186,9 +186,17 @@ Config read_config(const GgufFile& text, const GgufFile* vision) {
     }
     if (text.has("yivl.sampling.max_tokens")) c.max_tokens = integer_in(text, "yivl.sampling.max_tokens", 1, kMaxContext);
     if (vision != nullptr) {
-        c.vit = read_vit(*vision);
-        c.preprocess = read_preprocess(*vision, c.vit->image_size);
+        const Config half = read_vision_config(*vision);
+        c.vit = half.vit;
+        c.preprocess = half.preprocess;
     }
+    return c;
+}
+
+Config read_vision_config(const GgufFile& vision) {
+    Config c;
+    c.vit = read_vit(vision);
+    c.preprocess = read_preprocess(vision, c.vit->image_size);
     return c;
 }
 

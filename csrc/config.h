@@ -61,5 +61,7 @@ struct Config {
 // Reads the keys of docs/file-format.md. `vision` is the mmproj file, the text file itself in the single layout, or null.
 // Throws ModelFileError naming file, key, expected and found.
 Config read_config(const GgufFile& text, const GgufFile* vision);
+// What an mmproj file says without its text model: everything but `vit` and `preprocess` keeps its default.
+Config read_vision_config(const GgufFile& vision);
 
 }  // namespace yivl

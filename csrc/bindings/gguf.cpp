@@ -3,6 +3,9 @@
 #include <pybind11/stl/filesystem.h>
 
 #include "bindings.h"
+#include "config.h"
+#include "state.h"
+#include "tokenizer.h"
 
 namespace yivl {
 
@@ -66,6 +69,47 @@ py::array_t<uint8_t> tensor_data(const py::object& self) {
     return view;
 }
 
+void bind_inspection(py::module_& m) {
+    py::class_<TokenizerConfig>(m, "TokenizerConfig", "What a file says of its tokeniser.")
+        .def_readonly("pieces", &TokenizerConfig::pieces)
+        .def_property_readonly("types",
+                               [](const TokenizerConfig& c) {
+                                   std::vector<int32_t> numbers;
+                                   for (const PieceType type : c.types) numbers.push_back(static_cast<int32_t>(type));
+                                   return numbers;
+                               })
+        .def_readonly("bos_id", &TokenizerConfig::bos_id)
+        .def_readonly("eos_id", &TokenizerConfig::eos_id)
+        .def_readonly("unk_id", &TokenizerConfig::unk_id)
+        .def_readonly("add_bos", &TokenizerConfig::add_bos)
+        .def_readonly("add_eos", &TokenizerConfig::add_eos)
+        .def_readonly("add_dummy_prefix", &TokenizerConfig::add_dummy_prefix)
+        .def_readonly("remove_extra_whitespaces", &TokenizerConfig::remove_extra_whitespaces)
+        .def_readonly("special_ids", &TokenizerConfig::special_ids);
+    m.def(
+        "read_config",
+        [](const PyGguf& text, const std::optional<PyGguf>& vision) {
+            return read_config(*text.file, vision ? vision->file.get() : nullptr);
+        },
+        py::arg("text"), py::arg("vision") = py::none());
+    m.def(
+        "read_vision_config", [](const PyGguf& vision) { return read_vision_config(*vision.file); }, py::arg("vision"),
+        "The vision half alone; the decoder's part of the result means nothing.");
+    m.def(
+        "read_tokenizer_config", [](const PyGguf& text) { return Tokenizer::read_config(*text.file); },
+        py::arg("text"));
+    m.def(
+        "memory_needed",
+        [](const Config& c, int64_t n_ctx) {
+            const int64_t batch = std::min(kDefaultBatch, n_ctx);
+            return std::tuple(DecoderState::kv_bytes(c.decoder, n_ctx),
+                              DecoderState::activation_bytes(c.decoder, batch),
+                              c.vit ? VitState::bytes(*c.vit, c.decoder.width) : 0);
+        },
+        py::arg("config"), py::arg("n_ctx"),
+        "Bytes that a session allocates: KV cache, decoder activations, vision activations.");
+}
+
 }  // namespace
 
 void bind_gguf(py::module_& m) {
@@ -86,6 +130,7 @@ void bind_gguf(py::module_& m) {
         .def_property_readonly("file_size", [](const PyGguf& self) { return self.file->file_size(); })
         .def_property_readonly("metadata", metadata, "dict of key to int, float, bool, str or a list of these.")
         .def_property_readonly("tensors", tensors, "list of GgufTensor, in the file's order.");
+    bind_inspection(m);
 }
 
 }  // namespace yivl

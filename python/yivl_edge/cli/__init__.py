@@ -1,0 +1,106 @@
+"""The command line: ``yivl-edge chat|inspect|convert``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from yivl_edge.cli import chat, inspect
+
+_DESCRIPTION = "Talk with 01.AI's Yi-VL vision-language models about pictures, on this machine."
+_EXAMPLE = """\
+example:
+  yivl-edge convert Yi-VL-6B -o yi-vl-6b-q4_0.gguf --type q4_0
+  yivl-edge chat yi-vl-6b-q4_0.gguf --image photo.jpg --prompt "What is written on the sign?"
+
+'yivl-edge COMMAND --help' describes a command.
+"""
+
+# 128 + the signal's number, as a shell reports it.
+_INTERRUPTED = 130
+_BROKEN_PIPE = 141
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"yivl-edge: error: {message} (see {self.prog} --help)\n")
+
+
+class _Version(argparse.Action):
+    """Prints the version; reads the package's metadata only when asked."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"yivl-edge {version('yivl-edge')}")
+        parser.exit(0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="yivl-edge",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    chat.add_parser(commands)
+    inspect.add_parser(commands)
+    # Only for the list in --help: its arguments are parsed where they are defined.
+    commands.add_parser("convert", help="make a model file from a published Yi-VL folder")
+    return parser
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["convert"]:
+        from yivl_edge.convert.__main__ import main as convert
+
+        return convert(arguments[1:])
+    args = _parser().parse_args(arguments)
+    code: int = args.run(args)
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command of ``yivl-edge``.
+
+    Args:
+        argv: Arguments without the program's name; None for those of the process.
+
+    Returns:
+        The exit code: 0 for success, 1 for an error, 2 for wrong usage, 130 after Ctrl-C, 141 when nobody reads the
+        output any more.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character gets a "?" in its place, not the end of the answer.
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="replace")
+    try:
+        try:
+            code = _run(sys.argv[1:] if argv is None else list(argv))
+        except SystemExit as end:  # argparse, after --help or a usage error
+            code = end.code if isinstance(end.code, int) else 0
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer has nowhere to go; the interpreter would complain of it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return _INTERRUPTED
+    except MemoryError:
+        return _fail("not enough memory; a smaller --n-ctx needs less")
+    except (ValueError, OSError) as error:
+        return _fail(str(error))
+    return code
+
+
+def _fail(message: str) -> int:
+    print("yivl-edge: error:", " ".join(message.split()), file=sys.stderr)
+    return 1

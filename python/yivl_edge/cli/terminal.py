@@ -1,0 +1,51 @@
+"""What the commands share for a person at a terminal."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+
+_STAGES = {"load": "Opening the model", "image": "Looking at the picture", "prefill": "Reading the question"}
+_SECONDS_BETWEEN = 0.1
+
+# Control characters that a model may write, and a terminal would obey, as the symbols that stand for them.
+_VISIBLE = {c: 0x2400 + c for c in range(0x20) if chr(c) not in "\n\t"} | {c: 0xFFFD for c in range(0x7F, 0xA0)}
+
+
+def visible(text: str) -> str:
+    """Text that cannot steer the terminal it is printed on."""
+    return text.translate(_VISIBLE)
+
+
+def note(message: str) -> None:
+    """Something said by the program, not by the model."""
+    print(f"({message})", file=sys.stderr, flush=True)
+
+
+class Progress:
+    """One line on standard error while an answer is on its way; nothing if that is not a terminal."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._shown = False
+        self._last = ("", 0.0)
+
+    def __call__(self, stage: str, fraction: float) -> None:
+        label = _STAGES.get(stage)
+        now = time.monotonic()
+        last_stage, last_time = self._last
+        if not self._terminal or label is None or (stage == last_stage and now - last_time < _SECONDS_BETWEEN):
+            return
+        self._last = (stage, now)
+        line = f"{label} {fraction:4.0%}"[: shutil.get_terminal_size().columns - 1]
+        sys.stderr.write(f"\r\x1b[K{line}")
+        sys.stderr.flush()
+        self._shown = True
+
+    def wipe(self) -> None:
+        """Leaves the line empty for what comes next."""
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+            self._shown = False
