@@ -269,7 +269,8 @@ def _text(contents: dict[str, Any]) -> list[str]:
         lines += [
             "",
             ("picture", f"{how} to a square, resized to {size} x {size}"),
-            ("mean, std", f"{picture['mean']}, {picture['std']}"),
+            ("", "mean " + ", ".join(f"{value:.4g}" for value in picture["mean"])),
+            ("", "std " + ", ".join(f"{value:.4g}" for value in picture["std"])),
         ]
     if memory := contents["memory"]:
         lines += [
@@ -287,7 +288,7 @@ def _text(contents: dict[str, Any]) -> list[str]:
 def _model_lines(decoder: dict[str, Any] | None, vision: dict[str, Any] | None) -> list[tuple[str, str] | str]:
     lines: list[tuple[str, str] | str] = [""]
     if decoder:
-        heads = f"{decoder['n_heads']} heads of {decoder['head_dim']} ({decoder['n_kv_heads']} KV heads)"
+        heads = f"{decoder['n_heads']} heads of {decoder['head_dim']} ({decoder['n_kv_heads']} for keys and values)"
         lines += [
             ("decoder", f"{decoder['n_layers']} layers, width {decoder['width']}, {heads}"),
             ("", f"MLP {decoder['mlp_width']}, vocabulary {decoder['vocab_size']}, context {decoder['context_length']}"),
