@@ -42,16 +42,14 @@ class _Version(argparse.Action):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="yivl-edge",
         description=_DESCRIPTION,
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    commands: argparse._SubParsersAction[argparse.ArgumentParser] = parser.add_subparsers(
-        title="commands", metavar="COMMAND", required=True
-    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     chat.add_parser(commands)
     inspect.add_parser(commands)
     # Only for the list in --help: its arguments are parsed where they are defined.
@@ -76,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None for those of the process.
 
     Returns:
-        The exit code: 0 for success, 1 for an error, 2 for wrong usage, 130 after Ctrl-C, 141 when nobody reads the
-        output any more.
+        The exit code: 0 for success, 1 for an error, 2 for wrong usage, 130 after Ctrl-C, 141 when nobody
+        reads the output any more.
     """
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character gets a "?" in its place, not the end of the answer.

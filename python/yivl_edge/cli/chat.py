@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from yivl_edge.cli.arguments import integer, number
@@ -76,7 +77,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
     sampling = parser.add_argument_group("how the answer is chosen")
     sampling.add_argument(
-        "--max-tokens", type=integer(1), metavar="N", help="longest answer in tokens (default: the file's, 1024)"
+        "--max-tokens", type=integer(1), metavar="N", help="longest answer (default: the file's, 1024)"
     )
     sampling.add_argument(
         "--temperature",
@@ -85,7 +86,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="0: always the likeliest token; higher: more varied (default: the file's, 0.2)",
     )
     sampling.add_argument(
-        "--top-k", type=integer(0), default=0, metavar="K", help="only the K likeliest tokens (default: 0, all)"
+        "--top-k",
+        type=integer(0),
+        default=0,
+        metavar="K",
+        help="only the K likeliest tokens (default: 0, all)",
     )
     sampling.add_argument(
         "--top-p",
@@ -114,10 +119,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
     limits = parser.add_argument_group("memory and threads")
     limits.add_argument(
-        "--n-ctx", type=integer(1), metavar="N", help="context in tokens; less saves memory (default: the model's)"
+        "--n-ctx",
+        type=integer(1),
+        metavar="N",
+        help="context in tokens; less saves memory (default: the model's)",
     )
     limits.add_argument(
-        "--threads", type=integer(1), metavar="N", help="threads to compute with (default: one per physical core)"
+        "--threads",
+        type=integer(1),
+        metavar="N",
+        help="threads to compute with (default: one per physical core)",
     )
     limits.add_argument(
         "--max-image-pixels",
@@ -195,7 +206,9 @@ class _Conversation:
         from yivl_edge.image import load_image
 
         if self._model.config.vision is None:
-            raise ValueError(f"{self._args.model} has no vision tower: give the file that has it with --mmproj")
+            raise ValueError(
+                f"{self._args.model} has no vision tower: give the file of its pair with --mmproj"
+            )
         # Its pixels are kept, so that the conversation stays about this picture whatever happens to the file.
         self._picture = load_image(path, max_pixels=self._args.max_image_pixels)
         self.reset()
@@ -273,7 +286,11 @@ class _Conversation:
 
 def _print_timings(result: ChatResult) -> None:
     usage, times = result.usage, result.timings
-    seconds = {"picture": times.preprocess + times.image, "prompt": times.prefill, "first token": times.first_token}
+    seconds = {
+        "picture": times.preprocess + times.image,
+        "prompt": times.prefill,
+        "first token": times.first_token,
+    }
     parts = [f"{name} {value:.2f} s" for name, value in seconds.items()]
     computed = usage.prompt_tokens - usage.cached_tokens
     parts[1] += f" ({computed} of {usage.prompt_tokens} tokens computed)"
@@ -346,7 +363,5 @@ def _path(text: str) -> str:
 
 def _enable_line_editing() -> None:
     """Arrow keys, history and the like, where Python has readline."""
-    try:
+    with suppress(ImportError):
         import readline  # noqa: F401
-    except ImportError:
-        pass

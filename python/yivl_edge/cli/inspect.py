@@ -50,7 +50,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "inspect",
         help="show what is in a model file, and the memory it needs",
-        description="Shows what is in a model file: sizes, types, tokeniser, prompt, and the memory it needs.",
+        description="Shows what a model file holds, and the memory it needs.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -235,22 +235,27 @@ _LAYOUTS = {
 }
 
 
+_Lines = list[tuple[str, str] | str]
+"""Pairs of label and text, and lines as they are."""
+
+
 def _text(contents: dict[str, Any]) -> list[str]:
     """The contents as lines for a person."""
-    lines: list[tuple[str, str] | str] = [("name", contents["name"]), ("layout", _LAYOUTS[contents["layout"]])]
+    lines: _Lines = [("name", contents["name"]), ("layout", _LAYOUTS[contents["layout"]])]
     lines += [("file", f"{file['path']} ({_size(file['bytes'])})") for file in contents["files"]]
     bits = f", {contents['bits_per_weight']:.2f} bits each" if contents["parameters"] else ""
     lines.append(("parameters", f"{_number(contents['parameters'])}{bits}"))
     lines += _model_lines(contents["decoder"], contents["vision"])
 
     width = max((len(row["group"]) for row in contents["tensors"]), default=0)
-    lines.append(f"\n{'tensors':{width}}  type    count  parameters       size")
+    lines.append(f"\n{'tensors':{width}}  type    count      parameters     size")
     previous = None
     for row in contents["tensors"]:
         group = "" if row["group"] == previous else row["group"]
         previous = row["group"]
+        size = _size(row["bytes"])
         lines.append(
-            f"{group:{width}}  {row['type']:6}  {row['tensors']:5}  {row['parameters']:>10,}  {_size(row['bytes']):>9}"
+            f"{group:{width}}  {row['type']:6}  {row['tensors']:5}  {row['parameters']:>14,}  {size:>7}"
         )
 
     if tokenizer := contents["tokenizer"]:
@@ -285,13 +290,14 @@ def _text(contents: dict[str, Any]) -> list[str]:
     return [line if isinstance(line, str) else f"{line[0]:12}  {line[1]}".rstrip() for line in lines]
 
 
-def _model_lines(decoder: dict[str, Any] | None, vision: dict[str, Any] | None) -> list[tuple[str, str] | str]:
-    lines: list[tuple[str, str] | str] = [""]
+def _model_lines(decoder: dict[str, Any] | None, vision: dict[str, Any] | None) -> _Lines:
+    lines: _Lines = [""]
     if decoder:
-        heads = f"{decoder['n_heads']} heads of {decoder['head_dim']} ({decoder['n_kv_heads']} for keys and values)"
+        heads = f"{decoder['n_heads']} heads of {decoder['head_dim']}, {decoder['n_kv_heads']} KV heads"
+        sizes = f"vocabulary {decoder['vocab_size']}, context {decoder['context_length']}"
         lines += [
             ("decoder", f"{decoder['n_layers']} layers, width {decoder['width']}, {heads}"),
-            ("", f"MLP {decoder['mlp_width']}, vocabulary {decoder['vocab_size']}, context {decoder['context_length']}"),
+            ("", f"MLP {decoder['mlp_width']}, {sizes}"),
             ("", f"RoPE base {decoder['rope_theta']:g}, norm eps {decoder['norm_eps']:g}"),
         ]
     if vision:
@@ -305,7 +311,7 @@ def _model_lines(decoder: dict[str, Any] | None, vision: dict[str, Any] | None) 
     return lines
 
 
-def _tokenizer_lines(tokenizer: dict[str, Any]) -> list[tuple[str, str] | str]:
+def _tokenizer_lines(tokenizer: dict[str, Any]) -> _Lines:
     pieces = ", ".join(f"{count} {name}" for name, count in tokenizer["pieces"].items())
     special = ", ".join(
         f"{i} {piece}" for i, piece in zip(tokenizer["special_ids"], tokenizer["special_pieces"], strict=True)

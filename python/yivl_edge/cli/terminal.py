@@ -9,8 +9,9 @@ import time
 _STAGES = {"load": "Opening the model", "image": "Looking at the picture", "prefill": "Reading the question"}
 _SECONDS_BETWEEN = 0.1
 
-# Control characters that a model may write, and a terminal would obey, as the symbols that stand for them.
-_VISIBLE = {c: 0x2400 + c for c in range(0x20) if chr(c) not in "\n\t"} | {c: 0xFFFD for c in range(0x7F, 0xA0)}
+# Control characters that a model may write, and a terminal would obey, and what is shown in their place.
+_VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
+_VISIBLE |= dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
 
 
 def visible(text: str) -> str:
@@ -32,10 +33,13 @@ class Progress:
         self._last = ("", 0.0)
 
     def __call__(self, stage: str, fraction: float) -> None:
+        """Shows how far a stage is, a few times a second."""
         label = _STAGES.get(stage)
+        if not self._terminal or label is None:
+            return
         now = time.monotonic()
         last_stage, last_time = self._last
-        if not self._terminal or label is None or (stage == last_stage and now - last_time < _SECONDS_BETWEEN):
+        if stage == last_stage and now - last_time < _SECONDS_BETWEEN:
             return
         self._last = (stage, now)
         line = f"{label} {fraction:4.0%}"[: shutil.get_terminal_size().columns - 1]
