@@ -1,23 +1,74 @@
 #include "cpu/isa.h"
 
+#include <algorithm>
+#include <array>
 #include <stdexcept>
 #include <string>
 
 namespace yivl {
 
-std::vector<const Kernels*> available_kernels() { return {&kPortableKernels}; }
+namespace {
+
+constexpr std::array<std::string_view, 5> kNames{"amx", "avx512", "avx2", "neon", "portable"};
+
+// The tables in this build, best first.
+std::vector<const Kernels*> built_kernels() {
+    return {
+#if defined(__x86_64__)
+        &kAvx512Kernels,
+        &kAvx2Kernels,
+#endif
+        &kPortableKernels,
+    };
+}
+
+// Whether the CPU has what the table's code needs and the operating system saves those registers: the compiler's
+// run-time library asks cpuid and xgetbv.
+bool usable(const Kernels& kernels) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (&kernels == &kAvx2Kernels) return avx2;
+    if (&kernels == &kAvx512Kernels) {
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    }
+#endif
+    return &kernels == &kPortableKernels;
+}
+
+std::string list(const std::vector<const Kernels*>& tables) {
+    std::string names;
+    for (const Kernels* kernels : tables) {
+        if (!names.empty()) names += ", ";
+        names += kernels->name;
+    }
+    return names;
+}
+
+}  // namespace
+
+std::vector<const Kernels*> available_kernels() {
+    std::vector<const Kernels*> tables = built_kernels();
+    std::erase_if(tables, [](const Kernels* kernels) { return !usable(*kernels); });
+    return tables;
+}
 
 const Kernels& choose_kernels(std::string_view name) {
     const std::vector<const Kernels*> available = available_kernels();
     if (name.empty()) return *available.front();
-    std::string names;
-    for (const Kernels* kernels : available) {
-        if (kernels->name == name) return *kernels;
-        names += names.empty() ? "" : ", ";
-        names += kernels->name;
+    const auto called = [name](const Kernels* kernels) { return kernels->name == name; };
+    if (const auto found = std::ranges::find_if(available, called); found != available.end()) return **found;
+
+    const std::string quoted = "instruction set \"" + std::string(name) + "\"";
+    if (std::ranges::find(kNames, name) == kNames.end()) {
+        throw std::invalid_argument(quoted + " is unknown; known: amx, avx512, avx2, neon, portable");
     }
-    throw std::invalid_argument("instruction set \"" + std::string(name) +
-                                "\" is not available here; available: " + names);
+    const std::vector<const Kernels*> built = built_kernels();
+    if (std::ranges::none_of(built, called)) {
+        throw std::invalid_argument(quoted + " is not in this build, which has: " + list(built));
+    }
+    throw std::invalid_argument("this CPU lacks " + quoted + "; it has: " + list(available));
 }
 
 }  // namespace yivl

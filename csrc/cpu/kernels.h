@@ -61,3 +61,19 @@ struct Kernels {
 };
 
 }  // namespace yivl
+
+// The table of the kernels that kernels_body.h made in a namespace.
+#define YIVL_KERNELS(isa, space)                       \
+    {                                                  \
+        .name = isa,                                   \
+        .dequantize = space::dequantize,               \
+        .dot = space::dot,                             \
+        .layer_norm = space::layer_norm,               \
+        .rms_norm = space::rms_norm,                   \
+        .gelu = space::gelu,                           \
+        .swiglu = space::swiglu,                       \
+        .add = space::add_rows,                        \
+        .rotate = space::rotate,                       \
+        .attention_scratch = space::attention_scratch, \
+        .attention = space::attention,                 \
+    }

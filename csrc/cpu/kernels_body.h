@@ -6,7 +6,6 @@
 //   add sub mul div max min abs, fma(a, b, c) = a * b + c, below(a, b, x, y) = a < b ? x : y per lane
 //   round(v) to the nearest integer, pow2(v) = 2^v for integers v in [-126, 127]
 //   sum(v), largest(v) over the lanes; sum4(a, b, c, d, out) four sums, each as any other position would give it
-//   swap_pairs(v): lanes 2j and 2j + 1 exchanged; load_even(p), load_odd(p): see rotate
 //   kTokens x kRows: accumulators of the dot tile (kRows is 4); kTileRows x kTileVectors: of the attention tile
 //   dequantize
 //
@@ -70,27 +69,37 @@ template <int T, int R>
 inline void dot_tile(float* y, int64_t y_stride, const float* x, int64_t x_stride, const float* w, int64_t w_stride,
                      int64_t k, bool accumulate) {
     F acc[T][R];
+    YIVL_UNROLL
     for (int t = 0; t < T; ++t) {
+        YIVL_UNROLL
         for (int r = 0; r < R; ++r) acc[t][r] = zero();
     }
     int64_t i = 0;
     for (; i + kLanes <= k; i += kLanes) {
         F xs[T];
+        YIVL_UNROLL
         for (int t = 0; t < T; ++t) xs[t] = load(x + t * x_stride + i);
+        YIVL_UNROLL
         for (int r = 0; r < R; ++r) {
             const F ws = load(w + r * w_stride + i);
+            YIVL_UNROLL
             for (int t = 0; t < T; ++t) acc[t][r] = fma(xs[t], ws, acc[t][r]);
         }
     }
     if (i < k) {
         F xs[T];
+        YIVL_UNROLL
         for (int t = 0; t < T; ++t) xs[t] = load_n(x + t * x_stride + i, k - i);
+        YIVL_UNROLL
         for (int r = 0; r < R; ++r) {
             const F ws = load_n(w + r * w_stride + i, k - i);
+            YIVL_UNROLL
             for (int t = 0; t < T; ++t) acc[t][r] = fma(xs[t], ws, acc[t][r]);
         }
     }
+    YIVL_UNROLL
     for (int t = 0; t < T; ++t) {
+        YIVL_UNROLL
         for (int r = 0; r < R; r += 4) {
             float sums[4];
             sum4(acc[t][r], acc[t][r + 1 < R ? r + 1 : r], acc[t][r + 2 < R ? r + 2 : r], acc[t][r + 3 < R ? r + 3 : r],
@@ -217,18 +226,25 @@ template <int R, int V>
 inline void outer_tile(float* c, int64_t c_stride, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
                        int64_t k, bool accumulate) {
     F acc[R][V];
+    YIVL_UNROLL
     for (int r = 0; r < R; ++r) {
+        YIVL_UNROLL
         for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? load(c + r * c_stride + v * kLanes) : zero();
     }
     for (int64_t i = 0; i < k; ++i) {
         F bs[V];
+        YIVL_UNROLL
         for (int v = 0; v < V; ++v) bs[v] = load(b + i * b_stride + v * kLanes);
+        YIVL_UNROLL
         for (int r = 0; r < R; ++r) {
             const F as = set1(a[r * a_stride + i]);
+            YIVL_UNROLL
             for (int v = 0; v < V; ++v) acc[r][v] = fma(as, bs[v], acc[r][v]);
         }
     }
+    YIVL_UNROLL
     for (int r = 0; r < R; ++r) {
+        YIVL_UNROLL
         for (int v = 0; v < V; ++v) store(c + r * c_stride + v * kLanes, acc[r][v]);
     }
 }
@@ -241,14 +257,28 @@ void score_rows(float* s, const float* q, int64_t q_stride, const float* k_panel
     }
 }
 
-// out[r] += sum over j of p[r][j] * v[j], v packed as (kKeyBlock, width), width a multiple of kLanes.
+// out[r][0..V lanes) += p[r] . v, V in [1, N].
+template <int R, int N>
+inline void value_tile(int64_t vectors, float* out, const float* p, const float* v, int64_t width, int64_t n_keys) {
+    if (vectors == N) {
+        outer_tile<R, N>(out, width, p, kKeyBlock, v, width, n_keys, true);
+    } else if constexpr (N > 1) {
+        value_tile<R, N - 1>(vectors, out, p, v, width, n_keys);
+    }
+}
+
+// out[r] += sum over j of p[r][j] * v[j], v packed as (kKeyBlock, width). The width is cut evenly: 5 vectors as 3 + 2,
+// since a tile of one would be bound by loads.
 template <int R>
 void value_rows(float* out, const float* p, const float* v, int64_t width, int64_t n_keys) {
-    int64_t d = 0;
-    for (; d + kPanel <= width; d += kPanel) {
-        outer_tile<R, kTileVectors>(out + d, width, p, kKeyBlock, v + d, width, n_keys, true);
+    int64_t vectors = width / kLanes;
+    for (int64_t tiles = (vectors + kTileVectors - 1) / kTileVectors; tiles > 0; --tiles) {
+        const int64_t n = (vectors + tiles - 1) / tiles;
+        value_tile<R, kTileVectors>(n, out, p, v, width, n_keys);
+        out += n * kLanes;
+        v += n * kLanes;
+        vectors -= n;
     }
-    for (; d < width; d += kLanes) outer_tile<R, 1>(out + d, width, p, kKeyBlock, v + d, width, n_keys, true);
 }
 
 // s[0..visible) = exp(s - the largest so far), the rest 0; sum and out are brought to the new largest first.
@@ -307,6 +337,7 @@ void attend_tile(const AttentionRows& a, int64_t row, int64_t key, int64_t n) {
     n = min64(n, visible_keys(a.piece, row + R - 1) - key);
     if (n <= 0) return;
     score_rows<R>(a.scores, a.q + i * head_dim, head_dim, a.k, head_dim, n);
+    YIVL_UNROLL
     for (int r = 0; r < R; ++r) {
         float* s = a.scores + r * kKeyBlock;
         const int64_t visible = min64(n, visible_keys(a.piece, row + r) - key);

@@ -2,6 +2,7 @@
 #include "cpu/dequant.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
+#include "cpu/target_region.h"
 
 #define YIVL_TARGET_LAMBDA
 
@@ -63,19 +64,6 @@ void dequantize(WeightType type, const std::byte* src, float* dst, int64_t n) { 
 
 namespace yivl {
 
-extern const Kernels kPortableKernels;
-const Kernels kPortableKernels = {
-    .name = "portable",
-    .dequantize = portable::dequantize,
-    .dot = portable::dot,
-    .layer_norm = portable::layer_norm,
-    .rms_norm = portable::rms_norm,
-    .gelu = portable::gelu,
-    .swiglu = portable::swiglu,
-    .add = portable::add_rows,
-    .rotate = portable::rotate,
-    .attention_scratch = portable::attention_scratch,
-    .attention = portable::attention,
-};
+const Kernels kPortableKernels = YIVL_KERNELS("portable", portable);
 
 }  // namespace yivl

@@ -1,0 +1,90 @@
+// The kernels with AVX2, FMA and F16C.
+#include "cpu/isa.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include "cpu/dequant.h"
+#include "cpu/kernels.h"
+#include "cpu/target_region.h"
+
+YIVL_TARGET_BEGIN("avx2,fma,f16c")
+#define YIVL_TARGET_LAMBDA __attribute__((target("avx2,fma,f16c")))
+
+namespace yivl::avx2 {
+
+namespace {
+
+typedef __m256 F;
+
+constexpr int kLanes = 8;
+constexpr int kTokens = 3, kRows = 4;
+constexpr int kTileRows = 6, kTileVectors = 2;
+
+inline F set1(float s) { return _mm256_set1_ps(s); }
+inline F zero() { return _mm256_setzero_ps(); }
+inline F load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+
+alignas(32) constexpr int32_t kFirst[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+inline __m256i first(int64_t n) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kFirst + kLanes - n)); }
+inline F load_n(const float* p, int64_t n) { return _mm256_maskload_ps(p, first(n)); }
+inline void store_n(float* p, F v, int64_t n) { _mm256_maskstore_ps(p, first(n), v); }
+
+inline F add(F a, F b) { return _mm256_add_ps(a, b); }
+inline F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+inline F div(F a, F b) { return _mm256_div_ps(a, b); }
+inline F max(F a, F b) { return _mm256_max_ps(a, b); }
+inline F min(F a, F b) { return _mm256_min_ps(a, b); }
+inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+inline F abs(F v) { return _mm256_andnot_ps(set1(-0.0f), v); }
+inline F below(F a, F b, F x, F y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+inline F round(F v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F pow2(F v) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+}
+
+inline __m128 halves_added(F v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
+inline float sum(F v) {
+    __m128 s = halves_added(v);
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline float largest(F v) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+inline void sum4(F a, F b, F c, F d, float* out) {
+    _mm_storeu_ps(out, halves_added(_mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d))));
+}
+
+inline float half_to_float(half_bits h) { return _cvtsh_ss(h); }
+inline F from_i8(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline F from_half(const std::byte* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline F from_bfloat(const std::byte* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+}  // namespace
+
+#include "cpu/kernels_body.h"
+#include "cpu/kernels_dequant.h"
+
+}  // namespace yivl::avx2
+
+YIVL_TARGET_END
+
+namespace yivl {
+
+const Kernels kAvx2Kernels = YIVL_KERNELS("avx2", avx2);
+
+}  // namespace yivl
+
+#endif

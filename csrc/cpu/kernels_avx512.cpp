@@ -1,0 +1,92 @@
+// The kernels with AVX-512 F, BW, DQ and VL: what every server CPU since 2017 and every desktop CPU with AVX-512 has.
+#include "cpu/isa.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include "cpu/dequant.h"
+#include "cpu/kernels.h"
+#include "cpu/target_region.h"
+
+#if !defined(__clang__)
+// The undefined lanes that GCC's own intrinsics start from (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+YIVL_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#define YIVL_TARGET_LAMBDA __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")))
+
+namespace yivl::avx512 {
+
+namespace {
+
+typedef __m512 F;
+
+constexpr int kLanes = 16;
+constexpr int kTokens = 6, kRows = 4;
+constexpr int kTileRows = 6, kTileVectors = 4;
+
+inline F set1(float s) { return _mm512_set1_ps(s); }
+inline F zero() { return _mm512_setzero_ps(); }
+inline F load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+
+inline __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline F load_n(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
+inline void store_n(float* p, F v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
+
+inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F div(F a, F b) { return _mm512_div_ps(a, b); }
+inline F max(F a, F b) { return _mm512_max_ps(a, b); }
+inline F min(F a, F b) { return _mm512_min_ps(a, b); }
+inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline F abs(F v) { return _mm512_abs_ps(v); }
+inline F below(F a, F b, F x, F y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x); }
+inline F round(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F pow2(F v) { return _mm512_scalef_ps(set1(1.0f), v); }
+
+inline float sum(F v) { return _mm512_reduce_add_ps(v); }
+inline float largest(F v) { return _mm512_reduce_max_ps(v); }
+// Halves, then quarters of two vectors side by side, then within quarters: every sum is made in the same order.
+inline void sum4(F a, F b, F c, F d, float* out) {
+    const F ab = add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    const F cd = add(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+    F s = add(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+    s = add(s, _mm512_permute_ps(s, 0x4e));
+    s = add(s, _mm512_permute_ps(s, 0xb1));
+    const __m512i heads = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(heads, s)));
+}
+
+inline float half_to_float(half_bits h) { return _cvtsh_ss(h); }
+inline F from_i8(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline F from_half(const std::byte* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline F from_bfloat(const std::byte* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+}  // namespace
+
+#include "cpu/kernels_body.h"
+#include "cpu/kernels_dequant.h"
+
+}  // namespace yivl::avx512
+
+YIVL_TARGET_END
+
+namespace yivl {
+
+const Kernels kAvx512Kernels = YIVL_KERNELS("avx512", avx512);
+
+}  // namespace yivl
+
+#endif

@@ -1,0 +1,21 @@
+// Code for one instruction set stands in a region of its source file, after all includes, and not in a file compiled
+// with -m flags: an inline function of a standard header compiled with AVX-512 could be the copy that the linker keeps
+// for everybody.
+#pragma once
+
+#define YIVL_PRAGMA(text) _Pragma(#text)
+
+#if defined(__clang__)
+#define YIVL_TARGET_BEGIN(isa) YIVL_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define YIVL_TARGET_END _Pragma("clang attribute pop")
+#else
+#define YIVL_TARGET_BEGIN(isa) _Pragma("GCC push_options") YIVL_PRAGMA(GCC target(isa))
+#define YIVL_TARGET_END _Pragma("GCC pop_options")
+#endif
+
+// Loops over the registers of a tile: left as loops, the tile lives in memory.
+#if defined(__clang__)
+#define YIVL_UNROLL _Pragma("unroll")
+#else
+#define YIVL_UNROLL _Pragma("GCC unroll 16")
+#endif

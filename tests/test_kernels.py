@@ -1,0 +1,538 @@
+"""Every operation, on every instruction set of this machine, against numpy in float64."""
+
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from yivl_edge import _core
+
+Array = np.ndarray
+
+ISAS: list[str] = _core.available_isas()
+F32 = GGMLQuantizationType.F32.value
+
+# float32 rounds to one part in 2^24.
+EPS = 2.0**-24
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def normal(seed: int, *shape: int) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def strided(values: Array) -> Array:
+    """The same values in rows that lie further apart than they are long, with NaN between them."""
+    wide = np.full((values.shape[0], values.shape[1] + 5), np.nan, dtype=np.float32)
+    wide[:, 2 : 2 + values.shape[1]] = values
+    return wide[:, 2 : 2 + values.shape[1]]
+
+
+def relative_error(found: Array, expected: Array) -> float:
+    scale = float(np.linalg.norm(expected))
+    return float(np.linalg.norm(found.astype(np.float64) - expected)) / max(scale, 1e-30)
+
+
+def as_bytes(weights: Array) -> Array:
+    return np.ascontiguousarray(weights).view(np.uint8).reshape(-1)
+
+
+def linear(ops: "_core.KernelOps", x: Array, weights: Array, bias: Array | None = None) -> Array:
+    y = np.full((x.shape[0], weights.shape[0]), np.nan, dtype=np.float32)
+    ops.linear(y, x, as_bytes(weights), F32, bias)
+    return y
+
+
+# ---- which instruction set ----
+
+
+def test_best_instruction_set_comes_first_and_portable_is_always_there() -> None:
+    assert ISAS[-1] == "portable"
+    order = ["amx", "avx512", "avx2", "neon", "portable"]
+    assert sorted(ISAS, key=order.index) == ISAS
+
+
+def isa_name_with(value: str | None) -> subprocess.CompletedProcess[str]:
+    env = {name: v for name, v in os.environ.items() if name != "YIVL_ISA"}
+    if value is not None:
+        env["YIVL_ISA"] = value
+    code = "from yivl_edge import _core; print(_core.isa_name())"
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+
+
+def test_environment_variable_forces_each_available_instruction_set() -> None:
+    for name in ISAS:
+        assert isa_name_with(name).stdout.strip() == name
+    assert isa_name_with(None).stdout.strip() == ISAS[0]
+    assert isa_name_with("").stdout.strip() == ISAS[0]
+
+
+def test_unknown_or_missing_instruction_set_is_an_error() -> None:
+    assert 'instruction set "sse9" is unknown' in isa_name_with("sse9").stderr
+    missing = sorted({"amx", "avx512", "avx2", "neon"} - set(ISAS))
+    for name in missing:
+        failed = isa_name_with(name)
+        assert failed.returncode != 0
+        assert f'instruction set "{name}"' in failed.stderr
+        assert "portable" in failed.stderr  # it says what there is
+
+
+# ---- linear ----
+
+
+@pytest.mark.parametrize("cols", [1, 3, 17, 32, 100, 588, 1024, 1029, 2304])
+def test_linear_at_awkward_sizes(isa: str, cols: int) -> None:
+    ops = _core.KernelOps(isa, 2)
+    for rows in (0, 1, 2, 3, 4, 5, 7, 8, 9, 31, 33, 66):
+        for tokens in (1, 2, 3, 5, 6, 7, 12, 13):
+            x, w, b = normal(1, tokens, cols), normal(2, rows, cols), normal(3, rows)
+            y = strided(np.zeros((tokens, rows), np.float32))
+            ops.linear(y, strided(x), as_bytes(w), F32, b)
+            exact = x.astype(np.float64) @ w.T.astype(np.float64) + b
+            # A sum of n products of standard normals: each rounding is at most EPS of a partial sum, whose size is
+            # sqrt(n); they add up like a random walk.
+            assert np.abs(y - exact).max(initial=0.0) <= 8 * EPS * cols + 8 * EPS
+
+
+QUANTISED = [GGMLQuantizationType(number) for number in (1, 2, 3, 6, 7, 8, 30)]
+RANDOM_BYTES = [GGMLQuantizationType(number) for number in (10, 11, 12, 13, 14, 20, 23)]
+SCALE_OFFSETS = {10: [80, 82], 11: [108], 12: [0, 2], 13: [0, 2], 14: [208], 20: [0], 23: [0]}
+
+
+def random_weights(qtype: GGMLQuantizationType, rows: int, cols: int, seed: int) -> tuple[Array, Array]:
+    """Bytes of a (rows, cols) matrix, and the float32 values they stand for, about 1 in size."""
+    block, size = GGML_QUANT_SIZES[qtype]
+    rng = np.random.default_rng(seed)
+    if qtype in QUANTISED:
+        data = quantize(rng.standard_normal((rows, cols), dtype=np.float32), qtype)
+        data = data.view(np.uint8).reshape(rows, -1)
+    else:
+        data = rng.integers(0, 256, (rows * cols // block, size), dtype=np.uint8)
+        for offset in SCALE_OFFSETS[qtype.value]:
+            scales = rng.uniform(0.001, 0.01, len(data)).astype(np.float16)
+            data[:, offset : offset + 2] = scales[:, None].view(np.uint8)
+        data = data.reshape(rows, -1)
+    return data, dequantize(data, qtype)
+
+
+@pytest.mark.parametrize("qtype", QUANTISED + RANDOM_BYTES, ids=lambda t: t.name)
+def test_linear_with_every_weight_type(isa: str, qtype: GGMLQuantizationType) -> None:
+    ops = _core.KernelOps(isa, 2)
+    cols = 1280
+    for rows, tokens in ((37, 1), (37, 5), (70, 19)):
+        data, w = random_weights(qtype, rows, cols, 4)
+        x = normal(5, tokens, cols)
+        y = np.zeros((tokens, rows), np.float32)
+        ops.linear(y, x, data.reshape(-1), qtype.value)
+        # The weights are exactly the dequantised ones, so only the sums round: sqrt(1280) * EPS = 2e-6.
+        assert relative_error(y, x.astype(np.float64) @ w.T.astype(np.float64)) < 2e-6
+
+
+# ---- norms, activations ----
+
+WIDTHS = [1, 2, 5, 15, 16, 17, 31, 33, 160, 1280, 4097]
+
+
+@pytest.mark.parametrize("cols", WIDTHS)
+def test_layer_norm(isa: str, cols: int) -> None:
+    ops = _core.KernelOps(isa, 2)
+    for rows in (0, 1, 3, 40):
+        x = normal(1, rows, cols) * 3 + 5
+        weight, bias = normal(2, cols), normal(3, cols)
+        exact = x.astype(np.float64)
+        exact = exact - exact.mean(1, keepdims=True)
+        exact = exact / np.sqrt((exact**2).mean(1, keepdims=True) + 1e-5) * weight + bias
+        y = strided(x)
+        ops.layer_norm(y, y, weight, bias, 1e-5)
+        # The mean (5 against a spread of 3) is subtracted first, which costs its size over the spread in roundings; a
+        # single column has variance 0, so 1/sqrt(eps) = 316 multiplies the error of the mean.
+        assert np.abs(y - exact).max(initial=0.0) < (64 if cols > 1 else 20000) * EPS
+
+
+@pytest.mark.parametrize("cols", WIDTHS)
+def test_rms_norm(isa: str, cols: int) -> None:
+    ops = _core.KernelOps(isa, 2)
+    for rows in (0, 1, 3, 40):
+        x, weight = normal(1, rows, cols), normal(2, cols)
+        exact = x.astype(np.float64)
+        exact = exact / np.sqrt((exact**2).mean(1, keepdims=True) + 1e-6) * weight
+        y = strided(np.zeros_like(x))
+        ops.rms_norm(y, strided(x), weight, 1e-6)
+        assert np.all(np.abs(y - exact) <= 16 * EPS * np.abs(exact) + 1e-30)
+
+
+def test_gelu_is_the_erf_form_to_float32_accuracy(isa: str) -> None:
+    ops = _core.KernelOps(isa, 2)
+    x = np.concatenate([np.linspace(-14, 14, 100003), [0.0, -0.0, 1e-30, -1e-30, 1e30, -1e30]]).astype(
+        np.float32
+    )[None]
+    y = strided(x)
+    ops.gelu(y)
+    wide = x.astype(np.float64)
+    exact = wide / 2 * (1 + np.vectorize(math.erf)(wide / math.sqrt(2)))
+    # Of x, not of the result: for negative x the 1 + erf cancels, in the reference as here.
+    assert np.all(np.abs(y - exact) <= 3 * EPS * np.abs(wide))
+
+
+def test_swiglu(isa: str) -> None:
+    ops = _core.KernelOps(isa, 2)
+    gate = np.concatenate([np.linspace(-80, 80, 100003), [0.0, 1000.0, -1000.0, 1e30, -1e30]]).astype(
+        np.float32
+    )[None]
+    up = normal(1, *gate.shape)
+    y = strided(gate)
+    ops.swiglu(y, strided(up))
+    wide = gate.astype(np.float64)
+    with np.errstate(over="ignore"):
+        exact = wide / (1 + np.exp(-wide)) * up
+    # exp to 1.5 ulp, and the rounding of sum, quotient and product. Beyond -80 the result is 0 but for e^-80 of the gate.
+    ordinary = np.abs(wide) <= 80
+    assert np.all(np.abs(y - exact)[ordinary] <= 10 * EPS * np.abs(exact)[ordinary])
+    assert np.all(np.abs(y - exact)[~ordinary] <= np.maximum(3 * EPS * np.abs(exact)[~ordinary], 1e-8))
+
+
+@pytest.mark.parametrize("cols", WIDTHS)
+def test_add(isa: str, cols: int) -> None:
+    ops = _core.KernelOps(isa, 2)
+    x, y = normal(1, 40, cols), normal(2, 40, cols)
+    out = strided(y)
+    ops.add(out, strided(x))
+    assert np.array_equal(out, x + y)
+
+
+@pytest.mark.parametrize("head_dim", [2, 20, 64, 80, 128])
+def test_rope_follows_the_references_float32_angles(isa: str, head_dim: int) -> None:
+    ops = _core.KernelOps(isa, 2)
+    theta, first, heads = 5e6, 3990, 3
+    x = normal(1, 70, heads * head_dim)
+    y = strided(x)
+    ops.rope(y, head_dim, first, theta)
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    inv_freq = np.float32(1) / (theta ** exponent.astype(np.float64)).astype(np.float32)
+    angle = (np.arange(first, first + 70, dtype=np.float32)[:, None] * inv_freq).astype(np.float64)[:, None]
+    pairs = x.astype(np.float64).reshape(70, heads, head_dim // 2, 2)
+    a, b = pairs[..., 0], pairs[..., 1]
+    exact = np.stack([a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)], -1)
+    # Two products and a sum of values up to 4, cos and sin rounded once.
+    assert np.abs(y - exact.reshape(x.shape)).max() < 4 * 4 * EPS
+
+
+@pytest.mark.parametrize(
+    "qtype", [GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.Q4_0]
+)
+def test_embed_copies_rows(isa: str, qtype: GGMLQuantizationType) -> None:
+    ops = _core.KernelOps(isa, 2)
+    data = quantize(normal(1, 50, 96), qtype).view(np.uint8).reshape(-1)
+    table = dequantize(quantize(normal(1, 50, 96), qtype), qtype)
+    ids = [0, 49, 7, 7, 23]
+    y = strided(np.zeros((5, 96), np.float32))
+    ops.embed(y, data, qtype.value, 50, ids)
+    assert np.array_equal(y, table[ids])
+
+
+# ---- attention ----
+
+
+def exact_attention(q: Array, k: Array, v: Array, heads: int, kv_heads: int, causal: bool) -> Array:
+    tokens, keys, head_dim = len(q), len(k), q.shape[1] // heads
+    out = np.empty((tokens, heads, head_dim))
+    hidden = np.arange(keys)[None] > np.arange(tokens)[:, None] + keys - tokens
+    for h in range(heads):
+        g = h // (heads // kv_heads)
+        qh = q.reshape(tokens, heads, head_dim)[:, h].astype(np.float64)
+        kh = k.reshape(keys, kv_heads, head_dim)[:, g].astype(np.float64)
+        vh = v.reshape(keys, kv_heads, head_dim)[:, g].astype(np.float64)
+        scores = qh @ kh.T / math.sqrt(head_dim)
+        if causal:
+            scores[hidden] = -np.inf
+        p = np.exp(scores - scores.max(1, keepdims=True))
+        out[:, h] = p / p.sum(1, keepdims=True) @ vh
+    return out.reshape(tokens, -1)
+
+
+def attention(
+    ops: "_core.KernelOps", q: Array, k: Array, v: Array, heads: int, kv_heads: int, causal: bool
+) -> Array:
+    y = np.full_like(q, np.nan)
+    ops.attention(y, q, k, v, heads, kv_heads, causal)
+    return y
+
+
+@pytest.mark.parametrize("head_dim", [20, 64, 80, 128])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (7, 1), (16, 2)])
+def test_attention(isa: str, head_dim: int, heads: int, kv_heads: int) -> None:
+    ops = _core.KernelOps(isa, 2)
+    for tokens, keys, causal in (
+        (1, 1, True),
+        (1, 127, True),
+        (1, 300, True),
+        (2, 2, True),
+        (5, 133, True),
+        (70, 70, True),
+        (70, 200, True),
+        (65, 65, False),
+        (3, 257, False),
+    ):
+        q, k = normal(1, tokens, heads * head_dim), normal(2, keys, kv_heads * head_dim)
+        v = normal(3, keys, kv_heads * head_dim)
+        y = strided(np.zeros_like(q))
+        ops.attention(y, strided(q), strided(k), strided(v), heads, kv_heads, causal)
+        exact = exact_attention(q, k, v, heads, kv_heads, causal)
+        # A score is a sum of head_dim products and about 1 in size; its error, sqrt(128) * EPS, becomes one of the
+        # weights, and the sum over the keys adds its own.
+        assert np.abs(y - exact).max() < 100 * EPS
+
+
+def test_attention_with_large_and_growing_scores(isa: str) -> None:
+    # Each key beats all earlier ones, so every block of keys rescales what came before.
+    ops = _core.KernelOps(isa, 1)
+    keys = 400
+    q = np.ones((1, 64), np.float32) * 4
+    k = np.linspace(-30, 30, keys, dtype=np.float32)[:, None] * np.ones((1, 64), np.float32)
+    v = normal(1, keys, 64)
+    y = attention(ops, q, k, v, 1, 1, False)
+    exact = exact_attention(q, k, v, 1, 1, False)
+    # Scores reach 960, so their rounding alone is 960 * EPS, and so is the relative error of a weight.
+    assert np.abs(y - exact).max() < 4 * 960 * EPS
+
+
+# ---- the same bits for any number of threads and any company of rows ----
+
+
+CHUNKS = (1, 2, 3, 5, 6, 7, 64)
+
+
+@pytest.mark.parametrize(
+    "qtype", [GGMLQuantizationType.F32, GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_K]
+)
+def test_linear_does_not_depend_on_threads_or_chunks(isa: str, qtype: GGMLQuantizationType) -> None:
+    tokens, cols, rows = 70, 2304, 67
+    if qtype == GGMLQuantizationType.Q4_K:
+        data = random_weights(qtype, rows, cols, 1)[0].reshape(-1)
+    else:
+        data = quantize(normal(1, rows, cols), qtype).view(np.uint8).reshape(-1)
+    x, bias = normal(2, tokens, cols), normal(3, rows)
+    whole = np.zeros((tokens, rows), np.float32)
+    _core.KernelOps(isa, 1).linear(whole, x, data, qtype.value, bias)
+    for threads in (2, 3):
+        ops = _core.KernelOps(isa, threads)
+        for chunk in CHUNKS:
+            y = np.zeros_like(whole)
+            for i in range(0, tokens, chunk):
+                ops.linear(y[i : i + chunk], x[i : i + chunk], data, qtype.value, bias)
+            assert np.array_equal(y, whole), (threads, chunk)
+
+
+def test_linear_does_not_depend_on_neighbouring_weight_rows(isa: str) -> None:
+    ops = _core.KernelOps(isa, 2)
+    x, w = normal(1, 9, 1100), normal(2, 45, 1100)
+    whole = linear(ops, x, w)
+    for begin, end in ((0, 1), (3, 5), (1, 8), (10, 45)):
+        assert np.array_equal(linear(ops, x, w[begin:end]), whole[:, begin:end])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 1, 128), (4, 2, 80), (2, 2, 64)])
+def test_attention_does_not_depend_on_threads_or_chunks(
+    isa: str, heads: int, kv_heads: int, head_dim: int
+) -> None:
+    tokens, keys = 70, 300
+    q = normal(1, tokens, heads * head_dim)
+    k, v = normal(2, keys, kv_heads * head_dim), normal(3, keys, kv_heads * head_dim)
+    whole = attention(_core.KernelOps(isa, 1), q, k, v, heads, kv_heads, True)
+    for threads in (2, 3):
+        ops = _core.KernelOps(isa, threads)
+        for chunk in CHUNKS:
+            for i in range(0, tokens, chunk):
+                end = min(i + chunk, tokens)
+                seen = keys - tokens + end
+                y = attention(ops, q[i:end], k[:seen], v[:seen], heads, kv_heads, True)
+                assert np.array_equal(y, whole[i:end]), (threads, chunk)
+
+
+def test_row_operations_do_not_depend_on_threads(isa: str) -> None:
+    x, up, w = normal(1, 300, 1280), normal(2, 300, 1280), normal(3, 1280)
+    results = []
+    for threads in (1, 2, 3):
+        ops = _core.KernelOps(isa, threads)
+        norm, gelu, silu, rope = (x.copy() for _ in range(4))
+        ops.layer_norm(norm, x, w, w, 1e-5)
+        ops.gelu(gelu)
+        ops.swiglu(silu, up)
+        ops.rope(rope, 80, 5, 1e4)
+        results.append(np.stack([norm, gelu, silu, rope]))
+    assert np.array_equal(results[0], results[1])
+    assert np.array_equal(results[0], results[2])
+
+
+# ---- cancelling, errors, several callers ----
+
+
+class Big:
+    """The largest operations of a 6B model at the given instruction set's size: seconds of work if not stopped."""
+
+    def __init__(self, isa: str, threads: int) -> None:
+        self.ops = _core.KernelOps(isa, threads)
+        self.x = normal(1, 1100, 11008)
+        self.w = np.zeros(4096 * 11008 // 32 * 34, np.uint8)
+        self.y = np.zeros((1100, 4096), np.float32)
+        self.q, self.k = normal(2, 1100, 4096), normal(3, 4096, 512)
+        self.out = np.zeros_like(self.q)
+
+    def linear(self, control: "_core.KernelControl") -> None:
+        self.ops.linear(self.y, self.x, self.w, GGMLQuantizationType.Q8_0.value, None, control)
+
+    def attention(self, control: "_core.KernelControl") -> None:
+        self.ops.attention(self.out, self.q, self.k, self.k, 32, 4, True, control)
+
+
+@pytest.mark.parametrize("operation", ["linear", "attention"])
+def test_cancel_ends_the_largest_operations_within_a_tenth_of_a_second(isa: str, operation: str) -> None:
+    big = Big(isa, 2)
+    run: Callable[[object], None] = getattr(big, operation)
+    delays = []
+    for _ in range(3):
+        control = _core.KernelControl()
+        cancelled_at = [0.0]
+
+        def cancel(control: object = control, at: list[float] = cancelled_at) -> None:
+            time.sleep(0.02)
+            at[0] = time.perf_counter()
+            control.cancel()  # type: ignore[attr-defined]
+
+        canceller = threading.Thread(target=cancel)
+        canceller.start()
+        with pytest.raises(_core.Cancelled):
+            while True:  # a very fast machine may finish before the cancel comes
+                run(control)
+        delays.append(time.perf_counter() - cancelled_at[0])
+        canceller.join()
+    # The best of three: another process may hold the cores for longer than that.
+    assert min(delays) < 0.1
+    x, w = normal(5, 9, 300), normal(6, 40, 300)
+    assert np.array_equal(linear(big.ops, x, w), linear(_core.KernelOps(isa, 1), x, w))
+
+
+def test_an_exception_from_the_callers_poll_ends_the_operation(isa: str) -> None:
+    big = Big(isa, 2)
+
+    class StopNow(Exception):
+        pass
+
+    def poll() -> None:
+        raise StopNow
+
+    with pytest.raises(StopNow):
+        big.linear(_core.KernelControl(poll))
+    x, w = normal(5, 9, 300), normal(6, 40, 300)
+    assert np.array_equal(linear(big.ops, x, w), linear(_core.KernelOps(isa, 1), x, w))
+
+
+def test_four_callers_share_the_pool() -> None:
+    ops = _core.KernelOps("", 2)
+    inputs = [(normal(i, 20, 600), normal(i + 9, 300, 600)) for i in range(4)]
+    expected = [linear(_core.KernelOps("", 1), x, w) for x, w in inputs]
+    wrong: list[int] = []
+    done = [0] * 4
+
+    def caller(i: int) -> None:
+        for _ in range(50):
+            if not np.array_equal(linear(ops, *inputs[i]), expected[i]):
+                wrong.append(i)
+            done[i] += 1
+
+    threads = [threading.Thread(target=caller, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert done == [50] * 4
+
+
+def test_a_waiting_caller_can_be_cancelled() -> None:
+    big = Big("portable", 2)
+    first, second = _core.KernelControl(), _core.KernelControl()
+    ended: list[str] = []
+
+    def run(name: str, control: object) -> None:
+        with pytest.raises(_core.Cancelled):
+            big.linear(control)
+        ended.append(name)
+
+    threads = [threading.Thread(target=run, args=("first", first))]
+    threads[0].start()
+    time.sleep(0.1)
+    threads.append(threading.Thread(target=run, args=("second", second)))
+    threads[1].start()
+    time.sleep(0.05)
+    second.cancel()
+    threads[1].join()
+    assert ended == ["second"]
+    first.cancel()
+    threads[0].join()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_gets_an_error_not_a_hang() -> None:
+    code = """
+import os, numpy as np
+from yivl_edge import _core
+ops = _core.KernelOps("", 2)
+x, y = np.ones((8, 512), np.float32), np.zeros((8, 512), np.float32)
+w = np.ones((512, 512), np.float32).view(np.uint8).reshape(-1)
+ops.linear(y, x, w, 0)
+pid = os.fork()
+if pid == 0:
+    try:
+        ops.linear(y, x, w, 0)
+    except RuntimeError as error:
+        os.write(1, str(error).encode())
+        del ops
+        os._exit(0)
+    os._exit(3)
+_, status = os.waitpid(pid, 0)
+ops.linear(y, x, w, 0)
+assert os.waitstatus_to_exitcode(status) == 0
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert "did not survive the fork" in result.stdout
+
+
+def test_idle_workers_sleep() -> None:
+    ops = _core.KernelOps("", 2)
+    linear(ops, normal(1, 64, 1024), normal(2, 512, 1024))
+    time.sleep(0.05)
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.1
+
+
+def test_default_threads_are_cores_this_process_may_use() -> None:
+    count = _core.default_thread_count()
+    assert 1 <= count <= (os.cpu_count() or 1)
+    if hasattr(os, "sched_getaffinity"):
+        code = (
+            "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"
+            "from yivl_edge import _core; print(_core.default_thread_count())"
+        )
+        one = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert one.stdout.strip() == "1"
+
+
+def test_bad_thread_counts_are_refused() -> None:
+    for count in (-1, 1025):
+        with pytest.raises(ValueError, match="n_threads must be from 1 to 1024"):
+            _core.KernelOps("portable", count)
