@@ -23,9 +23,11 @@ WeightType weight_type(uint32_t number) {
 // A float32 matrix with rows of any stride and columns side by side, not copied.
 template <class T, class Array>
 View<T> matrix(Array& array, const char* name) {
-    const bool fits = array.ndim() == 2 && array.strides(0) >= 0 &&
-                      array.strides(0) % py::ssize_t{sizeof(float)} == 0 &&
-                      (array.shape(1) <= 1 || array.strides(1) == py::ssize_t{sizeof(float)});
+    const py::ssize_t item = sizeof(float);
+    // numpy's strides say nothing where there is nothing to step over.
+    const bool one_row = array.ndim() == 2 && (array.shape(0) <= 1 || array.shape(1) == 0);
+    const bool fits = array.ndim() == 2 && (one_row || (array.strides(0) >= 0 && array.strides(0) % item == 0)) &&
+                      (array.size() == 0 || array.shape(1) == 1 || array.strides(1) == item);
     if (!fits) throw std::invalid_argument(std::string(name) + " must be a float32 matrix with contiguous rows");
     T* data;
     if constexpr (std::is_const_v<T>) {
@@ -33,7 +35,7 @@ View<T> matrix(Array& array, const char* name) {
     } else {
         data = array.mutable_data();
     }
-    return {data, array.shape(0), array.shape(1), array.strides(0) / py::ssize_t{sizeof(float)}};
+    return {data, array.shape(0), array.shape(1), one_row ? array.shape(1) : array.strides(0) / item};
 }
 
 Mat out(Floats& array, const char* name) { return matrix<float>(array, name); }
