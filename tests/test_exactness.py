@@ -51,11 +51,20 @@ def test_pair_and_single_layout_give_the_same_logits(golden_f32, golden_pair, go
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(2, 2, 64), (4, 2, 64), (7, 1, 64), (8, 1, 80), (14, 2, 64), (2, 1, 80), (2, 1, 128)]
+    ("heads", "kv_heads", "head_dim", "vit_heads", "vit_head_dim"),
+    [
+        (2, 2, 64, 2, 64),
+        (4, 2, 64, 1, 128),
+        (7, 1, 64, 2, 80),
+        (14, 2, 64, 1, 80),
+        (8, 1, 80, 2, 64),
+        (2, 1, 80, 1, 64),
+        (2, 1, 128, 2, 128),
+    ],
 )
-@pytest.mark.parametrize("vit_heads_and_dim", [(2, 64), (2, 80), (1, 128)])
-def test_grouped_query_attention_and_head_dims(tmp_path, golden_image, heads, kv_heads, head_dim, vit_heads_and_dim):
-    vit_heads, vit_head_dim = vit_heads_and_dim
+def test_grouped_query_attention_and_head_dims(
+    tmp_path, golden_image, heads, kv_heads, head_dim, vit_heads, vit_head_dim
+):
     write_checkpoint(
         tmp_path / "c",
         heads=heads,
