@@ -10,13 +10,9 @@ GOLDEN := tests/data/golden
 
 .PHONY: demo test lint format fuzz tsan clean
 
-demo: $(VENV)/.package
-	@echo "== Converting the checkpoint folder $(GOLDEN)/checkpoint"
-	@mkdir -p out
-	@$(BIN)/python -m yivl_edge.convert $(GOLDEN)/checkpoint -o out/golden-q8_0.gguf --type q8_0
+demo: out/golden-q8_0.gguf
 	@echo "== Asking about the photograph $(GOLDEN)/image.png (random weights: the answer is noise)"
-	@$(BIN)/yivl-edge chat out/golden-q8_0.gguf --image $(GOLDEN)/image.png --prompt "What is in this picture?" \
-	  --max-tokens 24 --seed 1 --timings
+	@$(BIN)/yivl-edge chat $< --image $(GOLDEN)/image.png --prompt "What is in this picture?" --max-tokens 24 --seed 1 --timings
 
 test: $(VENV)/.test
 	@echo "== Running the tests"
@@ -35,6 +31,21 @@ format:
 	@find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+fuzz:
+	@echo "== Fuzzing the file reader: 200,000 inputs"
+	@tests/cpp/run_fuzz.sh
+
+tsan: out/golden-q8_0.gguf
+	@echo "== Four threads on one model under ThreadSanitizer"
+	@cmake -S . -B build/tsan -DYIVL_PYTHON=OFF -DYIVL_CPP_TESTS=ON -DYIVL_SANITIZE=thread >/dev/null
+	@cmake --build build/tsan --target chat_threads
+	@build/tsan/tests/cpp/chat_threads out/golden-q8_0.gguf
+
+out/golden-q8_0.gguf: $(VENV)/.package
+	@echo "== Converting the checkpoint folder $(GOLDEN)/checkpoint"
+	@mkdir -p out
+	@$(BIN)/python -m yivl_edge.convert $(GOLDEN)/checkpoint -o $@ --type q8_0
 
 clean:
 	rm -rf $(VENV) build out
