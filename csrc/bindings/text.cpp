@@ -57,6 +57,14 @@ void bind_text(py::module_& m) {
              py::arg("eos_id") = -1, py::arg("unk_id") = 0, py::arg("add_bos") = false, py::arg("add_eos") = false,
              py::arg("add_dummy_prefix") = false, py::arg("remove_extra_whitespaces") = false,
              py::arg("special_ids") = std::vector<int32_t>{})
+        .def_static(
+            "parse",
+            [](const py::bytes& data, const std::string& name) {
+                const std::string_view bytes = data;
+                const auto file = GgufFile::parse(std::as_bytes(std::span(bytes)), name);
+                return std::make_unique<Tokenizer>(Tokenizer::read_config(*file));
+            },
+            py::arg("data"), py::arg("name") = "<bytes>", "The tokeniser of a GGUF file in memory.")
         .def_property_readonly("vocab_size", &Tokenizer::vocab_size)
         .def(
             "encode",
