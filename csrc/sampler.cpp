@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <functional>
+#include <iterator>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -25,7 +26,14 @@ void require(bool ok, const char* option, const char* expected, float found) {
                                     std::to_string(found));
 }
 
-// e^x for least_exponent <= x <= 0 with a relative error below 1e-15. The standard library's differs between systems.
+constexpr std::array<double, 13> reciprocal_factorials = [] {
+    std::array<double, 13> values{1.0};
+    for (size_t n = 1; n < values.size(); ++n) values[n] = values[n - 1] / static_cast<double>(n);
+    return values;
+}();
+
+// e^x for least_exponent <= x <= 0 (any other x: some number) with a relative error below 1e-15. The standard library's
+// differs between systems.
 double exponential(double x) {
     constexpr double log2_e = 1.4426950408889634;
     constexpr double ln2_high = 0.693147180369123816490;  // 33 bits, so that k * ln2_high is exact
@@ -34,8 +42,8 @@ double exponential(double x) {
     const double shifted = x * log2_e + shift;
     const double k = shifted - shift;
     const double r = (x - k * ln2_high) - k * ln2_low;  // e^x = 2^k e^r, |r| <= ln 2 / 2
-    double sum = 1.0;
-    for (int n = 12; n >= 1; --n) sum = 1.0 + sum * r * (1.0 / n);
+    double sum = reciprocal_factorials.back();
+    for (size_t n = reciprocal_factorials.size() - 1; n-- > 0;) sum = sum * r + reciprocal_factorials[n];
     const uint64_t exponent = std::bit_cast<uint64_t>(shifted) + 1023;
     return sum * std::bit_cast<double>(exponent << 52);
 }
@@ -82,15 +90,7 @@ int32_t Sampler::sample(std::span<float> logits, std::span<const int32_t> previo
     const size_t best = greatest(logits);
     if (options_.temperature == 0) return static_cast<int32_t>(best);
 
-    const float least = least_of_top_k(logits);
-    const double top = logits[best], inverse_temperature = 1.0 / options_.temperature;
-    if (candidates_.size() < logits.size()) candidates_.resize(logits.size());
-    size_t count = 0;
-    for (size_t i = 0; i < logits.size(); ++i) {
-        const double x = (logits[i] - top) * inverse_temperature;
-        if (x >= least_exponent && logits[i] >= least) candidates_[count++] = {exponential(x), static_cast<int32_t>(i)};
-    }
-    std::span<Candidate> kept = std::span(candidates_).first(count);
+    std::span<Candidate> kept = weigh(logits, logits[best]);
     if (options_.top_p < 1) kept = top_p(kept);
     if (options_.min_p > 0) {
         const auto improbable = [&](const Candidate& c) { return c.weight < options_.min_p; };
@@ -124,6 +124,29 @@ void Sampler::penalise(std::span<float> logits, std::span<const int32_t> previou
         if (id >= 0) seen_[id] = 0;
 }
 
+// The weights of the top k ids, in the order of ids.
+std::span<Sampler::Candidate> Sampler::weigh(std::span<const float> logits, double top) {
+    const float least = least_of_top_k(logits);
+    const double inverse_temperature = 1.0 / options_.temperature;
+    if (candidates_.size() < logits.size()) candidates_.resize(logits.size());
+    size_t count = 0;
+    // In blocks, so that the exponentials are vectorised.
+    constexpr size_t block = 64;
+    std::array<double, block> exponents, weights;
+    for (size_t begin = 0; begin < logits.size(); begin += block) {
+        const size_t size = std::min(block, logits.size() - begin);
+        for (size_t i = 0; i < size; ++i) exponents[i] = (logits[begin + i] - top) * inverse_temperature;
+        for (size_t i = 0; i < size; ++i) weights[i] = exponential(exponents[i]);
+        for (size_t i = 0; i < size; ++i) {
+            candidates_[count] = {weights[i], static_cast<int32_t>(begin + i)};
+            // Without a branch: what is kept looks random to the predictor.
+            count +=
+                static_cast<size_t>(exponents[i] >= least_exponent) & static_cast<size_t>(logits[begin + i] >= least);
+        }
+    }
+    return std::span(candidates_).first(count);
+}
+
 // The logit of the last of the top k.
 float Sampler::least_of_top_k(std::span<const float> logits) {
     const auto k = static_cast<size_t>(options_.top_k);
@@ -133,34 +156,35 @@ float Sampler::least_of_top_k(std::span<const float> logits) {
     return order_[k - 1];
 }
 
-// The shortest run of candidates, from the most probable on, whose probabilities sum to top_p or more; sorted so.
+// The fewest most probable candidates whose probabilities reach top_p, in the order of ids.
 std::span<Sampler::Candidate> Sampler::top_p(std::span<Candidate> candidates) {
-    const double total = total_weight(candidates), wanted = options_.top_p * total;
-    // Candidates of less than (1 - top_p) / count cannot be reached, since all of them together are less than the
-    // 1 - top_p that is to remain. Half of it, for the rounding of the sums.
-    const double reachable = 0.5 * (total - wanted) / static_cast<double>(candidates.size());
-    const auto out_of_reach = [&](const Candidate& c) { return c.weight < reachable; };
-    candidates =
-        candidates.first(std::remove_if(candidates.begin(), candidates.end(), out_of_reach) - candidates.begin());
+    // The sums of narrow classes of weight tell in which class top_p is reached: only that one must be sorted. Of equal
+    // exponents a double's bits are as ordered as its value: 64 classes for each power of two from 1 down to 2^-64.
+    const auto class_of = [](const Candidate& c) {
+        return (std::bit_cast<uint64_t>(1.0) - std::bit_cast<uint64_t>(c.weight)) >> 46;
+    };
+    class_weights_.assign(64 * 64 + 1, 0.0);
+    for (const Candidate& candidate : candidates) class_weights_[class_of(candidate)] += candidate.weight;
+    const double wanted = options_.top_p * total_weight(candidates);
+    double cumulated = 0;
+    size_t edge = 0;
+    while (edge + 1 < class_weights_.size() && cumulated + class_weights_[edge] < wanted)
+        cumulated += class_weights_[edge++];
 
-    // Sorted in growing portions: a full sort only where the distribution is flat.
     const auto before = [](const Candidate& a, const Candidate& b) {
         return a.weight > b.weight || (a.weight == b.weight && a.id < b.id);
     };
-    double cumulated = 0;
-    size_t portion = 64;
-    for (auto first = candidates.begin(); first != candidates.end();) {
-        const auto left = static_cast<size_t>(candidates.end() - first);
-        const auto last = first + std::min(portion, left);
-        if (last != candidates.end()) std::nth_element(first, last, candidates.end(), before);
-        std::sort(first, last, before);
-        for (; first != last; ++first) {
-            cumulated += first->weight;
-            if (cumulated >= wanted) return candidates.first(first - candidates.begin() + 1);
-        }
-        portion *= 8;
-    }
-    return candidates;
+    at_edge_.reserve(candidates_.size());
+    at_edge_.clear();
+    std::copy_if(candidates.begin(), candidates.end(), std::back_inserter(at_edge_),
+                 [&](const Candidate& c) { return class_of(c) == edge; });
+    std::sort(at_edge_.begin(), at_edge_.end(), before);
+    const auto last = std::find_if(at_edge_.begin(), at_edge_.end(),
+                                   [&](const Candidate& c) { return (cumulated += c.weight) >= wanted; });
+    const auto beyond = [&](const Candidate& c) {
+        return class_of(c) > edge || (class_of(c) == edge && last != at_edge_.end() && before(*last, c));
+    };
+    return candidates.first(std::remove_if(candidates.begin(), candidates.end(), beyond) - candidates.begin());
 }
 
 double Sampler::total_weight(std::span<const Candidate> candidates) {

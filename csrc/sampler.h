@@ -8,10 +8,10 @@
 namespace yivl {
 
 struct SamplingOptions {
-    float temperature = 0.2f;         // 0: greedy
-    int32_t top_k = 0;                // the k most probable ids, and those as probable as the last of them; 0: all
-    float top_p = 1.0f;               // the fewest most probable ids whose probabilities reach top_p; 1: all
-    float min_p = 0.0f;               // ids at least min_p times as probable as the most probable one; 0: all
+    float temperature = 0.2f;  // 0: greedy
+    int32_t top_k = 0;         // the k most probable ids, and those as probable as the last of them; 0: all
+    float top_p = 1.0f;        // the fewest most probable ids (equal ones: the lower) whose sum reaches top_p; 1: all
+    float min_p = 0.0f;        // ids at least min_p times as probable as the most probable one; 0: all
     float repetition_penalty = 1.0f;  // > 1 makes ids that have occurred less probable (Keskar et al. 2019, CTRL)
     uint64_t seed = 0;
 };
@@ -20,8 +20,7 @@ struct SamplingOptions {
 //
 // The same seed and logits give the same ids on any machine: random numbers come from SplitMix64 (Steele, Lea and Flood
 // 2014; one step per id drawn, none when greedy), its upper 53 bits as a number u in [0, 1); the exponential is made of
-// basic IEEE operations; an id is the first whose cumulated probability exceeds u, in the order of ids, or with
-// top_p < 1 from the most probable to the least (equal ones: lower id first).
+// basic IEEE operations; the id drawn is the first whose cumulated probability, in the order of ids, exceeds u.
 class Sampler {
 public:
     // Throws std::invalid_argument naming the option, its range and what was found.
@@ -40,6 +39,7 @@ private:
     };
 
     void penalise(std::span<float> logits, std::span<const int32_t> previous_ids);
+    std::span<Candidate> weigh(std::span<const float> logits, double top);
     float least_of_top_k(std::span<const float> logits);
     std::span<Candidate> top_p(std::span<Candidate> candidates);
     static double total_weight(std::span<const Candidate> candidates);
@@ -49,7 +49,9 @@ private:
     uint64_t state_;
     std::vector<uint8_t> seen_;          // (V), all 0 between calls
     std::vector<float> order_;           // (V), scratch of top_k
-    std::vector<Candidate> candidates_;  // at most (V)
+    std::vector<Candidate> candidates_;  // (V), of which the first ones count
+    std::vector<double> class_weights_;  // scratch of top_p
+    std::vector<Candidate> at_edge_;     // at most (V), scratch of top_p
 };
 
 }  // namespace yivl
