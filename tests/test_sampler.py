@@ -1,4 +1,4 @@
-"""The sampler draws from the distribution that transformers' processors and numpy define, the same on any machine."""
+"""The sampler draws from the distribution of transformers' processors, the same ids on any machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-
 from yivl_edge import _core
 
 V = 100
@@ -59,7 +58,7 @@ def uniform_numbers(seed: int, n: int) -> NDArray[np.float64]:
 
 
 def chi_square(counts: NDArray[np.int64], p: NDArray[np.float64]) -> tuple[float, int]:
-    """Pearson's statistic and its degrees of freedom; ids that are expected fewer than 5 times count as one."""
+    """Pearson's statistic and its degrees of freedom; ids expected fewer than 5 times count as one."""
     expected = p * counts.sum()
     rare = expected < 5
     observed = np.append(counts[~rare], counts[rare].sum())
@@ -69,7 +68,10 @@ def chi_square(counts: NDArray[np.int64], p: NDArray[np.float64]) -> tuple[float
 
 
 def is_drawn_from(ids: NDArray[np.int32], p: NDArray[np.float64]) -> bool:
-    """Within 5 standard deviations, sqrt(2 * df), of chi-square's mean, df: a right sampler fails once in 10^5 seeds."""
+    """Within 5 standard deviations, sqrt(2 df), of chi-square's mean, df.
+
+    A right sampler fails with about one seed in 10^5; the seeds are fixed.
+    """
     counts = np.bincount(ids, minlength=len(p))
     if counts[p == 0].any():
         return False
@@ -145,7 +147,7 @@ def test_each_draw_is_the_documented_one() -> None:
 
 
 def test_large_vocabularies_are_cut_at_the_same_place() -> None:
-    """64,000 ids, from flat to peaked: top_p sorts only what it must, and the result is as if all had been sorted."""
+    """64,000 ids, from flat to peaked: top_p sorts few of them, with the result of sorting all."""
     for spread in (0.0, 0.01, 1.0, 4.0):
         logits = some_logits(4, size=64_000, spread=spread)
         for options in ({"top_p": 0.9}, {"top_p": 0.5, "top_k": 30_000}, {"top_k": 3000}, {"min_p": 0.5}, {}):
@@ -222,9 +224,12 @@ def test_very_low_temperatures_are_greedy() -> None:
 def test_the_same_seed_gives_the_same_ids() -> None:
     """The ids below were drawn once on x86-64; another machine or standard library must draw the same."""
     logits = np.linspace(-2, 2, 50, dtype=np.float32)
-    draws = [_core.draws(logits, _core.SamplingOptions(temperature=1.0, top_p=0.95, seed=s), 8).tolist() for s in (0, 1, 0)]
-    assert draws[0] == draws[2] != draws[1]
-    assert draws[0] == [48, 40, 20, 49, 27, 37, 31, 47]
+    nucleus = {"temperature": 1.0, "top_p": 0.95}
+    first, other, again = (
+        _core.draws(logits, _core.SamplingOptions(**nucleus, seed=seed), 8).tolist() for seed in (0, 1, 0)
+    )
+    assert first == again != other
+    assert first == [48, 40, 20, 49, 27, 37, 31, 47]
     biggest = _core.draws(logits, _core.SamplingOptions(temperature=1.0, seed=2**64 - 1), 8)
     assert biggest.tolist() == [48, 48, 32, 39, 45, 47, 49, 33]
 
