@@ -114,6 +114,13 @@ class PyTorchFile(WeightsFile):
         "torch.bfloat16": "BF16",
     }
 
+    _REMAP_AFTER = 1 << 28  # bytes
+
+    def __init__(self, path: Path) -> None:
+        self._mapped: dict[str, torch.Tensor] = {}
+        self._bytes_read = 0
+        super().__init__(path)
+
     def _read_entries(self) -> dict[str, Entry]:
         return {
             name: Entry(self._TYPES.get(str(tensor.dtype), str(tensor.dtype)), tuple(tensor.shape))
@@ -148,8 +155,12 @@ class PyTorchFile(WeightsFile):
 
     def read(self, name: str, rows_per_chunk: int) -> Iterator[FloatArray]:
         """See WeightsFile."""
-        # Mapped anew for every tensor: what was read of the last one then no longer counts as our memory.
-        tensor = self._load()[name]
+        if not self._mapped or self._bytes_read > self._REMAP_AFTER:
+            # The old mapping goes first: what was read through it then no longer counts as our memory.
+            self._mapped, self._bytes_read = {}, 0
+            self._mapped = self._load()
+        tensor = self._mapped[name]
+        self._bytes_read += tensor.nbytes
         for first in range(0, len(tensor), rows_per_chunk):
             yield tensor[first : first + rows_per_chunk].float().numpy()
 

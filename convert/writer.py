@@ -138,24 +138,25 @@ def _atomic_files(targets: Sequence[Path]) -> Iterator[list[Path]]:
 
 
 def _rename_all(temporaries: Sequence[Path], targets: Sequence[Path]) -> None:
-    backups: list[tuple[Path, Path]] = []
+    backups: dict[Path, Path] = {}
     renamed: list[Path] = []
     try:
         for temporary, target in zip(temporaries, targets, strict=True):
             if len(targets) > 1 and target.exists():
-                backup = _beside(target)
-                os.link(target, backup)
-                backups.append((backup, target))
+                backups[target] = _beside(target)
+                os.link(target, backups[target])
             temporary.replace(target)
             renamed.append(target)
     except OSError:
         for target in renamed:
-            target.unlink()
-        for backup, target in backups:
-            backup.replace(target)
+            if target in backups:
+                backups.pop(target).replace(target)
+            else:
+                target.unlink()
         raise
-    for backup, _ in backups:
-        backup.unlink()
+    finally:
+        for backup in backups.values():
+            backup.unlink(missing_ok=True)
     # The new names outlast a power cut too, where the file system lets folders be synced.
     with suppress(OSError):
         folder = os.open(targets[0].parent, os.O_RDONLY)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,13 +115,25 @@ def write_checkpoint(
     preprocessor["size"] = {"shortest_edge": image_size}
     _write_json(vit_folder / "preprocessor_config.json", preprocessor)
 
-    random = _Random(seed, getattr(torch, dtype))
-    decoder = _decoder_tensors(random, decoder_layers, hidden, kv_heads * head_dim, mlp, vocab)
-    decoder |= _projector_tensors(random, hidden, vit_hidden)
-    vit = _vit_tensors(random, vit_layers, vit_hidden, vit_mlp, image_size, patch)
-    write_shards(folder, decoder, file_format=file_format, shards=shards)
-    write_shards(vit_folder, vit, file_format=vit_format, shards=1)
+    with _one_thread():
+        random = _Random(seed, getattr(torch, dtype))
+        decoder = _decoder_tensors(random, decoder_layers, hidden, kv_heads * head_dim, mlp, vocab)
+        decoder |= _projector_tensors(random, hidden, vit_hidden)
+        vit = _vit_tensors(random, vit_layers, vit_hidden, vit_mlp, image_size, patch)
+        write_shards(folder, decoder, file_format=file_format, shards=shards)
+        write_shards(vit_folder, vit, file_format=vit_format, shards=1)
     return folder
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Waking torch's threads for each of hundreds of small tensors costs more than the work itself."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def write_shards(

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,11 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+import yivl_edge.convert
 from checkpoints import GOLDEN, VIT_NAME, write_checkpoint, write_shards
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file
-
-import yivl_edge.convert
 from yivl_edge.convert import CheckpointError, convert
 from yivl_edge.convert import converter as converter_module
 from yivl_edge.convert import writer as writer_module
@@ -43,6 +43,41 @@ def golden_weights() -> dict[str, np.ndarray]:
     for shard in GOLDEN.glob("*.safetensors"):
         tensors |= load_file(shard)
     return {name: tensor.float().numpy() for name, tensor in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def golden_files(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[GGUFReader]]:
+    """The golden checkpoint converted to a type and a layout, once for all tests."""
+
+    @cache
+    def files(type_name: str, layout: str = "single") -> list[GGUFReader]:
+        output = tmp_path_factory.mktemp("golden") / "out.gguf"
+        result = convert(GOLDEN, output, type=type_name, layout=layout)
+        names = ["out.gguf", "out-mmproj.gguf"] if layout == "pair" else ["out.gguf"]
+        assert result.files == tuple(output.with_name(name) for name in names)
+        assert result.notes == ()
+        return [GGUFReader(path) for path in result.files]
+
+    return files
+
+
+@pytest.fixture(scope="module")
+def golden_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The golden checkpoint's single Q8_0 file."""
+    output = tmp_path_factory.mktemp("golden") / "out.gguf"
+    convert(GOLDEN, output)
+    return output.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("small") / "model", decoder_layers=1)
+
+
+@pytest.fixture
+def small_copy(small_checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint to be damaged."""
+    return Path(shutil.copytree(small_checkpoint, tmp_path / "model"))
 
 
 def published_name(name: str) -> str:
@@ -167,14 +202,15 @@ TOKEN_TABLES = {"tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggm
 @pytest.mark.parametrize("type_name", TYPES)
 @pytest.mark.parametrize("layout", ["single", "pair"])
 def test_every_tensor_has_the_published_values_in_its_type(
-    tmp_path: Path, golden_weights: dict[str, np.ndarray], type_name: str, layout: str
+    golden_files: Callable[..., list[GGUFReader]],
+    golden_weights: dict[str, np.ndarray],
+    type_name: str,
+    layout: str,
 ) -> None:
-    result = convert(GOLDEN, tmp_path / "out.gguf", type=type_name, layout=layout)
-    assert result.notes == ()
     vision_type = GGMLQuantizationType["Q8_0" if type_name == "q4_0" else type_name.upper()]
     found = {}
-    for path in result.files:
-        found |= tensors(GGUFReader(path))
+    for reader in golden_files(type_name, layout):
+        found |= tensors(reader)
     for name, tensor in found.items():
         expected = golden_weights[published_name(name)]
         assert shape_of(tensor) == expected.shape, name
@@ -203,9 +239,8 @@ def test_every_tensor_has_the_published_values_in_its_type(
 
 
 @pytest.mark.parametrize("type_name", TYPES)
-def test_single_file_has_every_key(tmp_path: Path, type_name: str) -> None:
-    (path,) = convert(GOLDEN, tmp_path / "out.gguf", type=type_name).files
-    found = keys(GGUFReader(path))
+def test_single_file_has_every_key(golden_files: Callable[..., list[GGUFReader]], type_name: str) -> None:
+    found = keys(golden_files(type_name)[0])
     expected = DECODER_KEYS | VISION_KEYS
     expected |= {"general.file_type": FILE_TYPES[type_name], "clip.vision.block_count": 3}
     golden_prompt = str(np.load(GOLDEN.parent / "golden.npz")["prompt_0"])
@@ -213,10 +248,9 @@ def test_single_file_has_every_key(tmp_path: Path, type_name: str) -> None:
     assert {name: value for name, value in found.items() if name not in TOKEN_TABLES} == expected
 
 
-def test_pair_splits_the_keys(tmp_path: Path) -> None:
-    text, vision = convert(GOLDEN, tmp_path / "out.gguf", type="q4_0", layout="pair").files
-    assert (text, vision) == (tmp_path / "out.gguf", tmp_path / "out-mmproj.gguf")
-    found = keys(GGUFReader(text))
+def test_pair_splits_the_keys(golden_files: Callable[..., list[GGUFReader]]) -> None:
+    text, vision = golden_files("q4_0", "pair")
+    found = keys(text)
     assert set(found) == {*DECODER_KEYS, *TOKEN_TABLES, "general.file_type", "yivl.prompt.system"}
     assert found["general.file_type"] == FILE_TYPES["q4_0"]
     expected = VISION_KEYS | {
@@ -226,10 +260,10 @@ def test_pair_splits_the_keys(tmp_path: Path) -> None:
         "general.file_type": FILE_TYPES["q8_0"],
         "clip.vision.block_count": 4,
     }
-    assert keys(GGUFReader(vision)) == expected
+    assert keys(vision) == expected
 
 
-def test_value_types_are_those_of_the_format_page(tmp_path: Path) -> None:
+def test_value_types_are_those_of_the_format_page(golden_files: Callable[..., list[GGUFReader]]) -> None:
     page = (Path(__file__).parent.parent / "docs" / "file-format.md").read_text(encoding="utf-8")
     words = {"string": "STRING", "u32": "UINT32", "i32": "INT32", "f32": "FLOAT32", "bool": "BOOL"}
     documented = {}
@@ -238,14 +272,13 @@ def test_value_types_are_those_of_the_format_page(tmp_path: Path) -> None:
         for name in names:
             full = name if "." in name[1:] and not name.startswith(".") else "tokenizer.ggml" + name
             documented[full] = (["ARRAY"] if row[2] else []) + [words[row[1]]]
-    reader = GGUFReader(convert(GOLDEN, tmp_path / "out.gguf").files[0])
-    for name, field in reader.fields.items():
+    for name, field in golden_files("q8_0")[0].fields.items():
         if not name.startswith("GGUF."):
             assert [kind.name for kind in field.types] == documented.get(name), name
 
 
-def test_tokeniser_tables_equal_sentencepiece(tmp_path: Path) -> None:
-    found = keys(GGUFReader(convert(GOLDEN, tmp_path / "out.gguf").files[0]))
+def test_tokeniser_tables_equal_sentencepiece(golden_files: Callable[..., list[GGUFReader]]) -> None:
+    found = keys(golden_files("q8_0")[0])
     oracle = sentencepiece.SentencePieceProcessor(model_file=str(GOLDEN / "tokenizer.model"))
     assert found["tokenizer.ggml.tokens"] == [oracle.id_to_piece(i) for i in range(len(oracle))]
     assert found["tokenizer.ggml.scores"] == [oracle.get_score(i) for i in range(len(oracle))]
@@ -292,7 +325,7 @@ def remove_weights(folder: Path) -> None:
 @pytest.mark.parametrize(("file_format", "shards"), [("bin", 2), ("bin", 1), ("safetensors", 1)])
 @pytest.mark.parametrize("vit_format", ["bin", "safetensors"])
 def test_other_containers_of_the_same_weights_give_the_same_file(
-    tmp_path: Path, file_format: str, shards: int, vit_format: str
+    tmp_path: Path, golden_bytes: bytes, file_format: str, shards: int, vit_format: str
 ) -> None:
     folder = golden_copy(tmp_path)
     decoder = {}
@@ -304,9 +337,8 @@ def test_other_containers_of_the_same_weights_give_the_same_file(
     vit = torch.load(GOLDEN_VIT / "pytorch_model.bin", weights_only=True)
     remove_weights(vit_folder)
     write_shards(vit_folder, vit, file_format=vit_format, shards=1)
-    convert(folder, tmp_path / "other.gguf")
-    convert(GOLDEN, tmp_path / "golden.gguf")
-    assert (tmp_path / "other.gguf").read_bytes() == (tmp_path / "golden.gguf").read_bytes()
+    convert(folder, tmp_path / "out.gguf")
+    assert (tmp_path / "out.gguf").read_bytes() == golden_bytes
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -326,11 +358,12 @@ def test_published_types_are_read_exactly(tmp_path: Path, dtype: str, file_forma
     )
 
 
-def test_slices_of_a_tensor_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    convert(GOLDEN, tmp_path / "whole.gguf")
-    monkeypatch.setattr(converter_module, "_CHUNK", 1000)
-    convert(GOLDEN, tmp_path / "slices.gguf")
-    assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "slices.gguf").read_bytes()
+def test_slices_of_a_tensor_do_not_show(
+    tmp_path: Path, golden_bytes: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converter_module, "_CHUNK", 10_000)
+    convert(GOLDEN, tmp_path / "out.gguf")
+    assert (tmp_path / "out.gguf").read_bytes() == golden_bytes
 
 
 def test_tied_embeddings_have_no_output_matrix(tmp_path: Path) -> None:
@@ -357,7 +390,7 @@ def test_other_aspect_ratio_crops(tmp_path: Path) -> None:
     assert keys(GGUFReader(tmp_path / "out.gguf"))["yivl.image.aspect_ratio"] == "crop"
 
 
-def test_vision_tower_in_the_shards_is_ignored(tmp_path: Path) -> None:
+def test_vision_tower_in_the_shards_is_ignored(tmp_path: Path, golden_bytes: bytes) -> None:
     folder = golden_copy(tmp_path)
     vit = torch.load(GOLDEN_VIT / "pytorch_model.bin", weights_only=True)
     copies = {
@@ -370,5 +403,598 @@ def test_vision_tower_in_the_shards_is_ignored(tmp_path: Path) -> None:
     index["weight_map"] |= dict.fromkeys(copies, "extra.safetensors")
     index_path.write_text(json.dumps(index))
     convert(folder, tmp_path / "out.gguf")
-    convert(GOLDEN, tmp_path / "golden.gguf")
-    assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "golden.gguf").read_bytes()
+    assert (tmp_path / "out.gguf").read_bytes() == golden_bytes
+
+
+# --- What is refused
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    values = json.loads(path.read_text())
+    for key, value in changes.items():
+        if value is ...:
+            del values[key]
+        else:
+            values[key] = value
+    path.write_text(json.dumps(values))
+
+
+def in_config(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "config.json", **changes)
+
+
+def in_vit_config(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "vit" / VIT_NAME / "config.json", **changes)
+
+
+def in_preprocessor(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "vit" / VIT_NAME / "preprocessor_config.json", **changes)
+
+
+def in_tokenizer_config(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "tokenizer_config.json", **changes)
+
+
+def in_index(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        change(index["weight_map"])
+        path.write_text(json.dumps(index))
+
+    return edit
+
+
+def delete(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def in_first_shard(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "model-00001-of-00002.safetensors"
+        weights = load_file(path)
+        change(weights)
+        write_shards(folder, weights, file_format="safetensors", shards=1)
+        (folder / "model.safetensors").replace(path)
+
+    return edit
+
+
+def in_vit(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "vit" / VIT_NAME / "pytorch_model.bin"
+        weights = torch.load(path, weights_only=True)
+        change(weights)
+        torch.save(weights, path)
+
+    return edit
+
+
+def truncate(name: str, size: int) -> Callable[[Path], None]:
+    return lambda folder: os.truncate(folder / name, size)
+
+
+def write_bytes(name: str, data: bytes) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / name).write_bytes(data)
+
+    return write
+
+
+def field(number: int, value: int | bytes) -> bytes:
+    """A field of a protocol buffer; small numbers only."""
+    if isinstance(value, int):
+        return bytes(
+            [
+                number << 3 if number < 16 else (number << 3 & 0x7F) | 0x80,
+                *([] if number < 16 else [number >> 4]),
+                value,
+            ]
+        )
+    return bytes([number << 3 | 2, len(value)]) + value
+
+
+def sentencepiece_model(trainer: bytes = b"", normalizer: bytes = b"", denormalizer: bytes = b"") -> bytes:
+    piece = field(1, field(1, b"<unk>") + field(3, 2))
+    return piece + field(2, field(3, 2) + trainer) + field(3, normalizer) + field(5, denormalizer)
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("echo this must not run",)
+
+
+def write_malicious_pickle(folder: Path) -> None:
+    path = folder / "vit" / VIT_NAME / "pytorch_model.bin"
+    torch.save({"x": torch.zeros(1)}, path)
+    with zipfile.ZipFile(path) as old:
+        entries = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as new:
+        for name, data in entries.items():
+            new.writestr(name, pickle.dumps(Malicious(), protocol=2) if name.endswith("data.pkl") else data)
+
+
+def set_tensor(
+    name: str, value: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda weights: weights.__setitem__(name, value(weights[name]))
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
+FC1 = "vision_model.encoder.layers.0.mlp.fc1.weight"
+VIT_FILE = f"vit/{VIT_NAME}/pytorch_model.bin"
+
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no folder": (shutil.rmtree, r"is no folder.*published Yi-VL folder"),
+    "no config": (delete("config.json"), r"config\.json is missing"),
+    "config no json": (write_bytes("config.json", b"{"), r"config\.json cannot be read as JSON"),
+    "config a list": (write_bytes("config.json", b"[]"), r"holds no JSON object"),
+    "config key missing": (
+        in_config(hidden_size=...),
+        r"hidden_size should be a positive integer, found nothing",
+    ),
+    "config key of another type": (in_config(hidden_size="256"), r'positive integer, found "256"'),
+    "config key negative": (in_config(num_hidden_layers=-1), r"positive integer, found -1"),
+    "eps not a number": (
+        in_config(rms_norm_eps=True),
+        r"rms_norm_eps should be a positive number, found true",
+    ),
+    "another architecture": (in_config(architectures=["LlamaForCausalLM"]), r"only Yi-VL models"),
+    "the transformers port": (
+        in_config(architectures=["LlavaForConditionalGeneration"]),
+        r"transformers-format port",
+    ),
+    "rope scaling": (in_config(rope_scaling={"type": "linear", "factor": 2}), r"rope_scaling should be null"),
+    "hidden activation": (in_config(hidden_act="gelu"), r'hidden_act should be "silu", found "gelu"'),
+    "attention bias": (in_config(attention_bias=True), r"attention_bias should be false"),
+    "mlp bias": (in_config(mlp_bias=True), r"mlp_bias should be false"),
+    "image start marks": (in_config(mm_use_im_start_end=True), r"mm_use_im_start_end should be false"),
+    "another head width": (in_config(head_dim=64), r"head_dim should be 128, found 64"),
+    "heads do not divide": (in_config(num_attention_heads=3), r"divisor of hidden_size 256"),
+    "kv heads do not divide": (in_config(num_key_value_heads=3), r"divisor of num_attention_heads 2"),
+    "projector": (
+        in_config(mm_projector_type="mlp2x_gelu"),
+        r'mm_projector_type should be "mlp2x_gelu_Norm"',
+    ),
+    "select feature": (
+        in_config(mm_vision_select_feature="cls_patch"),
+        r"mm_vision_select_feature should be",
+    ),
+    "select layer of no number": (in_config(mm_vision_select_layer="last"), r"should be an integer, found"),
+    "select layer before the first": (
+        in_config(mm_vision_select_layer=-4),
+        r"one of the ViT's 3 blocks, found -4",
+    ),
+    "select layer after the last": (
+        in_config(mm_vision_select_layer=4),
+        r"one of the ViT's 3 blocks, found 4",
+    ),
+    "aspect ratio": (in_config(image_aspect_ratio="anyres"), r'image_aspect_ratio should be "pad"'),
+    "no vision tower named": (
+        in_config(mm_vision_tower=None),
+        r"mm_vision_tower should be a string, found null",
+    ),
+    "no vision folder": (
+        in_config(mm_vision_tower="./vit/other"),
+        r"other.* does not exist.*the vit folder included",
+    ),
+    "vision width": (in_config(mm_hidden_size=1280), r"mm_hidden_size should be 160, the hidden_size in"),
+    "no vision config": (delete(f"vit/{VIT_NAME}/config.json"), r"config of a CLIPVisionModel"),
+    "vision activation": (in_vit_config(hidden_act="quick_gelu"), r'hidden_act should be "gelu"'),
+    "vision heads": (in_vit_config(num_attention_heads=7), r"divisor of hidden_size 160"),
+    "patch size": (in_vit_config(patch_size=15), r"patch_size should be a divisor of image_size 112"),
+    "no preprocessor": (
+        delete(f"vit/{VIT_NAME}/preprocessor_config.json"),
+        r"preprocessor_config\.json is missing",
+    ),
+    "preprocessor size": (
+        in_preprocessor(size={"shortest_edge": 224}),
+        r"size should be the ViT's image size 112",
+    ),
+    "preprocessor resampling": (in_preprocessor(resample=2), r"resample should be 3, found 2"),
+    "preprocessor scale": (in_preprocessor(rescale_factor=0.5), r"rescale_factor should be 1/255"),
+    "preprocessor step": (in_preprocessor(do_normalize=False), r"do_normalize should be true"),
+    "preprocessor mean": (in_preprocessor(image_mean=[0.5, 0.5]), r"image_mean should be three numbers"),
+    "no weights": (remove_weights, r"has no weights\. Expected one of model\.safetensors"),
+    "no vision weights": (delete(VIT_FILE), rf"{VIT_NAME} has no weights"),
+    "index no json": (write_bytes("model.safetensors.index.json", b"{}"), r"is no index of shards"),
+    "shard missing": (
+        delete("model-00002-of-00002.safetensors"),
+        r"1 of 2 shards are missing, e\.g\. model-00002",
+    ),
+    "shard elsewhere": (in_index(lambda m: m.__setitem__(UP, "../x.safetensors")), r"is no index of shards"),
+    "tensor not in index": (in_index(lambda m: m.pop(UP)), rf"tensor {UP} is missing"),
+    "tensor not in shard": (in_first_shard(lambda w: w.pop(UP)), rf"says that {UP} is in model-00001"),
+    "wrong shape": (
+        in_first_shard(set_tensor(UP, lambda t: t[:8])),
+        rf"{UP} should have shape \(512, 256\).*found \(8, 256\)",
+    ),
+    "wrong shape in .bin": (
+        in_vit(set_tensor(FC1, lambda t: t.T)),
+        r"should have shape \(640, 160\).*found \(160, 640\)",
+    ),
+    "wrong type": (
+        in_first_shard(set_tensor(UP, lambda t: t.to(torch.int8))),
+        rf"{UP} should be of type F32.*found I8",
+    ),
+    "wrong type in .bin": (
+        in_vit(set_tensor(FC1, lambda t: t.double())),
+        r"should be of type F32.*found torch\.float64",
+    ),
+    "not finite": (in_first_shard(set_tensor(UP, lambda t: t / 0)), r"no finite numbers"),
+    "shard truncated": (
+        truncate("model-00001-of-00002.safetensors", 100_000),
+        r"header is wrong.*incomplete",
+    ),
+    "shard empty": (truncate("model-00001-of-00002.safetensors", 0), r"no safetensors file of 0 bytes"),
+    "shard of other bytes": (
+        write_bytes("model-00001-of-00002.safetensors", b"x" * 999),
+        r"no safetensors file",
+    ),
+    "bin truncated": (truncate(VIT_FILE, 10_000), r"cannot be read by torch.*incomplete"),
+    "bin of other bytes": (write_bytes(VIT_FILE, b"no pickle"), r"pytorch_model\.bin"),
+    "bin of no tensors": (
+        lambda folder: torch.save([1, 2], folder / VIT_FILE),
+        r"should hold tensors by name",
+    ),
+    "bin of the old format": (
+        lambda folder: torch.save({}, folder / VIT_FILE, _use_new_zipfile_serialization=False),
+        r"PyTorch before 1\.6\. Save it again",
+    ),
+    "bin with code": (write_malicious_pickle, r"could run code from the file, so it was refused"),
+    "no tokeniser": (delete("tokenizer.model"), r"tokenizer\.model is missing"),
+    "no tokeniser config": (delete("tokenizer_config.json"), r"tokenizer_config\.json is missing"),
+    "tokeniser damaged": (truncate("tokenizer.model", 20_001), r"no sentencepiece model, or damaged"),
+    "tokeniser empty": (truncate("tokenizer.model", 0), r"no pieces"),
+    "tokeniser of another kind": (
+        write_bytes("tokenizer.model", sentencepiece_model(field(3, 1))),
+        r"is no BPE model",
+    ),
+    "tokeniser normalises": (
+        write_bytes(
+            "tokenizer.model", sentencepiece_model(normalizer=field(1, b"nmt_nfkc") + field(2, b"x"))
+        ),
+        r"by the rules 'nmt_nfkc'",
+    ),
+    "tokeniser denormalises": (
+        write_bytes("tokenizer.model", sentencepiece_model(denormalizer=field(2, b"x"))),
+        r"by the rules 'unnamed'",
+    ),
+    "tokeniser with suffixes": (
+        write_bytes("tokenizer.model", sentencepiece_model(field(24, 1))),
+        r"as suffixes",
+    ),
+    "tokeniser without escapes": (
+        write_bytes("tokenizer.model", sentencepiece_model(normalizer=field(5, 0))),
+        r"does not escape spaces",
+    ),
+    "tokeniser class": (
+        in_tokenizer_config(tokenizer_class="GPT2Tokenizer"),
+        r"tokenizer_class should be LlamaTokenizer",
+    ),
+    "unknown special token": (
+        in_tokenizer_config(bos_token="<begin>"),
+        r"bos_token should be a piece.*'<begin>'",
+    ),
+    "special token of no text": (
+        in_tokenizer_config(eos_token=2),
+        r"eos_token should be the text of a token",
+    ),
+    "stripping token": (
+        in_tokenizer_config(eos_token={"content": "<|endoftext|>", "rstrip": True}),
+        r"eos_token has rstrip set",
+    ),
+    "added token beyond the rows": (
+        in_tokenizer_config(added_tokens_decoder={"2048": {"content": "<new>"}}),
+        r"'<new>' the id 2048, but the embeddings have only 2048 rows",
+    ),
+    "added token of another name": (
+        in_tokenizer_config(added_tokens_decoder={"7": {"content": "<new>"}}),
+        r"calls token 7 '<new>', tokenizer\.model '<\|im_end\|>'",
+    ),
+    "two ends": (
+        lambda folder: edit_json(folder / "generation_config.json", eos_token_id=[2, 7]),
+        r"eos_token_id should be 2.*found \[2, 7\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses(tmp_path: Path, small_copy: Path, case: str) -> None:
+    damage, message = REFUSED[case]
+    damage(small_copy)
+    with pytest.raises(CheckpointError, match=f"(?s){message}"):
+        convert(small_copy, tmp_path / "out.gguf")
+    assert not list(tmp_path.glob("*.gguf*"))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_refuses_tensors_that_would_be_left_out(tmp_path: Path, small_copy: Path) -> None:
+    bias = {"model.layers.0.self_attn.q_proj.bias": torch.zeros(256)}
+    in_first_shard(lambda weights: weights.update(bias))(small_copy)
+    in_index(lambda names: names.update(dict.fromkeys(bias, "model-00001-of-00002.safetensors")))(small_copy)
+    with pytest.raises(CheckpointError, match=r"1 tensors that Yi-VL does not have, e\.g\. .*q_proj\.bias"):
+        convert(small_copy, tmp_path / "out.gguf")
+
+
+def test_refuses_more_pieces_than_rows(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", vocab=2047)
+    with pytest.raises(CheckpointError, match="has 2048 pieces, the embeddings only 2047 rows"):
+        convert(folder, tmp_path / "out.gguf")
+
+
+def test_values_too_large_for_f16_are_refused(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", dtype="float32")
+    in_first_shard(set_tensor(UP, lambda t: t * 1e7))(folder)
+    with pytest.raises(CheckpointError, match="too large for f16"):
+        convert(folder, tmp_path / "out.gguf", type="f16")
+
+
+def test_pieces_are_filled_up_to_the_rows(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", vocab=2052)
+    edit_json(
+        folder / "tokenizer_config.json",
+        added_tokens_decoder={
+            "2049": {"content": "<|extra|>", "special": True},
+            "2050": {"content": "<plain>", "special": False},
+            "7": {"content": "<|im_end|>", "special": True},
+        },
+        pad_token={"content": "<|extra|>", "lstrip": False},
+    )
+    convert(folder, tmp_path / "out.gguf")
+    found = keys(GGUFReader(tmp_path / "out.gguf"))
+    assert found["tokenizer.ggml.tokens"][2047:] == [
+        "潘",
+        "<unused_2048>",
+        "<|extra|>",
+        "<plain>",
+        "<unused_2051>",
+    ]
+    assert found["tokenizer.ggml.token_type"][2047:] == [1, 5, 3, 4, 5]
+    assert len(found["tokenizer.ggml.scores"]) == 2052
+    assert found["yivl.tokenizer.special_ids"] == [0, 1, 2, 7, 2049, 2050]
+    assert found["tokenizer.ggml.padding_token_id"] == 2049
+
+
+def test_added_tokens_file_of_older_folders(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", vocab=2050)
+    (folder / "added_tokens.json").write_text('{"<image>": 2048}')
+    convert(folder, tmp_path / "out.gguf")
+    found = keys(GGUFReader(tmp_path / "out.gguf"))
+    assert found["tokenizer.ggml.tokens"][2048:] == ["<image>", "<unused_2049>"]
+    assert found["tokenizer.ggml.token_type"][2048:] == [4, 5]
+
+
+def test_tokeniser_with_llama_settings(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("a few words are enough to train upon\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(tmp_path / "llama"),
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    model = read_sentencepiece(tmp_path / "llama.model")
+    assert model.add_dummy_prefix
+    assert model.remove_extra_whitespaces
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "llama.model"))
+    assert model.pieces == [oracle.id_to_piece(i) for i in range(len(oracle))]
+
+
+def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ModuleNotFoundError, match=r"PyTorch file.*pip install torch"):
+        convert(GOLDEN, tmp_path / "out.gguf")
+    monkeypatch.delitem(sys.modules, "yivl_edge.convert.converter")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"needs the package gguf: pip install 'yivl-edge\[convert\]'"
+    ):
+        convert(GOLDEN, tmp_path / "out.gguf")
+
+
+def test_safetensors_alone_need_no_torch(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", vit_format="safetensors")
+    code = (
+        "import sys; from yivl_edge.convert import convert; convert(*sys.argv[1:]); "
+        "assert not {'torch', 'safetensors'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder), str(tmp_path / "out.gguf")], check=True)
+
+
+# --- All or nothing
+
+
+def folder_state(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def out_folder(tmp_path: Path) -> Path:
+    """A folder with an old conversion, which a failure must leave as it is."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "out.gguf").write_bytes(b"old text")
+    (folder / "out-mmproj.gguf").write_bytes(b"old vision")
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["single", "pair"])
+def test_replaces_old_files_and_leaves_nothing_else(out_folder: Path, layout: str) -> None:
+    convert(GOLDEN, out_folder / "out.gguf", layout=layout)
+    state = folder_state(out_folder)
+    assert set(state) == {"out.gguf", "out-mmproj.gguf"}
+    assert state["out.gguf"][:4] == b"GGUF"
+    assert (state["out-mmproj.gguf"][:4] == b"GGUF") == (layout == "pair")
+
+
+def test_full_disk_leaves_the_old_state(out_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = folder_state(out_folder)
+    calls = 0
+
+    def fill_up(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writer_module.os, "fsync", fill_up)
+    with pytest.raises(OSError, match="No space left"):
+        convert(GOLDEN, out_folder / "out.gguf", layout="pair")
+    assert folder_state(out_folder) == before
+
+
+def test_too_little_space_is_told_before_anything_is_written(
+    out_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = folder_state(out_folder)
+    usage = shutil.disk_usage(out_folder)._replace(free=1_000_000)
+    monkeypatch.setattr(writer_module.shutil, "disk_usage", lambda _folder: usage)
+    with pytest.raises(OSError, match=r"0\.01 GB needed, 0\.00 GB free"):
+        convert(GOLDEN, out_folder / "out.gguf", type="f16")
+    assert folder_state(out_folder) == before
+
+
+def test_failed_rename_of_the_second_half_takes_the_first_back(
+    out_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = folder_state(out_folder)
+    replace = Path.replace
+
+    def refuse_mmproj(self: Path, target: Path) -> Path:
+        if target.name == "out-mmproj.gguf" and self.read_bytes()[:4] == b"GGUF":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse_mmproj)
+    with pytest.raises(PermissionError):
+        convert(GOLDEN, out_folder / "out.gguf", layout="pair")
+    assert folder_state(out_folder) == before
+
+
+def test_output_must_not_be_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "out.gguf").mkdir()
+    with pytest.raises(OSError, match="exists and is no plain file"):
+        convert(GOLDEN, tmp_path / "out.gguf")
+    with pytest.raises(FileNotFoundError):
+        convert(GOLDEN, tmp_path / "no such folder" / "out.gguf")
+
+
+class CancelledError(Exception):
+    pass
+
+
+def test_progress_rises_to_one_and_can_cancel(out_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(converter_module, "_CHUNK", 100_000)
+    calls: list[tuple[str, float]] = []
+    convert(
+        GOLDEN, out_folder / "out.gguf", on_progress=lambda stage, fraction: calls.append((stage, fraction))
+    )
+    assert {stage for stage, _ in calls} == {"convert"}
+    fractions = [fraction for _, fraction in calls]
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0
+    assert max(np.diff([0.0, *fractions])) < 0.1
+
+    before = folder_state(out_folder)
+
+    def cancel(_stage: str, fraction: float) -> None:
+        if fraction > 0.5:
+            raise CancelledError
+
+    with pytest.raises(CancelledError):
+        convert(GOLDEN, out_folder / "out.gguf", on_progress=cancel)
+    assert folder_state(out_folder) == before
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)])
+def test_signal_midway_leaves_the_old_state(
+    tmp_path: Path, out_folder: Path, number: signal.Signals, status: int
+) -> None:
+    folder = write_checkpoint(tmp_path / "model", vit_format="safetensors")  # torch takes long to start
+    before = folder_state(out_folder)
+    # The command line, made to wait in the middle so that the signal cannot come too late.
+    code = (
+        "import sys, time; import yivl_edge.convert.converter as c; encode = c._encode\n"
+        "def wait(info, values):\n"
+        "    if info.name == 'blk.1.ffn_up.weight': print('halfway', flush=True); time.sleep(20)\n"
+        "    return encode(info, values)\n"
+        "c._encode = wait\n"
+        "from yivl_edge.convert.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = [str(folder), "-o", str(out_folder / "out.gguf")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "halfway\n"
+    assert len(list(out_folder.iterdir())) == 3
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == status
+    assert "Traceback" not in stderr
+    assert folder_state(out_folder) == before
+
+
+def test_same_folder_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        convert(GOLDEN, tmp_path / name, type="q4_0", layout="pair")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    assert (tmp_path / "a-mmproj.gguf").read_bytes() == (tmp_path / "b-mmproj.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("file_format", ["safetensors", "bin"])
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, file_format: str) -> None:
+    sizes: dict[str, Any] = {"decoder_layers": 1, "vit_layers": 2, "vit_hidden": 32, "vit_mlp": 32}
+    formats: dict[str, Any] = {"file_format": file_format, "vit_format": file_format, "shards": 1}
+    # Three matrices of 32 MiB each in float32.
+    large = write_checkpoint(tmp_path / "large", mlp=1 << 15, dtype="float16", **sizes, **formats)
+    small = write_checkpoint(tmp_path / "small", mlp=256, **sizes, **formats)
+    code = (
+        "import resource, sys; from yivl_edge.convert import convert\n"
+        "for folder in sys.argv[2:]:\n"
+        "    convert(folder, sys.argv[1], type='f16')\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out.gguf"), str(small), str(large)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    small_peak, large_peak = (int(line) / 1024 for line in output.splitlines())
+    # A slice of 2^20 weights takes 10 MiB in its three forms. A PyTorch file's pages count while they are
+    # mapped, up to the whole file here (48 MiB).
+    assert large_peak - small_peak < (24 if file_format == "safetensors" else 72)
+
+
+# --- The command line
+
+
+def test_command_line_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out.gguf"
+    assert main([str(GOLDEN), "-o", str(output), "--type", "q4_0", "--layout", "pair"]) == 0
+    out, err = capsys.readouterr()
+    assert re.findall(r"wrote (.*) \([\d.]+ MB\)", out) == [str(output), str(tmp_path / "out-mmproj.gguf")]
+    assert err.splitlines() == [f"convert: {10 * i}%" for i in range(1, 11)]
+
+
+def test_command_line_tells_errors_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path / "none"), "-o", str(tmp_path / "out.gguf")]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+    assert main([str(GOLDEN), "-o", str(tmp_path / "none" / "out.gguf")]) == 1
+    assert "No such file or directory" in capsys.readouterr().err
+
+
+def test_help_shows_an_example_and_the_pair(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert "python -m yivl_edge.convert Yi-VL-6B -o" in text
+    assert "OUT-mmproj.gguf" in text
+
+
+def test_function_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    yivl_edge.convert.convert(GOLDEN, tmp_path / "out.gguf")
+    assert capfd.readouterr() == ("", "")
