@@ -147,14 +147,15 @@ def _open(file: IO[bytes], name: str) -> Image.Image:
         for format in [f for f in _FORMATS if f in Image.OPEN and f not in tried]:
             tried.add(format)
             factory, accept = Image.OPEN[format]
-            accepted = accept is None or accept(prefix)
-            if isinstance(accepted, str):
-                raise ImageError(f"{name}: this Pillow cannot read {format} files: {accepted}")
-            if not accepted:
-                continue
-            file.seek(0)
             try:
-                return factory(file, "")
+                accepted = accept is None or accept(prefix)
+                if isinstance(accepted, str):
+                    raise ImageError(f"{name}: this Pillow cannot read {format} files: {accepted}")
+                if accepted:
+                    file.seek(0)
+                    return factory(file, "")
+            except (ImageError, MemoryError):
+                raise
             except Exception as error:  # what decoders raise for a damaged file has no common type
                 reason = error
     if reason is not None:
@@ -176,8 +177,9 @@ def _from_pil(image: Image.Image, name: str, max_pixels: int) -> NDArray[np.uint
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    if image.format == "TIFF":  # turned by load(), though old versions of Pillow keep the tag
+        return image
     try:
-        # After load(): some formats turn the picture themselves, and then drop the tag.
         turn = _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # damage to the metadata is none to the picture
         return image
