@@ -7,16 +7,14 @@ import os
 import shlex
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
+from yivl_edge import ChatResult, Model
 from yivl_edge.cli.arguments import integer, number
 from yivl_edge.cli.terminal import Progress, note, visible
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from yivl_edge.model import ChatResult, Model
+from yivl_edge.image import DEFAULT_MAX_PIXELS, load_image
 
 _EXAMPLE = """\
 examples:
@@ -133,18 +131,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     limits.add_argument(
         "--max-image-pixels",
         type=integer(1),
-        default=100_000_000,
+        default=DEFAULT_MAX_PIXELS,
         metavar="N",
-        help="refuse pictures with more pixels (default: 100000000)",
+        help="refuse pictures of more pixels (default: %(default)s)",
     )
 
 
 def run(args: _Args) -> int:
     """One question if there is one on the command line or in a pipe, a conversation otherwise."""
     question = _question(args)
-
-    from yivl_edge import Model
-
     progress = Progress()
     try:
         model = Model(
@@ -169,6 +164,16 @@ def run(args: _Args) -> int:
 _INTERRUPTED = 130
 
 
+def _text(name: str, text: str) -> str:
+    """Text from the command line or a terminal, unless bytes in it are not text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        encoding = sys.getfilesystemencoding()
+        raise ValueError(f"{name}: expected text in {encoding}, found other bytes") from None
+    return text
+
+
 def _question(args: _Args) -> str | None:
     """The one question to be answered; None for a conversation on the terminal."""
     question = args.prompt
@@ -181,7 +186,7 @@ def _question(args: _Args) -> str | None:
             raise ValueError(f"standard input: expected text in {sys.stdin.encoding}: {error}") from None
     if not question.strip():
         raise ValueError("expected a question: give it with --prompt, or pipe it in")
-    return question
+    return _text("question", question)
 
 
 class _Conversation:
@@ -199,12 +204,10 @@ class _Conversation:
         """Forgets what has been said; the picture stays."""
         self._turns = []
         if self._args.system is not None:
-            self._turns.append({"role": "system", "content": self._args.system})
+            self._turns.append({"role": "system", "content": _text("--system", self._args.system)})
 
     def show(self, path: str) -> None:
         """Starts anew with a picture. If it cannot be used, everything stays as it was."""
-        from yivl_edge.image import load_image
-
         if self._model.config.vision is None:
             raise ValueError(
                 f"{self._args.model} has no vision tower: give the file of its pair with --mmproj"
@@ -286,19 +289,15 @@ class _Conversation:
 
 def _print_timings(result: ChatResult) -> None:
     usage, times = result.usage, result.timings
-    seconds = {
-        "picture": times.preprocess + times.image,
-        "prompt": times.prefill,
-        "first token": times.first_token,
-    }
-    parts = [f"{name} {value:.2f} s" for name, value in seconds.items()]
-    computed = usage.prompt_tokens - usage.cached_tokens
-    parts[1] += f" ({computed} of {usage.prompt_tokens} tokens computed)"
+    parts = [
+        f"picture {times.preprocess + times.image:.2f} s",
+        f"prompt {times.prefill:.2f} s for {usage.prompt_tokens} tokens, {usage.cached_tokens} cached",
+        f"first token after {times.first_token:.2f} s",
+    ]
     if usage.completion_tokens > 1 and times.decode > 0:
-        parts.append(
-            f"{usage.completion_tokens} tokens, {(usage.completion_tokens - 1) / times.decode:.1f} tokens/s"
-        )
-    note(", ".join(parts))
+        speed = (usage.completion_tokens - 1) / times.decode
+        parts.append(f"{usage.completion_tokens} tokens, {speed:.3g} a second")
+    note("; ".join(parts))
 
 
 def _converse(conversation: _Conversation) -> int:
@@ -320,7 +319,7 @@ def _converse(conversation: _Conversation) -> int:
                 if not _obey(line, conversation):
                     return 0
             elif line.strip():
-                conversation.ask(line.strip())
+                conversation.ask(_text("question", line.strip()))
         except (ValueError, OSError) as error:
             note(" ".join(str(error).split()))
         except KeyboardInterrupt:

@@ -7,13 +7,11 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from yivl_edge import _core
 from yivl_edge.cli.arguments import integer
 from yivl_edge.cli.terminal import visible
-
-if TYPE_CHECKING:
-    from yivl_edge import _core
 
 _EXAMPLE = """\
 examples:
@@ -85,8 +83,6 @@ def inspect(path: str, mmproj: str | None = None, n_ctx: int | None = None) -> d
         ModelFileError: A file that is missing, damaged or not a Yi-VL model.
         ValueError: n_ctx above the model's context.
     """
-    from yivl_edge import _core
-
     file = _core.GgufFile.open(path)
     metadata = file.metadata
     is_mmproj = metadata.get("general.architecture") == "clip"
@@ -193,8 +189,6 @@ def _tokenizer(config: _core.TokenizerConfig) -> dict[str, Any]:
 
 def _memory(config: _core.Config, n_ctx: int | None, weights: int) -> dict[str, int]:
     """Bytes needed for one conversation: the mapped file and what a session allocates."""
-    from yivl_edge import _core
-
     limit = config.decoder.context_length
     if n_ctx is not None and n_ctx > limit:
         raise ValueError(f"--n-ctx: expected at most the model's context of {limit}, found {n_ctx}")

@@ -8,6 +8,7 @@ import time
 
 _STAGES = {"load": "Opening the model", "image": "Looking at the picture", "prefill": "Reading the question"}
 _SECONDS_BETWEEN = 0.1
+_WIPE = "\r\x1b[K"
 
 # Control characters that a model may write, and a terminal would obey, and what is shown in their place.
 _VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
@@ -20,8 +21,10 @@ def visible(text: str) -> str:
 
 
 def note(message: str) -> None:
-    """Something said by the program, not by the model."""
-    print(f"({message})", file=sys.stderr, flush=True)
+    """Something said by the program, not by the model, on a line of its own."""
+    # The terminal itself may have written "^C" at the beginning of the line.
+    wipe = _WIPE if sys.stderr.isatty() else ""
+    print(f"{wipe}({message})", file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -43,13 +46,13 @@ class Progress:
             return
         self._last = (stage, now)
         line = f"{label} {fraction:4.0%}"[: shutil.get_terminal_size().columns - 1]
-        sys.stderr.write(f"\r\x1b[K{line}")
+        sys.stderr.write(_WIPE + line)
         sys.stderr.flush()
         self._shown = True
 
     def wipe(self) -> None:
         """Leaves the line empty for what comes next."""
         if self._shown:
-            sys.stderr.write("\r\x1b[K")
+            sys.stderr.write(_WIPE)
             sys.stderr.flush()
             self._shown = False

@@ -1,0 +1,479 @@
+"""The command line, as its users meet it: arguments, pipes, and a terminal."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yivl_edge
+from yivl_edge import _core
+from yivl_edge.cli import main
+from yivl_edge.cli.terminal import visible
+
+COMMAND = [sys.executable, "-m", "yivl_edge"]
+# With Python's UTF-8 mode, what the tests see does not depend on the locale they run in.
+ENVIRONMENT = {**os.environ, "PYTHONUTF8": "1", "TERM": "dumb"}
+
+
+def run(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        timeout=60,
+        env=ENVIRONMENT,
+        check=False,
+    )
+
+
+def error_line(captured: pytest.CaptureFixture[str]) -> str:
+    """The one line of an error."""
+    output = captured.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("yivl-edge: error: ")
+    assert output.err.endswith("\n")
+    assert output.err.count("\n") == 1
+    return output.err
+
+
+# One question.
+
+
+def test_a_question_is_answered_as_the_python_api_answers_it(golden_f32, golden_image, golden_model, capfd):
+    options = {"max_tokens": 12, "temperature": 0.7, "seed": 5, "top_k": 50, "top_p": 0.9, "min_p": 0.01}
+    arguments = ["chat", str(golden_f32), "--image", str(golden_image), "--prompt", "这是什么？"]
+    for name, value in options.items():
+        arguments += ["--" + name.replace("_", "-"), str(value)]
+    assert main([*arguments, "--repetition-penalty", "1.1", "--system", "Be brief.", "--threads", "1"]) == 0
+    expected = golden_model.chat(
+        golden_image, "这是什么？", system="Be brief.", repetition_penalty=1.1, **options
+    )
+    output = capfd.readouterr()
+    assert output.out == expected.text + "\n"
+    assert output.err == "(stopped after 12 tokens)\n"
+
+
+def test_the_pair_answers_as_the_single_file(golden_f32, golden_pair, golden_image, capfd):
+    text, mmproj = map(str, golden_pair)
+    rest = ["--image", str(golden_image), "--prompt", "What?", "--max-tokens", "8", "--temperature", "0"]
+    assert main(["chat", str(golden_f32), *rest]) == 0
+    single = capfd.readouterr().out
+    assert main(["chat", text, "--mmproj", mmproj, *rest]) == 0
+    assert capfd.readouterr().out == single
+
+
+def test_a_question_may_come_through_a_pipe(golden_f32, golden_model):
+    result = run("chat", golden_f32, "--max-tokens", 6, "--temperature", 0, stdin="讲个笑话\n".encode())
+    expected = golden_model.chat(None, "讲个笑话", max_tokens=6, temperature=0).text
+    assert (result.returncode, result.stdout.decode()) == (0, expected + "\n")
+
+
+def test_the_file_gives_the_defaults_of_sampling(golden_f32, golden_model, tmp_path, capfd):
+    contents = bytearray(golden_f32.read_bytes())
+    for key, value in {"yivl.sampling.temperature": ("<f", 0), "yivl.sampling.max_tokens": ("<I", 3)}.items():
+        # After the key stand its type, in 4 bytes, and the value.
+        struct.pack_into(value[0], contents, contents.index(key.encode()) + len(key) + 4, value[1])
+    path = tmp_path / "greedy.gguf"
+    path.write_bytes(contents)
+    assert main(["chat", str(path), "--prompt", "Hi"]) == 0
+    output = capfd.readouterr()
+    assert output.out == golden_model.chat(None, "Hi", temperature=0, max_tokens=3).text + "\n"
+    assert output.err == "(stopped after 3 tokens)\n"
+
+
+def test_an_answer_is_cut_where_the_context_ends(golden_f32, golden_model, capfd):
+    positions = len(golden_model.prompt_ids("hello", image=False))
+    arguments = ["chat", str(golden_f32), "--prompt", "hello", "--temperature", "0"]
+    assert main([*arguments, "--n-ctx", str(positions + 9)]) == 0
+    output = capfd.readouterr()
+    assert output.out == golden_model.chat(None, "hello", temperature=0, max_tokens=9).text + "\n"
+    assert output.err == "(stopped: the context is full)\n"
+
+
+def test_timings_count_tokens(golden_f32, golden_image, golden_model, capfd):
+    arguments = ["chat", str(golden_f32), "--image", str(golden_image), "--prompt", "What?"]
+    assert main([*arguments, "--max-tokens", "4", "--temperature", "0", "--timings"]) == 0
+    positions = len(golden_model.prompt_ids("What?")) + golden_model.config.vision.n_patches - 1
+    assert f"{positions} tokens, 0 cached" in capfd.readouterr().err
+
+
+def test_nobody_reading_the_answer_is_no_traceback(golden_f32):
+    process = subprocess.Popen(
+        [*COMMAND, "chat", golden_f32, "--prompt", "hello", "--temperature", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=30) == 141
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["chat", "missing.gguf", "--prompt", "x"], "missing.gguf: cannot open: No such file or directory"),
+        (["inspect", "missing.gguf"], "missing.gguf: cannot open: No such file or directory"),
+        (["inspect", __file__], "this is no GGUF file"),
+        (["chat", __file__, "--prompt", "x"], "this is no GGUF file"),
+        (["chat", "{model}", "--image", "missing.png", "--prompt", "x"], "missing.png: no such file"),
+        (["chat", "{model}", "--image", "{model}", "--prompt", "x"], "expected a picture"),
+        (
+            ["chat", "{text}", "--image", "{image}", "--prompt", "x"],
+            "give the file of its pair with --mmproj",
+        ),
+        (["chat", "{mmproj}", "--prompt", "x"], "give the text model first"),
+        (["chat", "{text}", "--mmproj", "{text}", "--prompt", "x"], "expected a vision tower"),
+        (["chat", "{model}", "--prompt", " "], "expected a question: give it with --prompt, or pipe it in"),
+        (["chat", "{model}", "--prompt", "a\udcffb"], "question: expected text in"),
+        (
+            ["chat", "{model}", "--prompt", "x", "--n-ctx", "10"],
+            "tokens; ask a shorter question or raise --n-ctx",
+        ),
+        (
+            ["chat", "{model}", "--prompt", "x", "--n-ctx", "9999"],
+            "expected 1 to the model's 4096, found 9999",
+        ),
+        (
+            ["chat", "{model}", "--image", "{image}", "--prompt", "x", "--max-image-pixels", "99"],
+            "above the limit of 99",
+        ),
+        (
+            ["inspect", "{text}", "--n-ctx", "9999"],
+            "expected at most the model's context of 4096, found 9999",
+        ),
+        (["inspect", "{mmproj}", "--mmproj", "{text}"], "expected the text model of the pair"),
+    ],
+)
+def test_what_cannot_work_is_one_line(golden_f32, golden_pair, golden_image, capfd, arguments, expected):
+    paths = {"model": golden_f32, "text": golden_pair[0], "mmproj": golden_pair[1], "image": golden_image}
+    assert main([argument.format(**paths) for argument in arguments]) == 1
+    assert expected in error_line(capfd)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "required: COMMAND"),
+        (["sing"], "invalid choice: 'sing'"),
+        (["chat"], "required: MODEL"),
+        (["chat", "m", "--temperature", "-1"], "--temperature: expected a number from 0 to 100, found '-1'"),
+        (
+            ["chat", "m", "--temperature", "nan"],
+            "--temperature: expected a number from 0 to 100, found 'nan'",
+        ),
+        (["chat", "m", "--top-p", "0"], "--top-p: expected a number above 0 and up to 1, found '0'"),
+        (["chat", "m", "--min-p", "2"], "--min-p: expected a number from 0 to 1, found '2'"),
+        (["chat", "m", "--top-k", "-1"], "--top-k: expected an integer of at least 0, found '-1'"),
+        (["chat", "m", "--repetition-penalty", "0"], "expected a number above 0 and up to 100, found '0'"),
+        (["chat", "m", "--max-tokens", "0"], "--max-tokens: expected an integer of at least 1, found '0'"),
+        (["chat", "m", "--seed", str(2**64)], f"expected an integer from 0 to {2**64 - 1}, found '{2**64}'"),
+        (["chat", "m", "--threads", "two"], "--threads: expected an integer of at least 1, found 'two'"),
+        (["chat", "m", "--n-ctx", "0"], "--n-ctx: expected an integer of at least 1, found '0'"),
+        (["inspect"], "required: FILE"),
+        (["inspect", "m", "--n-ctx", "1.5"], "--n-ctx: expected an integer of at least 1, found '1.5'"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(capfd, arguments, expected):
+    assert main(arguments) == 2
+    assert expected in error_line(capfd)
+
+
+def test_a_text_that_is_not_text_is_refused(golden_f32):
+    result = run("chat", golden_f32, stdin=b"\xff\xfe")
+    assert result.returncode == 1
+    assert b"question: expected text in utf-8, found other bytes" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["chat", "inspect", "convert"])
+def test_help_shows_an_example(command, capfd):
+    assert main([command, "--help"]) == 0
+    assert re.search(r"examples?:\n +(yivl-edge|python -m yivl_edge\.)\W?" + command, capfd.readouterr().out)
+
+
+def test_version(capfd):
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"yivl-edge \d+\.\d+\.\d+\n", capfd.readouterr().out)
+
+
+# A terminal.
+
+
+# The progress line is wiped, and what follows is not the next one ("Reading the question").
+ANSWER_BEGINS = r"\x1b\[K[^A-Z\r\x1b]"
+
+
+class Terminal:
+    """A command on a pseudo-terminal, and what it has written."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.pid, self._fd = pty.fork()
+        if self.pid == 0:
+            os.execve(sys.executable, [*COMMAND, *map(str, arguments)], ENVIRONMENT)
+        self.output = ""
+        self._seen = 0
+
+    def type(self, keys: str) -> None:
+        os.write(self._fd, keys.encode())
+
+    def read_until(self, pattern: str, timeout: float = 20) -> str:
+        """What came since the last call up to the end of the pattern."""
+        end = time.monotonic() + timeout
+        while not (found := re.compile(pattern).search(self.output, self._seen)):
+            if not select.select([self._fd], [], [], max(0.0, end - time.monotonic()))[0]:
+                raise AssertionError(f"no {pattern!r} in {self.output[self._seen :]!r}")
+            try:
+                self.output += os.read(self._fd, 4096).decode(errors="replace").replace("\r\n", "\n")
+            except OSError:  # what Linux says at the end
+                raise AssertionError(f"ended without {pattern!r}: {self.output[self._seen :]!r}") from None
+        text = self.output[self._seen : found.end()]
+        self._seen = found.end()
+        return text
+
+    def exit_code(self) -> int:
+        """Waits for the end."""
+        end = time.monotonic() + 10
+        while (status := os.waitpid(self.pid, os.WNOHANG)) == (0, 0):
+            assert time.monotonic() < end, f"still running: {self.output[self._seen :]!r}"
+            time.sleep(0.01)
+        self.pid = 0
+        return os.waitstatus_to_exitcode(status[1])
+
+    def close(self) -> None:
+        if self.pid:
+            os.kill(self.pid, 9)
+            os.waitpid(self.pid, 0)
+        os.close(self._fd)
+
+
+@pytest.fixture
+def terminal(golden_f32: Path) -> Iterator[Terminal]:
+    session = Terminal("chat", golden_f32, "--temperature", 0, "--max-tokens", 6, "--timings")
+    session.read_until("> $")
+    yield session
+    session.close()
+
+
+def ask(terminal: Terminal, question: str) -> tuple[int, int]:
+    """Prompt and cached tokens of the next turn."""
+    terminal.type(question + "\n")
+    match = re.search(r"for (\d+) tokens, (\d+) cached", terminal.read_until(r"cached;[^)]*\)\n> $"))
+    assert match is not None
+    return int(match[1]), int(match[2])
+
+
+def test_a_conversation_goes_on_until_reset(terminal, golden_model):
+    alone = len(golden_model.prompt_ids("Hello", image=False))
+    assert ask(terminal, "Hello") == (alone, 0)
+    second, cached = ask(terminal, "再说一遍")
+    assert second > alone + 6
+    assert cached >= alone
+    terminal.type("/reset\n")
+    terminal.read_until(r"\(new conversation\)\n> $")
+    assert ask(terminal, "Hello")[0] == alone
+    terminal.type("/exit\n")
+    assert terminal.exit_code() == 0
+
+
+def test_a_picture_starts_a_new_conversation(terminal, golden_model, golden_image, tmp_path):
+    picture = tmp_path / "one more photo.png"
+    shutil.copy(golden_image, picture)
+    ask(terminal, "Hello")
+    for typed in (picture, f'"{picture}"', str(picture).replace(" ", "\\ ")):
+        terminal.type(f"/image {typed}\n")
+        terminal.read_until(rf"\(new conversation about {re.escape(str(picture))}\)\n> $")
+    picture.unlink()  # what has been seen stays seen
+    alone = len(golden_model.prompt_ids("What?")) + golden_model.config.vision.n_patches - 1
+    assert ask(terminal, "What?")[0] == alone
+
+    # A picture that cannot be used changes nothing.
+    terminal.type(f"/image {picture}\n")
+    terminal.read_until(r"no such file\)\n> $")
+    assert ask(terminal, "And now?")[0] > alone + 6
+    terminal.type("/reset\n")
+    terminal.read_until("> $")
+    assert ask(terminal, "What?")[0] == alone
+    terminal.type("\x04")
+    terminal.read_until("\n$")
+    assert terminal.exit_code() == 0
+
+
+def test_ctrl_c_stops_only_the_answer_being_given(golden_f32, golden_model):
+    # This greedy answer of the golden model is hundreds of tokens long.
+    session = Terminal("chat", golden_f32, "--temperature", 0, "--timings")
+    try:
+        session.read_until("> $")
+        session.type("hello\n")
+        session.read_until(ANSWER_BEGINS)
+        session.type("\x03")
+        assert "Traceback" not in session.read_until(r"\(stopped\)\n> $")
+        # The question and the part that was answered stay in the conversation.
+        session.type("/reset\nhello\n")
+        session.read_until(r"\(new conversation\)\n> hello\n" + f"(?s:.*?){ANSWER_BEGINS}")
+        session.type("\x03")
+        session.read_until(r"\(stopped\)\n> $")
+        session.type("go on\n")
+        found = re.search(r"for (\d+) tokens", session.read_until(r"cached;[^)]*\)\n> $", 30))
+        assert found is not None
+        turns = [("user", "hello"), ("assistant", ""), ("user", "go on")]
+        unanswered = [{"role": role, "content": text} for role, text in turns]
+        assert int(found[1]) > len(golden_model.prompt_ids(unanswered, image=False))
+
+        # At the prompt it clears the line and says how to leave.
+        session.type("half a question\x03")
+        session.read_until(r"\(/exit or Ctrl-D ends the conversation\)\n> $")
+        session.type("/exit\n")
+        assert session.exit_code() == 0
+    finally:
+        session.close()
+
+
+def test_a_terminal_says_what_it_does_not_understand(terminal):
+    for typed, answer in [
+        ("/dance\n", r"\(/dance is no command; /help lists them\)"),
+        ("/image\n", r"\(expected the path of a picture: /image PATH\)"),
+        ("/help\n", r"/image PATH  [^>]*/reset  [^>]*/exit "),
+        ("   \n", ""),
+    ]:
+        terminal.type(typed)
+        terminal.read_until(answer + r"[^>]*> $")
+
+
+def test_a_full_context_is_said_with_what_to_do(golden_f32, golden_model):
+    room = len(golden_model.prompt_ids("hello", image=False)) + 9
+    session = Terminal("chat", golden_f32, "--temperature", 0, "--n-ctx", room)
+    try:
+        session.read_until("> $")
+        session.type("hello\n")
+        session.read_until(r"\(stopped: the context is full\)\n> $")
+        session.type("hello\n")
+        session.read_until(rf"takes \d+ of {room} tokens; /reset starts a new one\)\n> $")
+        session.type("/reset\nhello\n")
+        session.read_until(r"\(stopped: the context is full\)\n> $")
+    finally:
+        session.close()
+
+
+def test_control_characters_of_an_answer_do_not_reach_the_terminal():
+    assert visible("a\x1b[2Jb\tc\n\x7f\x9b你") == "a␛[2Jb\tc\n\ufffd\ufffd你"
+
+
+# inspect.
+
+
+def inspect_json(capfd: pytest.CaptureFixture[str], *arguments: object) -> dict:
+    assert main(["inspect", *map(str, arguments), "--json"]) == 0
+    return json.loads(capfd.readouterr().out)
+
+
+def test_inspect_counts_every_tensor_and_byte(golden_f32, golden_pair, capfd):
+    single = inspect_json(capfd, golden_f32)
+    tensors = _core.GgufFile.open(golden_f32).tensors
+    assert sum(row["tensors"] for row in single["tensors"]) == len(tensors)
+    assert sum(row["bytes"] for row in single["tensors"]) == sum(tensor.nbytes for tensor in tensors)
+    assert sum(row["parameters"] for row in single["tensors"]) == single["parameters"]
+    assert single["bits_per_weight"] == 32
+    assert {row["group"] for row in single["tensors"]} == {
+        "decoder attention",
+        "decoder MLP",
+        "embeddings and output",
+        "vision tower",
+        "projector",
+    }
+    # q, k, v, output and a norm in each of 3 layers
+    attention = next(row for row in single["tensors"] if row["group"] == "decoder attention")
+    assert (attention["type"], attention["tensors"]) == ("F32", 15)
+    assert attention["parameters"] == 3 * (2 * 256 * 256 + 2 * 128 * 256 + 256)
+
+    pair = inspect_json(capfd, golden_pair[0], "--mmproj", golden_pair[1])
+    text, vision = inspect_json(capfd, golden_pair[0]), inspect_json(capfd, golden_pair[1])
+    assert [single["layout"], pair["layout"], text["layout"], vision["layout"]] == [
+        "single",
+        "pair",
+        "text",
+        "mmproj",
+    ]
+    assert pair["tensors"] == text["tensors"] + vision["tensors"]
+    assert pair["files"] == text["files"] + vision["files"]
+    for key in ("decoder", "vision", "tokenizer", "prompt", "preprocessing", "sampling"):
+        assert pair[key] == single[key]
+    assert (text["vision"], vision["decoder"], vision["memory"]) == (None, None, None)
+    assert (text["decoder"], vision["vision"]) == (single["decoder"], single["vision"])
+
+
+def test_inspect_tells_what_the_model_tells(golden_f32, golden_model, capfd):
+    contents = inspect_json(capfd, golden_f32)
+    config = golden_model.config
+    assert contents["decoder"]["n_layers"] == config.decoder.n_layers == 3
+    assert contents["vision"]["n_patches"] == config.vision.n_patches == 64
+    assert contents["prompt"] == {"system": config.system, "stops": config.stops}
+    assert contents["tokenizer"]["vocabulary"] == config.decoder.vocab_size
+    assert sum(contents["tokenizer"]["pieces"].values()) == config.decoder.vocab_size
+    assert contents["preprocessing"]["pad_color"] == [122, 116, 104]
+    assert contents["sampling"] == {"temperature": 0.2, "max_tokens": 1024}
+
+
+def test_inspect_computes_memory_for_a_context(golden_f32, capfd):
+    memory = inspect_json(capfd, golden_f32, "--n-ctx", 100)["memory"]
+    assert (
+        memory["kv_cache"] == 2 * 3 * 100 * 128 * 4
+    )  # keys and values, layers, positions, KV width, float32
+    assert memory["weights"] == os.path.getsize(golden_f32)
+    parts = ("weights", "kv_cache", "activations", "vision_activations")
+    assert memory["total"] == sum(memory[part] for part in parts)
+    assert inspect_json(capfd, golden_f32)["memory"]["n_ctx"] == 4096
+
+
+def test_inspect_prints_the_same_for_people(golden_pair, capfd):
+    text, mmproj = map(str, golden_pair)
+    assert main(["inspect", text, "--mmproj", mmproj]) == 0
+    output = capfd.readouterr().out
+    for line in (
+        "layout        text model and mmproj",
+        "decoder       3 layers, width 256, 2 heads of 128, 1 KV heads",
+        "vision tower  3 layers run, width 160, 2 heads of 80",
+        'stops         "###", "\\nHuman:"',
+        "picture       padded with (122, 116, 104) to a square, resized to 112 x 112",
+    ):
+        assert line + "\n" in output
+    assert main(["inspect", mmproj]) == 0
+    assert "their text model is in another file" in capfd.readouterr().out
+
+
+# The typed face of the native module.
+
+
+def test_the_stub_names_what_the_native_module_has():
+    stub = ast.parse(Path(yivl_edge.__file__).with_name("_core.pyi").read_text())
+    names: dict[str, set[str]] = {"": set()}
+    for node in stub.body:
+        if isinstance(node, ast.ClassDef):
+            names[node.name] = {item.name for item in node.body if isinstance(item, ast.FunctionDef)} - {
+                "__init__"
+            }
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            names[""].add(node.name)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names[""].add(node.target.id)
+    for owner, members in names.items():
+        found = getattr(_core, owner) if owner else _core
+        public = {name for name in vars(found) if not name.startswith("_")}
+        assert members == public, owner or "module"
