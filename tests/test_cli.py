@@ -327,7 +327,7 @@ def test_ctrl_c_stops_only_the_answer_being_given(golden_f32, golden_model):
         assert "Traceback" not in session.read_until(r"\(stopped\)\n> $")
         # The question and the part that was answered stay in the conversation.
         session.type("/reset\nhello\n")
-        session.read_until(r"\(new conversation\)\n> hello\n" + f"(?s:.*?){ANSWER_BEGINS}")
+        session.read_until(r"\(new conversation\)\n> hello\n" + f"(?s:.*?){ANSWER_BEGINS}(?s:.{{12}})")
         session.type("\x03")
         session.read_until(r"\(stopped\)\n> $")
         session.type("go on\n")
