@@ -69,7 +69,9 @@ def test_replies_with_reuse_equal_replies_without(model, golden_f32, golden_imag
         ask(model, other_image, "Something else in between")
 
 
-def test_another_image_is_never_answered_with_the_first_ones_cache(model, golden_f32, golden_image, other_image):
+def test_another_image_is_never_answered_with_the_first_ones_cache(
+    model, golden_f32, golden_image, other_image
+):
     ask(model, golden_image, FIRST)
     reply = ask(model, other_image, FIRST)
     text_before_image = len(model.tokenize(model.prompt(FIRST).split("<image_placeholder>")[0]))
@@ -104,7 +106,9 @@ def test_a_system_message_or_argument_replaces_the_default(model):
     as_message = model.prompt([{"role": "system", "content": "Be brief."}, user("Hi")])
     assert as_message == "Be brief.\n\n### Human: <image_placeholder>\nHi\n### Assistant:"
     by_argument = ask(model, None, "Hi", system="Be brief.")
-    assert by_argument.usage.prompt_tokens == len(model.tokenize("Be brief.\n\n### Human: Hi\n### Assistant:"))
+    assert by_argument.usage.prompt_tokens == len(
+        model.tokenize("Be brief.\n\n### Human: Hi\n### Assistant:")
+    )
     with pytest.raises(ValueError, match="found both"):
         ask(model, None, [{"role": "system", "content": "a"}, user("b")], system="c")
     with pytest.raises(ValueError, match=r"messages\[1\].*only at the beginning"):
@@ -120,7 +124,10 @@ def test_empty_assistant_turns_and_consecutive_turns_of_one_role_keep_their_plac
     ("messages", "message"),
     [
         ([], "expected the last message to be the user's, found no messages"),
-        ([user("a"), assistant("b")], "expected the last message to be the user's, found one of role 'assistant'"),
+        (
+            [user("a"), assistant("b")],
+            "expected the last message to be the user's, found one of role 'assistant'",
+        ),
         ([{"role": "robot", "content": "a"}], r"messages\[0\]: role: expected one of .*'robot'"),
         ([{"role": "user"}], "expected the key 'content'"),
         ([{"role": "user", "content": [{"type": "audio"}]}], "expected parts of type 'text' or 'image_url'"),
@@ -167,7 +174,9 @@ def test_an_image_in_a_later_turn_or_a_second_image_is_refused(model, golden_ima
 
 
 def test_same_seed_same_text_on_any_number_of_threads(golden_f32, golden_image):
-    texts = {ask(Model(golden_f32, n_threads=n), golden_image, FIRST, temperature=1.0).text for n in (1, 2, 3)}
+    texts = {
+        ask(Model(golden_f32, n_threads=n), golden_image, FIRST, temperature=1.0).text for n in (1, 2, 3)
+    }
     assert len(texts) == 1
     model = Model(golden_f32)
     assert len({ask(model, golden_image, FIRST, temperature=1.0, seed=seed).text for seed in range(4)}) > 1
@@ -175,7 +184,14 @@ def test_same_seed_same_text_on_any_number_of_threads(golden_f32, golden_image):
 
 @pytest.mark.parametrize(
     "option",
-    [{"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"min_p": 2}, {"repetition_penalty": 0}, {"max_tokens": 0}],
+    [
+        {"temperature": -1},
+        {"top_p": 0},
+        {"top_k": -1},
+        {"min_p": 2},
+        {"repetition_penalty": 0},
+        {"max_tokens": 0},
+    ],
 )
 def test_sampling_options_out_of_range_are_value_errors(model, option):
     with pytest.raises(ValueError, match=next(iter(option))):
@@ -240,7 +256,12 @@ def test_an_exception_in_on_progress_ends_the_work_and_is_passed_on(model, golde
 def test_a_cancel_flag_ends_the_reply_in_every_stage(model, golden_image, stage):
     flag = threading.Event()
     reply = ask(
-        model, golden_image, FIRST, on_progress=lambda s, _: s == stage and flag.set(), cancel=flag, max_tokens=600
+        model,
+        golden_image,
+        FIRST,
+        on_progress=lambda s, _: s == stage and flag.set(),
+        cancel=flag,
+        max_tokens=600,
     )
     assert reply.finish_reason == "cancelled"
     assert reply.usage.completion_tokens < 600

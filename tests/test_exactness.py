@@ -21,7 +21,14 @@ def wide_f32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An F32 file whose decoder and vision rows are all whole 256-blocks, so that every type applies everywhere."""
     folder = tmp_path_factory.mktemp("wide")
     write_checkpoint(
-        folder / "checkpoint", heads=2, kv_heads=1, head_dim=128, mlp=512, vit_hidden=256, vit_heads=4, vit_layers=3
+        folder / "checkpoint",
+        heads=2,
+        kv_heads=1,
+        head_dim=128,
+        mlp=512,
+        vit_hidden=256,
+        vit_heads=4,
+        vit_layers=3,
     )
     convert(folder / "checkpoint", folder / "wide.gguf", type="f32")
     return folder / "wide.gguf"
@@ -85,7 +92,9 @@ def test_grouped_query_attention_and_head_dims(
 
 @pytest.mark.parametrize("image_size", [112, 224, 448])
 def test_image_grids(tmp_path, golden_image, image_size):
-    write_checkpoint(tmp_path / "c", image_size=image_size, vit_hidden=64, vit_heads=1, heads=1, head_dim=64, mlp=96)
+    write_checkpoint(
+        tmp_path / "c", image_size=image_size, vit_hidden=64, vit_heads=1, heads=1, head_dim=64, mlp=96
+    )
     convert(tmp_path / "c", tmp_path / "m.gguf", type="f32")
     model = Model(tmp_path / "m.gguf")
     twin = Twin(tmp_path / "m.gguf")
@@ -112,7 +121,9 @@ def test_prefill_in_chunks_equals_prefill_at_once(golden_model, pixels, chunk):
 @pytest.mark.parametrize("n_threads", [1, 3])
 def test_logits_do_not_depend_on_the_number_of_threads(golden_f32, golden_model, golden_image, n_threads):
     other = Model(golden_f32, n_threads=n_threads)
-    np.testing.assert_array_equal(other.logits(golden_image, QUESTION), golden_model.logits(golden_image, QUESTION))
+    np.testing.assert_array_equal(
+        other.logits(golden_image, QUESTION), golden_model.logits(golden_image, QUESTION)
+    )
 
 
 def test_cached_decoding_equals_uncached(golden_model, pixels):

@@ -125,7 +125,9 @@ class Twin:
         }
         for theirs, ours in names.items():
             state |= {f"{theirs}.{part}": t[f"{ours}.{part}"] for part in ("weight", "bias")}
-        missing, unexpected = self.vit.load_state_dict({prefix + k: v for k, v in state.items()}, strict=False)
+        missing, unexpected = self.vit.load_state_dict(
+            {prefix + k: v for k, v in state.items()}, strict=False
+        )
         assert not unexpected, unexpected
         # The final LayerNorm is not part of the selected hidden state.
         assert all("post_layernorm" in name or "position_ids" in name for name in missing), missing
@@ -143,8 +145,12 @@ class Twin:
         """pixels (3, S, S) -> (N, D)"""
         p = self.projector
         width = (p["mm.1.weight"].shape[0],)
-        x = functional.linear(torch.from_numpy(self.vision_features(pixels)), p["mm.0.weight"], p["mm.0.bias"])
-        x = functional.gelu(functional.layer_norm(x, width, p["mm.1.weight"], p["mm.1.bias"], self.projector_eps))
+        x = functional.linear(
+            torch.from_numpy(self.vision_features(pixels)), p["mm.0.weight"], p["mm.0.bias"]
+        )
+        x = functional.gelu(
+            functional.layer_norm(x, width, p["mm.1.weight"], p["mm.1.bias"], self.projector_eps)
+        )
         x = functional.linear(x, p["mm.3.weight"], p["mm.3.bias"])
         return functional.layer_norm(x, width, p["mm.4.weight"], p["mm.4.bias"], self.projector_eps).numpy()
 

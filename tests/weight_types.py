@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -56,26 +58,45 @@ def encode(values: NDArray[np.float32], kind: T, rng: np.random.Generator) -> ND
     return gguf.quants.quantize(values, kind)
 
 
-def retype(source: Path, target: Path, kind: T) -> Path:
-    """Copies a model file with every matrix of whole blocks in another type; all keys stay."""
+def rewrite(
+    source: Path,
+    target: Path,
+    *,
+    keys: Callable[[dict[str, Any]], dict[str, Any]] = lambda keys: keys,
+    tensor: Callable[[str, NDArray[np.float32]], tuple[str, NDArray[Any], T] | None] = lambda name, v: (
+        name,
+        v,
+        T.F32,
+    ),
+) -> Path:
+    """Copies a model file: `keys` gets and returns all keys, `tensor` gives new name, values and type, or drops it."""
     reader = gguf.GGUFReader(source)
-    rng = np.random.default_rng(7)
-    writer = gguf.GGUFWriter(target, str(reader.fields["general.architecture"].contents()))
-    for name, field in reader.fields.items():
-        if name.startswith("GGUF.") or name == "general.architecture":
-            continue
-        sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(name, field.contents(), field.types[0], sub_type=sub_type)
-    block = gguf.GGML_QUANT_SIZES[kind][0]
+    fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    values = keys({name: field.contents() for name, field in fields.items()})
+    writer = gguf.GGUFWriter(target, values.pop("general.architecture"))
+    for name, value in values.items():
+        types = fields[name].types
+        writer.add_key_value(name, value, types[0], sub_type=types[-1] if len(types) > 1 else None)
     for t in reader.tensors:
         shape = tuple(int(n) for n in reversed(t.shape))
-        values = gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32).reshape(shape)
-        if len(shape) == 2 and "position" not in t.name and shape[1] % block == 0:
-            writer.add_tensor(t.name, encode(values, kind, rng), raw_dtype=kind)
-        else:
-            writer.add_tensor(t.name, values)
+        weights = gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32).reshape(shape)
+        if (new := tensor(t.name, weights)) is not None:
+            writer.add_tensor(new[0], new[1], raw_dtype=new[2])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return target
+
+
+def retype(source: Path, target: Path, kind: T) -> Path:
+    """Copies a model file with every matrix of whole blocks in another type."""
+    rng = np.random.default_rng(7)
+    block = gguf.GGML_QUANT_SIZES[kind][0]
+
+    def tensor(name: str, values: NDArray[np.float32]) -> tuple[str, NDArray[Any], T]:
+        if values.ndim == 2 and "position" not in name and values.shape[1] % block == 0:
+            return name, encode(values, kind, rng), kind
+        return name, values, T.F32
+
+    return rewrite(source, target, tensor=tensor)
