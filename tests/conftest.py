@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from yivl_edge import Model
 from yivl_edge.convert import convert
 

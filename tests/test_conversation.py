@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-
 from yivl_edge import ContextOverflowError, Model, _core
 
 FIRST = "Describe the cat."

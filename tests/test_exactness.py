@@ -9,7 +9,6 @@ import pytest
 from checkpoints import write_checkpoint
 from twin import Twin, relative_l2
 from weight_types import ALL_TYPES, retype
-
 from yivl_edge import Model, _core
 from yivl_edge.convert import convert
 

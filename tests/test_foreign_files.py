@@ -12,7 +12,6 @@ from checkpoints import write_checkpoint
 from gguf import GGMLQuantizationType as T
 from twin import relative_l2
 from weight_types import rewrite
-
 from yivl_edge import Model
 from yivl_edge.convert import convert
 

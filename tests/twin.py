@@ -1,4 +1,4 @@
-"""The reference in torch float32, on the weights that a GGUF file holds: transformers' CLIP and LLaMA, and the projector.
+"""The reference in torch float32, on the weights that a GGUF file holds: transformers' CLIP and LLaMA, and a projector.
 
 Weights are dequantised by `gguf.quants.dequantize`, so that the twin computes with exactly the numbers in the file.
 """

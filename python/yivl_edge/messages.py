@@ -19,8 +19,8 @@ def normalise(
 
     Args:
         image: The picture, or None: then it may stand in the messages.
-        messages: One question, or turns ``{"role": "system"|"user"|"assistant", "content": ...}`` where the content is a
-            string or a list of OpenAI content parts (``text``, and one ``image_url`` in the first user turn).
+        messages: One question, or turns ``{"role": "system"|"user"|"assistant", "content": ...}`` where the content
+            is a string or a list of OpenAI content parts (``text``, and one ``image_url`` in the first user turn).
         system: Takes the place of the model's default system text; not together with a system turn.
 
     Returns:
@@ -37,7 +37,9 @@ def normalise(
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if not isinstance(message, Mapping):
-            raise TypeError(f"{where}: expected a mapping with role and content, found {type(message).__name__}")
+            raise TypeError(
+                f"{where}: expected a mapping with role and content, found {type(message).__name__}"
+            )
         role = message.get("role")
         if role not in _ROLES:
             raise ValueError(f"{where}: role: expected one of {', '.join(_ROLES)}, found {role!r}")
@@ -52,7 +54,9 @@ def normalise(
                     f"{where}: expected the picture in the first user message, where Yi-VL was trained to find it"
                 )
             if image is not None:
-                raise ValueError(f"{where}: expected one picture, found a second: Yi-VL looks at one per conversation")
+                raise ValueError(
+                    f"{where}: expected one picture, found a second: Yi-VL looks at one per conversation"
+                )
             image = picture
         turns.append((role, text))
 
@@ -71,7 +75,9 @@ def _content(where: str, content: object) -> tuple[str, list[ImageSource]]:
     if isinstance(content, str):
         return content, []
     if not isinstance(content, Sequence) or isinstance(content, (bytes, bytearray)):
-        raise TypeError(f"{where}: content: expected a string or a list of parts, found {type(content).__name__}")
+        raise TypeError(
+            f"{where}: content: expected a string or a list of parts, found {type(content).__name__}"
+        )
     texts: list[str] = []
     pictures: list[ImageSource] = []
     for part in content:
@@ -82,7 +88,9 @@ def _content(where: str, content: object) -> tuple[str, list[ImageSource]]:
             url = part.get("image_url")
             url = url.get("url") if isinstance(url, Mapping) else url
             if not isinstance(url, str):
-                raise TypeError(f"{where}: image_url: expected a string or {{'url': ...}}, found {type(url).__name__}")
+                raise TypeError(
+                    f"{where}: image_url: expected a string or {{'url': ...}}, found {type(url).__name__}"
+                )
             pictures.append(image_from_url(url))
         else:
             raise ValueError(f"{where}: expected parts of type 'text' or 'image_url', found {part!r:.80}")

@@ -80,7 +80,11 @@ class ChatStream(Iterator[str]):
     """
 
     def __init__(
-        self, session: _core.Session, release: Callable[[_core.Session], None], control: _core.Control, preprocess: float
+        self,
+        session: _core.Session,
+        release: Callable[[_core.Session], None],
+        control: _core.Control,
+        preprocess: float,
     ) -> None:
         self._session: _core.Session | None = session
         self._release = release
@@ -273,8 +277,8 @@ class Model:
     ) -> ChatResult | ChatStream:
         """Replies to a conversation about a picture, or to a text-only one.
 
-        To go on asking, pass all earlier turns again: what the model has already read of them, the picture above all, is
-        not computed again (``usage.cached_tokens``).
+        To go on asking, pass all earlier turns again: what the model has already read of them, the picture above
+        all, is not computed again (``usage.cached_tokens``).
 
         Args:
             image: A path, encoded bytes, a PIL image, a uint8 array (H, W, 3), or None for text only.
