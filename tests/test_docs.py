@@ -1,0 +1,85 @@
+"""The examples of the documentation run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from yivl_edge.cli import main
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, golden_f32, golden_pair, golden_image):
+    """A folder with the files that the examples name."""
+    monkeypatch.chdir(tmp_path)
+    Path("model.gguf").symlink_to(golden_f32)
+    Path("text.gguf").symlink_to(golden_pair[0])
+    Path("text-mmproj.gguf").symlink_to(golden_pair[1])
+    Path("Yi-VL-6B").symlink_to(ROOT / "tests" / "data" / "golden" / "checkpoint")
+    Image.open(golden_image).convert("RGB").save("photo.jpg")
+    return tmp_path
+
+
+def test_the_python_examples_of_the_api_run_one_after_another(folder, capsys):
+    names: dict[str, object] = {}
+    examples = blocks(DOCS / "api.md", "python")
+    assert len(examples) >= 6
+    for example in examples:
+        exec(compile(example, "docs/api.md", "exec"), names)
+    assert "tokens were there already" in capsys.readouterr().out
+
+
+def test_the_c_plus_plus_example_is_the_program_that_is_built():
+    (example,) = blocks(DOCS / "api.md", "cpp")
+    assert example == (ROOT / "tests" / "cpp" / "example.cpp").read_text()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_the_c_plus_plus_example_fits_the_headers():
+    command = [
+        "c++",
+        "-std=c++20",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-fsyntax-only",
+        "-Icsrc",
+        "tests/cpp/example.cpp",
+    ]
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
+def commands() -> list[str]:
+    lines = "".join(blocks(DOCS / "command-line.md", "sh")).splitlines()
+    return [line for line in lines if "|" not in line and ("--prompt" in line or " chat " not in line)]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_the_commands_of_the_command_line_page_run(folder, command):
+    program, *arguments = shlex.split(command)
+    assert program == "yivl-edge"
+    if arguments[0] == "chat":
+        arguments += ["--max-tokens", "4"]
+    assert main(arguments) == 0
+
+
+def test_every_option_of_chat_and_inspect_is_documented(capfd):
+    page = (DOCS / "command-line.md").read_text(encoding="utf-8")
+    for command in ("chat", "inspect"):
+        assert main([command, "--help"]) == 0
+        for option in re.findall(r"^  (--[a-z-]+)", capfd.readouterr().out, re.MULTILINE):
+            assert f"`{option}" in page, option
