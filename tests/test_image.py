@@ -87,11 +87,13 @@ def square_by_lines(lines: Pixels, index: NDArray[np.int64]) -> Pixels:
     return np.asarray(Image.fromarray(square).resize((448, 448), Image.Resampling.BICUBIC))
 
 
-def test_a_20000_by_3_picture_equals_pillow() -> None:
-    pixels = noise(np.random.default_rng(1), 3, 20000)
-    lines = np.concatenate([pixels, np.full((1, 20000, 3), PAD_COLOR, np.uint8)])
-    index = np.full(20000, 3)
-    index[9998:10001] = (0, 1, 2)
+@pytest.mark.parametrize("width", [20000, 70001])  # the latter's coefficients come in two blocks
+def test_a_wide_line_of_3_rows_equals_pillow(width: int) -> None:
+    pixels = noise(np.random.default_rng(1), 3, width)
+    lines = np.concatenate([pixels, np.full((1, width, 3), PAD_COLOR, np.uint8)])
+    index = np.full(width, 3)
+    above = (width - 3) // 2
+    index[above : above + 3] = (0, 1, 2)
     np.testing.assert_array_equal(_core.fit(pixels, config(448)), square_by_lines(lines, index))
 
 
