@@ -13,7 +13,8 @@ constexpr int64_t kMaxLayers = 4096;
 constexpr int64_t kMaxContext = 1 << 24;
 
 constexpr const char* kDefaultSystem =
-    "This is a chat between an inquisitive human and an AI assistant. Assume the role of the AI assistant. Read all the "
+    "This is a chat between an inquisitive human and an AI assistant. Assume the role of the AI assistant. Read all "
+    "the "
     "images carefully, and respond to the human's questions with informative, helpful, detailed and polite answers. "
     "这是一个好奇的人类和一个人工智能助手之间的对话。假设你扮演这个AI助手的角色。仔细阅读所有的图像，并对人类的问题做"
     "出信息丰富、有帮助、详细的和礼貌的回答。";
@@ -38,7 +39,7 @@ float positive(const GgufFile& file, const char* key) {
 DecoderConfig read_decoder(const GgufFile& file) {
     const std::string_view architecture = file.string("general.architecture");
     if (architecture != "llama") {
-        file.fail("general.architecture: expected \"llama\" (a Yi decoder), found \"" + std::string(architecture) + "\"" +
+        file.fail("general.architecture: expected 'llama' (a Yi decoder), found " + quoted(architecture) +
                   (architecture == "clip" ? "; this is an mmproj file: give the text model first and this one as mmproj"
                                           : ""));
     }
@@ -78,8 +79,8 @@ DecoderConfig read_decoder(const GgufFile& file) {
     return c;
 }
 
-// A file of ours says how many blocks run. In files from elsewhere, 32 blocks are ViT-H whole, of which 31 run; any other
-// count comes from a script that already left the unused block out.
+// A file of ours says how many blocks run. In files from elsewhere, 32 blocks are ViT-H whole, of which 31 run; any
+// other count comes from a script that already left the unused block out.
 int64_t blocks_run(const GgufFile& file) {
     const int64_t in_file = integer_in(file, "clip.vision.block_count", 1, kMaxLayers);
     if (file.has("yivl.vision.blocks_run")) return integer_in(file, "yivl.vision.blocks_run", 1, in_file);
@@ -89,14 +90,14 @@ int64_t blocks_run(const GgufFile& file) {
 VitConfig read_vit(const GgufFile& file) {
     if (!file.has("clip.has_vision_encoder") || !file.boolean("clip.has_vision_encoder")) {
         const std::string found = file.has("general.architecture")
-                                      ? ", found architecture \"" + std::string(file.string("general.architecture")) + "\""
+                                      ? ", found architecture " + quoted(file.string("general.architecture"))
                                       : "";
         file.fail("expected a vision tower (clip.has_vision_encoder = true)" + found +
                   "; is this the mmproj file of the pair?");
     }
     const std::string_view projector = file.string("clip.projector_type");
     if (projector != "mlp" && projector != "mlp_norm") {
-        file.fail("clip.projector_type: expected \"mlp\", found \"" + std::string(projector) + "\"");
+        file.fail("clip.projector_type: expected 'mlp', found " + quoted(projector));
     }
     VitConfig c{};
     c.image_size = integer_in(file, "clip.vision.image_size", 1, 1 << 14);
@@ -115,9 +116,8 @@ VitConfig read_vit(const GgufFile& file) {
     c.head_dim = c.width / c.n_heads;
     c.n_blocks = blocks_run(file);
     c.norm_eps = positive(file, "clip.vision.attention.layer_norm_epsilon");
-    c.projector_norm_eps = file.has("yivl.vision.projector_norm_epsilon")
-                               ? positive(file, "yivl.vision.projector_norm_epsilon")
-                               : 1e-5F;
+    c.projector_norm_eps =
+        file.has("yivl.vision.projector_norm_epsilon") ? positive(file, "yivl.vision.projector_norm_epsilon") : 1e-5F;
     return c;
 }
 
@@ -142,13 +142,14 @@ PreprocessConfig read_preprocess(const GgufFile& file, int64_t image_size) {
     if (file.has("yivl.image.aspect_ratio")) {
         const std::string_view mode = file.string("yivl.image.aspect_ratio");
         if (mode != "pad" && mode != "crop") {
-            file.fail("yivl.image.aspect_ratio: expected \"pad\" or \"crop\", found \"" + std::string(mode) + "\"");
+            file.fail("yivl.image.aspect_ratio: expected 'pad' or 'crop', found " + quoted(mode));
         }
         c.pad = mode == "pad";
     }
     if (file.has("yivl.image.pad_color")) {
         const std::span<const int64_t> color = file.integers("yivl.image.pad_color");
-        if (color.size() != 3) file.fail("yivl.image.pad_color: expected 3 numbers, found " + std::to_string(color.size()));
+        if (color.size() != 3)
+            file.fail("yivl.image.pad_color: expected 3 numbers, found " + std::to_string(color.size()));
         for (int i = 0; i < 3; ++i) {
             if (color[i] < 0 || color[i] > 255) file.fail("yivl.image.pad_color: expected numbers from 0 to 255");
             c.pad_color[i] = static_cast<uint8_t>(color[i]);
@@ -180,11 +181,13 @@ Config read_config(const GgufFile& text, const GgufFile* vision) {
     if (text.has("yivl.sampling.temperature")) {
         const double temperature = text.number("yivl.sampling.temperature");
         if (!(temperature >= 0 && temperature <= 100)) {
-            text.fail("yivl.sampling.temperature: expected a number from 0 to 100, found " + std::to_string(temperature));
+            text.fail("yivl.sampling.temperature: expected a number from 0 to 100, found " +
+                      std::to_string(temperature));
         }
         c.temperature = static_cast<float>(temperature);
     }
-    if (text.has("yivl.sampling.max_tokens")) c.max_tokens = integer_in(text, "yivl.sampling.max_tokens", 1, kMaxContext);
+    if (text.has("yivl.sampling.max_tokens"))
+        c.max_tokens = integer_in(text, "yivl.sampling.max_tokens", 1, kMaxContext);
     if (vision != nullptr) {
         const Config half = read_vision_config(*vision);
         c.vit = half.vit;

@@ -93,7 +93,7 @@ void check(const TokenizerConfig& config) {
         if (type < 1 || type > 6) fail("expected a type of 1 to 6 for " + name + ", found " + std::to_string(type));
         if (config.types[i] != PieceType::byte) continue;
         const int value = byte_value(piece);
-        if (value < 0) fail("expected <0x00> to <0xFF> for the byte " + name + ", found '" + piece + "'");
+        if (value < 0) fail("expected <0x00> to <0xFF> for the byte " + name + ", found " + quoted(piece));
         if (!std::exchange(seen[value], true)) ++bytes;
     }
     if (bytes != 0 && bytes != 256) fail("expected all 256 byte pieces or none, found " + std::to_string(bytes));
@@ -375,7 +375,7 @@ TokenizerConfig Tokenizer::read_config(const GgufFile& file) {
     };
 
     if (const std::string_view model = file.string(key("model")); model != "llama")
-        file.fail(key("model") + ": expected \"llama\" (SentencePiece BPE), found \"" + std::string(model) + "\"");
+        file.fail(key("model") + ": expected 'llama' (SentencePiece BPE), found " + quoted(model));
     TokenizerConfig config;
     const auto pieces = file.strings(key("tokens"));
     config.pieces.assign(pieces.begin(), pieces.end());

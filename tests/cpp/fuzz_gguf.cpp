@@ -1,5 +1,5 @@
-// Damaged GGUF files against everything that reads one: each must be read whole or refused with a ModelFileError, and
-// neither may cost more memory than the file's size justifies.
+// Damaged GGUF files against everything that reads one (parser, configuration, tokeniser, weights): each must be read
+// whole or refused with a ModelFileError, and neither may cost more memory than the file's size justifies.
 //
 //   fuzz_gguf FOLDER [INPUTS]   damages the folder's files in INPUTS ways (200,000), the same ones in every run
 //   fuzz_gguf FILE              reads one file
@@ -11,10 +11,10 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -26,7 +26,11 @@
 #include <string>
 #include <vector>
 
+#include "config.h"
+#include "cpu/dequant.h"
 #include "gguf.h"
+#include "tokenizer.h"
+#include "weights.h"
 
 // GCC's AddressSanitizer has this function of sanitizer/allocator_interface.h but ships no header for it.
 extern "C" int __sanitizer_install_malloc_and_free_hooks(void (*on_malloc)(const volatile void*, size_t),
@@ -49,6 +53,12 @@ size_t allocated = 0;
 void on_malloc(const volatile void*, size_t size) { allocated += size; }
 void on_free(const volatile void*) {}
 
+Bytes read_bytes(const std::filesystem::path& path) {
+    std::ifstream stream(path, std::ios::binary);
+    if (!stream) throw std::runtime_error("cannot read " + path.string());
+    return {std::istreambuf_iterator<char>(stream), {}};
+}
+
 volatile uint8_t sink;  // reads into it are not optimised away
 
 void read_ends(const void* data, size_t size) {
@@ -59,9 +69,9 @@ void read_ends(const void* data, size_t size) {
 
 void check_message(const std::string& message) {
     const bool plain = std::ranges::none_of(message, [](char c) { return static_cast<uint8_t>(c) < 0x20; });
-    if (!plain || message.size() > 2000 || !message.starts_with("input: ")) {
-        throw std::logic_error("not a message for people: " + message);
-    }
+    const bool named =
+        message.starts_with("input: ") || message.starts_with("text: ") || message.starts_with("mmproj: ");
+    if (!plain || !named || message.size() > 2000) throw std::logic_error("not a message for people: " + message);
 }
 
 // The value that `look_up` finds, or nothing if it throws the one error that it may throw.
@@ -135,9 +145,84 @@ void walk(const GgufFile& file) {
     }
 }
 
+// All that opening a model asks of a backend.
+class Widen final : public Ops {
+public:
+    void embed(Mat y, const Weight& table, std::span<const int32_t> ids) override {
+        for (int64_t i = 0; i < y.rows; ++i) {
+            const std::byte* row = table.data + ids[static_cast<size_t>(i)] * table.row_bytes();
+            dequantize_row(table.type, row, y.row(i).data(), y.cols);
+        }
+    }
+    void linear(Mat, ConstMat, const Weight&, Vec) override { unused(); }
+    void layer_norm(Mat, ConstMat, Vec, Vec, float) override { unused(); }
+    void rms_norm(Mat, ConstMat, Vec, float) override { unused(); }
+    void gelu(Mat) override { unused(); }
+    void swiglu(Mat, ConstMat) override { unused(); }
+    void add(Mat, ConstMat) override { unused(); }
+    void rope(Mat, int64_t, int64_t, float) override { unused(); }
+    void attention(Mat, ConstMat, ConstMat, ConstMat, const AttentionShape&) override { unused(); }
+
+private:
+    [[noreturn]] static void unused() { throw std::logic_error("opening a model computes nothing"); }
+};
+
+void read_weight(const Weight& weight) {
+    read_ends(weight.data, static_cast<size_t>(weight.rows * weight.row_bytes()));
+}
+
+void read_all(const Weights& weights) {
+    for (const std::vector<float>& values : weights.vectors) read_ends(values.data(), values.size() * sizeof(float));
+    read_weight(weights.decoder.token_embedding);
+    read_weight(weights.decoder.output);
+    for (const DecoderLayerWeights& layer : weights.decoder.layers) {
+        for (const Weight& w : {layer.q, layer.k, layer.v, layer.attn_output, layer.gate, layer.up, layer.down}) {
+            read_weight(w);
+        }
+    }
+    if (!weights.vit) return;
+    read_weight(weights.vit->patch_embedding);
+    for (const VitBlockWeights& block : weights.vit->blocks) {
+        for (const LinearWeights* linear : {&block.q, &block.k, &block.v, &block.out, &block.fc1, &block.fc2}) {
+            read_weight(linear->weight);
+        }
+    }
+    read_weight(weights.projector->linear1.weight);
+    read_weight(weights.projector->linear2.weight);
+}
+
+void use(const Tokenizer& tokenizer) {
+    const std::vector<int32_t> ids = tokenizer.encode("ab <s> \n 7é你🙂");
+    expect(tokenizer.decode(ids).size() <= 1000, "a short text became a long one");
+    for (int32_t id = 0; id < std::min<int64_t>(tokenizer.vocab_size(), 300); ++id) {
+        const std::string_view bytes = tokenizer.bytes(id);
+        read_ends(bytes.data(), bytes.size());
+    }
+}
+
+using File = std::shared_ptr<const GgufFile>;
+
+// A valid pair, to stand beside a damaged half.
+struct Companions {
+    Bytes text_bytes = read_bytes(FUZZ_CORPUS "/text.gguf");
+    Bytes mmproj_bytes = read_bytes(FUZZ_CORPUS "/mmproj.gguf");
+    File text = GgufFile::parse(std::as_bytes(std::span(text_bytes)), "text");
+    File mmproj = GgufFile::parse(std::as_bytes(std::span(mmproj_bytes)), "mmproj");
+};
+
+// The steps of Model::open.
+void open_model(const File& text, const File& vision) {
+    const Config config = read_config(*text, vision.get());
+    const Tokenizer tokenizer(Tokenizer::read_config(*text));
+    Widen ops;
+    read_all(bind_weights(text, vision, config, ops));
+    use(tokenizer);
+}
+
 // How far the inputs got; the run fails when the mutations are too wild or too tame to test anything.
 struct Counts {
     size_t parsed = 0;
+    size_t opened = 0;
     std::map<std::string, size_t> refusals;  // by error without its quoted text and numbers
 };
 Counts counts;
@@ -156,26 +241,37 @@ std::string kind_of(const std::string& message) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     static const int hooked = __sanitizer_install_malloc_and_free_hooks(on_malloc, on_free);
+    static const Companions companions;
     expect(hooked > 0, "the allocator offers no hooks");
-    const auto check_memory = [&] {
-        // An 8-bit array item takes 8 bytes in memory, an entry of the smallest size about 10 times its own.
-        if (allocated > 32 * size + (1 << 14)) {
-            throw std::logic_error("allocated " + std::to_string(allocated) + " bytes for " + std::to_string(size));
+    // Whether `step` accepts the input.
+    const auto accepted = [](size_t limit, const auto& step) {
+        std::string refusal;
+        allocated = 0;
+        try {
+            step();
+        } catch (const ModelFileError& error) {
+            refusal = error.what();
         }
+        if (allocated > limit) {
+            throw std::logic_error("allocated " + std::to_string(allocated) + " bytes; the input justifies " +
+                                   std::to_string(limit));
+        }
+        if (refusal.empty()) return true;
+        check_message(refusal);
+        ++counts.refusals[kind_of(refusal)];
+        return false;
     };
-    std::string refusal;
-    allocated = 0;
-    try {
-        const auto file = GgufFile::parse(std::as_bytes(std::span(data, size)), "input");
-        check_memory();
-        ++counts.parsed;
-        walk(*file);
-    } catch (const ModelFileError& error) {
-        check_memory();
-        check_message(error.what());
-        refusal = error.what();
-    }
-    if (!refusal.empty()) ++counts.refusals[kind_of(refusal)];
+    // An 8-bit array item takes 8 bytes in memory, an entry of the smallest size about 10 times its own.
+    File file;
+    const auto parse = [&] { file = GgufFile::parse(std::as_bytes(std::span(data, size)), "input"); };
+    if (!accepted(32 * size + (1 << 14), parse)) return 0;
+    ++counts.parsed;
+    walk(*file);
+
+    const size_t limit = 64 * (size + companions.mmproj_bytes.size()) + (1 << 16);
+    const bool single = file->has("clip.has_vision_encoder");
+    counts.opened += accepted(limit, [&] { open_model(file, single ? file : companions.mmproj); });
+    counts.opened += accepted(limit, [&] { open_model(companions.text, file); });
     return 0;
 }
 
@@ -210,10 +306,11 @@ private:
     uint64_t state_;
 };
 
-// An integer or a float: a count, a length, a type, a dimension, an offset or a value.
+// An integer or a float: a count, a length, a type, an offset, or something that the file is free to choose.
 struct Field {
     size_t at;
     size_t width;
+    bool free = false;  // a value of a key, the first letter of a text, a dimension: another one leaves the file whole
 };
 
 struct Entry {
@@ -251,8 +348,8 @@ public:
     }
 
 private:
-    uint64_t field(size_t width) {
-        fields_.push_back({at_, width});
+    uint64_t field(size_t width, bool free = false) {
+        fields_.push_back({at_, width, free});
         uint64_t value = 0;
         expect(at_ + width <= file_.size(), "a file of the corpus is damaged");
         std::memcpy(&value, &file_[at_], width);
@@ -263,6 +360,7 @@ private:
     std::string string() {
         const size_t length = field(8);
         expect(length <= file_.size() - at_, "a file of the corpus is damaged");
+        if (length > 0) fields_.push_back({at_, 1, true});
         at_ += length;
         return {file_.begin() + static_cast<ptrdiff_t>(at_ - length), file_.begin() + static_cast<ptrdiff_t>(at_)};
     }
@@ -270,7 +368,7 @@ private:
     uint64_t value(uint64_t type) {
         constexpr std::array<size_t, 13> kWidths{1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
         if (type == 8) return string().size();
-        if (type != 9) return field(kWidths.at(type));
+        if (type != 9) return field(kWidths.at(type), true);
         const uint64_t item_type = field(4);
         const uint64_t length = field(8);
         for (uint64_t i = 0; i < length; ++i) value(item_type);
@@ -286,7 +384,7 @@ private:
     void tensor() {
         string();
         const uint64_t rank = field(4);
-        for (uint64_t i = 0; i < rank; ++i) field(8);
+        for (uint64_t i = 0; i < rank; ++i) field(8, true);
         field(4);
         field(8);
     }
@@ -314,16 +412,16 @@ class Mutator {
 public:
     Mutator(const std::vector<Parts>& corpus, uint64_t seed) : corpus_(corpus), random_(seed) {}
 
+    // Few edits at a time: most files must stay good enough to get past the first check.
     Bytes file() {
         Parts parts = random_.pick(corpus_);
-        // Few edits at a time: most files must stay good enough to get past the first check.
+        const bool whole = random_.one_in(2);  // only edits that leave the file well-formed
         const size_t structure = random_.one_in(3) ? 1 + random_.below(3) : 0;
         for (size_t i = 0; i < structure; ++i) edit_entries(random_.one_in(2) ? parts.keys : parts.tensors);
-        if (!random_.one_in(4)) {
-            for (size_t i = 0; i < 1 + random_.below(2); ++i)
-                edit_field(random_.one_in(2) ? parts.keys : parts.tensors);
-        }
+        const size_t fields = random_.below(3);
+        for (size_t i = 0; i < fields; ++i) edit_field(random_.one_in(2) ? parts.keys : parts.tensors, whole);
         Bytes bytes = join(parts);
+        if (whole) return bytes;
         if (random_.one_in(8)) edit_header(bytes);
         if (random_.one_in(6)) edit_bytes(bytes);
         if (random_.one_in(10)) bytes.resize(random_.below(bytes.size() + 1));
@@ -357,11 +455,12 @@ private:
         }
     }
 
-    void edit_field(Entries& entries) {
+    void edit_field(Entries& entries, bool only_free) {
         if (entries.empty()) return;
         auto& shared = random_.pick(entries);
         Entry entry = *shared;
-        const Field field = random_.pick(entry.fields);
+        Field field = random_.pick(entry.fields);
+        while (only_free && !field.free) field = random_.pick(entry.fields);  // an entry has a name, so there is one
         uint64_t value = 0;
         std::memcpy(&value, &entry.bytes[field.at], field.width);
         value = other_value(value, field.width, entry);
@@ -483,28 +582,20 @@ private:
 // --- The run
 // ------------------------------------------------------------------------------------------------------------
 
-Bytes read_bytes(const std::filesystem::path& path) {
-    std::ifstream stream(path, std::ios::binary);
-    if (!stream) throw std::runtime_error("cannot read " + path.string());
-    return {std::istreambuf_iterator<char>(stream), {}};
-}
-
-const Bytes* current = nullptr;  // kept if a sanitizer ends the run
+Bytes current;  // kept if the run ends with it
 
 void keep_current() {
-    if (current == nullptr) return;
     std::ofstream("fuzz-failure.gguf", std::ios::binary)
-        .write(reinterpret_cast<const char*>(current->data()), static_cast<std::streamsize>(current->size()));
+        .write(reinterpret_cast<const char*>(current.data()), static_cast<std::streamsize>(current.size()));
     std::fprintf(stderr, "the input is in fuzz-failure.gguf\n");
 }
 
-void run_one(const Bytes& input) {
-    current = &input;
+void run_one(Bytes input) {
+    current = std::move(input);
     // A block of exactly this size, so that AddressSanitizer sees the first byte too far.
-    const auto exact = std::make_unique_for_overwrite<uint8_t[]>(input.size());
-    std::ranges::copy(input, exact.get());
-    LLVMFuzzerTestOneInput(exact.get(), input.size());
-    current = nullptr;
+    const auto exact = std::make_unique_for_overwrite<uint8_t[]>(current.size());
+    std::ranges::copy(current, exact.get());
+    LLVMFuzzerTestOneInput(exact.get(), current.size());
 }
 
 void run_folder(const std::filesystem::path& folder, size_t n_inputs) {
@@ -521,21 +612,21 @@ void run_folder(const std::filesystem::path& folder, size_t n_inputs) {
         corpus.push_back(Splitter(file).split());
     }
     expect(counts.parsed == corpus.size(), "a file of the corpus was refused");
+    expect(counts.opened == 3, "expected the corpus to hold one single file and one pair that open");
 
-    using Clock = std::chrono::steady_clock;
-    Clock::duration slowest{};
+    std::clock_t slowest = 0;
     for (size_t i = 0; i < n_inputs; ++i) {
-        const Bytes input = Mutator(corpus, i).file();
-        const auto start = Clock::now();
-        run_one(input);
-        slowest = std::max(slowest, Clock::now() - start);
+        Bytes input = Mutator(corpus, i).file();
+        const std::clock_t start = std::clock();
+        run_one(std::move(input));
+        slowest = std::max(slowest, std::clock() - start);
     }
-    std::printf("%zu inputs: %zu parsed, %zu kinds of refusal, slowest %.1f ms\n", n_inputs, counts.parsed,
-                counts.refusals.size(), std::chrono::duration<double, std::milli>(slowest).count());
+    std::printf("%zu inputs: %zu parsed, %zu opened, %zu kinds of refusal, slowest %.1f ms\n", n_inputs, counts.parsed,
+                counts.opened, counts.refusals.size(), 1e3 * static_cast<double>(slowest) / CLOCKS_PER_SEC);
     if (std::getenv("FUZZ_VERBOSE") != nullptr) {
         for (const auto& [kind, count] : counts.refusals) std::printf("%8zu %s\n", count, kind.c_str());
     }
-    expect(slowest < std::chrono::seconds(2), "an input took too long");
+    expect(slowest < CLOCKS_PER_SEC, "an input took too long");
     if (n_inputs >= 2000) {
         expect(counts.parsed > n_inputs / 10 && counts.parsed < n_inputs * 9 / 10,
                "the mutations are too wild or too tame");
