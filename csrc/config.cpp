@@ -135,8 +135,12 @@ PreprocessConfig read_preprocess(const GgufFile& file, int64_t image_size) {
     c.mean = three_floats(file, "clip.vision.image_mean");
     c.std = three_floats(file, "clip.vision.image_std");
     for (int i = 0; i < 3; ++i) {
-        if (!(c.mean[i] >= 0 && c.mean[i] <= 1)) file.fail("clip.vision.image_mean: expected numbers from 0 to 1");
-        if (!(c.std[i] > 0)) file.fail("clip.vision.image_std: expected positive numbers");
+        if (!(c.mean[i] >= 0 && c.mean[i] <= 1)) {
+            file.fail("clip.vision.image_mean: expected numbers from 0 to 1, found " + std::to_string(c.mean[i]));
+        }
+        if (!(c.std[i] > 0)) {
+            file.fail("clip.vision.image_std: expected positive numbers, found " + std::to_string(c.std[i]));
+        }
         c.pad_color[i] = static_cast<uint8_t>(c.mean[i] * 255.0F);
     }
     if (file.has("yivl.image.aspect_ratio")) {
@@ -151,7 +155,9 @@ PreprocessConfig read_preprocess(const GgufFile& file, int64_t image_size) {
         if (color.size() != 3)
             file.fail("yivl.image.pad_color: expected 3 numbers, found " + std::to_string(color.size()));
         for (int i = 0; i < 3; ++i) {
-            if (color[i] < 0 || color[i] > 255) file.fail("yivl.image.pad_color: expected numbers from 0 to 255");
+            if (color[i] < 0 || color[i] > 255) {
+                file.fail("yivl.image.pad_color: expected numbers from 0 to 255, found " + std::to_string(color[i]));
+            }
             c.pad_color[i] = static_cast<uint8_t>(color[i]);
         }
     }
@@ -164,7 +170,7 @@ PromptConfig read_prompt(const GgufFile& file) {
     if (file.has("yivl.prompt.stops")) {
         c.stops.clear();
         for (const std::string_view stop : file.strings("yivl.prompt.stops")) {
-            if (stop.empty()) file.fail("yivl.prompt.stops: expected non-empty texts");
+            if (stop.empty()) file.fail("yivl.prompt.stops: expected texts, found an empty one");
             c.stops.emplace_back(stop);
         }
     }

@@ -3,5 +3,5 @@
 set -eu
 root=$(cd "$(dirname "$0")/../.." && pwd)
 cmake -S "$root" -B "$root/build/fuzz" -DYIVL_PYTHON=OFF -DYIVL_CPP_TESTS=ON -DYIVL_WERROR=ON >/dev/null
-cmake --build "$root/build/fuzz" --target fuzz_gguf
+cmake --build "$root/build/fuzz" --target fuzz_gguf --parallel 2
 exec "$root/build/fuzz/tests/cpp/fuzz_gguf" "$root/tests/data/fuzz" "$@"
