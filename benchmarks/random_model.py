@@ -213,12 +213,15 @@ def matrix_deviation(tensor: Tensor) -> float:
 
 def vector(tensor: Tensor, generator: np.random.Generator) -> npt.NDArray[np.float32]:
     """Biases near 0, norm weights near 1, embeddings of ordinary size."""
-    values = generator.standard_normal(tensor.shape, dtype=np.float32)
+    values: npt.NDArray[np.float32] = generator.standard_normal(tensor.shape, dtype=np.float32)
     if tensor.name.endswith(".bias"):
-        return values * np.float32(0.02)
-    if tensor.name in ("v.class_embd", "v.position_embd.weight"):
-        return values * np.float32(0.5)
-    return values * np.float32(0.1) + np.float32(1)
+        values *= 0.02
+    elif tensor.name in ("v.class_embd", "v.position_embd.weight"):
+        values *= 0.5
+    else:
+        values *= 0.1
+        values += 1
+    return values
 
 
 # --- Tokeniser

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from yivl_edge.convert.errors import CheckpointError
+from yivl_edge.convert.options import (
+    LAYOUTS,
+    TYPES,
+    Conversion,
+    Layout,
+    OnProgress,
+    TypeName,
+    check_choice,
+    default_vision_type,
+)
 
-if TYPE_CHECKING:
-    from yivl_edge.convert.converter import Conversion, OnProgress, TypeName
-    from yivl_edge.convert.layout import Layout
-
-__all__ = ["CheckpointError", "convert"]
+__all__ = ["CheckpointError", "Conversion", "convert"]
 
 
 def convert(
@@ -33,7 +38,7 @@ def convert(
         type: of the decoder's matrices: ``f32``, ``f16``, ``bf16``, ``q8_0`` or ``q4_0``. Norms, biases and
             position embeddings are always f32. A matrix whose rows are no whole number of blocks becomes
             f16, and ``notes`` says so.
-        vision_type: of the ViT's and the projector's matrices; default ``q8_0`` with a quantised ``type``,
+        vision_type: of the ViT's and the projector's matrices; default ``q8_0`` if ``type`` is ``q4_0``,
             otherwise the same.
         layout: ``single`` file, or llama.cpp's ``pair``.
         on_progress: called as ``on_progress("convert", fraction)`` several times a second on the caller's
@@ -47,16 +52,20 @@ def convert(
     folder gives the same bytes.
 
     Raises:
+        ValueError: ``type``, ``vision_type`` or ``layout`` is none of the above.
         CheckpointError: the folder is no Yi-VL model, or damaged; the text says what to do.
         ModuleNotFoundError: gguf is missing, or torch if the weights are ``.bin`` files.
         OSError: the output cannot be written, e.g. the disk is full.
     """
+    if vision_type is None:
+        vision_type = default_vision_type(type)
+    check_choice("type", type, TYPES)
+    check_choice("vision_type", vision_type, TYPES)
+    check_choice("layout", layout, LAYOUTS)
     try:
         from yivl_edge.convert.converter import convert_folder
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"converting needs the package {error.name}: pip install 'yivl-edge[convert]'", name=error.name
         ) from error
-    if vision_type is None:
-        vision_type = "q8_0" if type == "q4_0" else type
     return convert_folder(Path(folder), Path(output), type, vision_type, layout, on_progress)

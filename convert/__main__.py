@@ -8,14 +8,11 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from yivl_edge.convert import CheckpointError, convert
+from yivl_edge.convert.options import LAYOUTS, TYPES, OnProgress
 
-if TYPE_CHECKING:
-    from yivl_edge.convert.converter import OnProgress
-
-_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 _EPILOG = """\
 example:
   python -m yivl_edge.convert Yi-VL-6B -o yi-vl-6b-q4_0.gguf --type q4_0
@@ -62,16 +59,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("folder", metavar="FOLDER", help="the published folder")
     parser.add_argument("-o", "--output", metavar="OUT.gguf", required=True, help="the file to write")
     parser.add_argument(
-        "--type", choices=_TYPES, default="q8_0", help="of the decoder's matrices (default: q8_0)"
+        "--type", choices=TYPES, default="q8_0", help="of the decoder's matrices (default: q8_0)"
     )
     parser.add_argument(
         "--vision-type",
-        choices=_TYPES,
+        choices=TYPES,
         help="of the ViT's and the projector's matrices (default: q8_0 with q4_0, otherwise as --type)",
     )
     parser.add_argument(
         "--layout",
-        choices=("single", "pair"),
+        choices=LAYOUTS,
         default="single",
         help="one file, or OUT.gguf and OUT-mmproj.gguf for llama.cpp (default: single)",
     )

@@ -185,7 +185,7 @@ def find_vision_folder(folder: Path, config: JsonFile) -> Path:
 
 def _read_decoder(config: JsonFile) -> DecoderConfig:
     architectures = config.values.get("architectures")
-    if architectures != [ARCHITECTURE]:
+    if not isinstance(architectures, list) or ARCHITECTURE not in architectures:
         advice = (
             "this is the transformers-format port, convert the folder published by 01-ai instead"
             if architectures == ["LlavaForConditionalGeneration"]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +16,13 @@ from gguf.quants import quantize
 from yivl_edge.convert.checkpoint import FloatArray, Weights
 from yivl_edge.convert.config import JsonFile, ModelConfig, find_vision_folder, read_config
 from yivl_edge.convert.errors import CheckpointError
-from yivl_edge.convert.layout import Layout, fitting_type, plan_model
+from yivl_edge.convert.layout import fitting_type, plan_model
+from yivl_edge.convert.options import Conversion, Layout, OnProgress, TypeName
 from yivl_edge.convert.tensor_map import IGNORED_IN_SHARDS, IGNORED_IN_VIT, Part, Policy, Tensor
 from yivl_edge.convert.tokenizer import read_tokenizer
 from yivl_edge.convert.writer import TensorInfo, write_files
 
-TypeName = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
-OnProgress = Callable[[str, float], None]
-
-_FILE_TYPES = {
+_FILE_TYPES: dict[TypeName, LlamaFileType] = {
     "f32": LlamaFileType.ALL_F32,
     "f16": LlamaFileType.MOSTLY_F16,
     "bf16": LlamaFileType.MOSTLY_BF16,
@@ -35,14 +32,6 @@ _FILE_TYPES = {
 
 # Weights in flight: small against any model, large enough for numpy; a cancel waits for one such slice.
 _CHUNK = 1 << 20
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What was written: the file or the pair, and what is not as asked for (types that did not fit)."""
-
-    files: tuple[Path, ...]
-    notes: tuple[str, ...]
 
 
 def convert_folder(

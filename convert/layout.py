@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from yivl_edge.convert.config import ModelConfig
 from yivl_edge.convert.metadata import general_keys, text_keys, vision_keys
+from yivl_edge.convert.options import Layout
 from yivl_edge.convert.tensor_map import Part, Policy, Tensor, tensors
 from yivl_edge.convert.tokenizer import TokenizerTables
 from yivl_edge.convert.writer import GgufPlan, TensorInfo
 
-Layout = Literal["single", "pair"]
 ChooseType = Callable[[Tensor], GGMLQuantizationType]
 
 

@@ -784,6 +784,12 @@ def test_tokeniser_with_llama_settings(tmp_path: Path) -> None:
     assert model.pieces == [oracle.id_to_piece(i) for i in range(len(oracle))]
 
 
+@pytest.mark.parametrize("argument", ["type", "vision_type", "layout"])
+def test_unknown_choices_are_named(tmp_path: Path, argument: str) -> None:
+    with pytest.raises(ValueError, match=f"{argument} should be one of .*, found 'q9_9'"):
+        convert(GOLDEN, tmp_path / "out.gguf", **{argument: "q9_9"})
+
+
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ModuleNotFoundError, match=r"PyTorch file.*pip install torch"):
