@@ -194,9 +194,9 @@ def _convert(image: Image.Image, name: str) -> NDArray[np.uint8]:
     if image.mode == "La":  # converts to nothing else
         image = image.convert("LA")
     if image.mode in _ALPHA_MODES or "transparency" in image.info or _palette_mode(image) == "RGBA":
-        return np.asarray(image.convert("RGBA"))
+        return np.asarray(image if image.mode == "RGBA" else image.convert("RGBA"))
     if image.mode in _OPAQUE_MODES:
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     raise ImageError(f"{name}: expected one of the modes {', '.join(_OPAQUE_MODES)}, found {image.mode}")
 
 
