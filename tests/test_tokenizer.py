@@ -487,7 +487,7 @@ def test_reading_a_model_file() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": scalar(Kind.STRING, "gpt2")}, 'model: expected "llama" .*, found "gpt2"'),
+        ({"model": scalar(Kind.STRING, "gpt2")}, "model: expected 'llama' .*, found 'gpt2'"),
         ({"tokens": None}, "tokenizer.ggml.tokens"),
         ({"scores": None}, "tokenizer.ggml.scores"),
         ({"token_type": None}, "tokenizer.ggml.token_type"),
