@@ -187,9 +187,10 @@ void Tokenizer::Impl::index_surfaces() {
     surface_ends.reserve(config.pieces.size());
     for (size_t i = 0; i < config.pieces.size(); ++i) {
         const PieceType type = config.types[i];
-        if (type == PieceType::byte) {
+        const bool silent = is_special[i] || type == PieceType::control || is_unknown(static_cast<int32_t>(i));
+        if (type == PieceType::byte && !silent) {
             surfaces += static_cast<char>(byte_value(config.pieces[i]));
-        } else if (type != PieceType::control && !is_unknown(static_cast<int32_t>(i))) {
+        } else if (!silent) {
             surfaces += spaces_for_escapes(config.pieces[i]);
         }
         surface_ends.push_back(static_cast<uint32_t>(surfaces.size()));

@@ -49,8 +49,8 @@ public:
     // make valid UTF-8 becomes U+FFFD. Special ids are skipped; otherwise they become their texts and each part between
     // them is decoded on its own, which inverts encode(). Throws std::invalid_argument for an id out of range.
     std::string decode(std::span<const int32_t> ids, bool skip_special = true) const;
-    // The raw bytes that an id adds to a reply: a space for U+2581, one byte for a byte piece, nothing for a control
-    // piece or the unknown piece.
+    // The raw bytes that an id adds to a reply: a space for U+2581, one byte for a byte piece, nothing for a special or
+    // control piece or the unknown piece.
     std::string_view bytes(int32_t id) const;
 
 private:

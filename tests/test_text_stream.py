@@ -44,26 +44,9 @@ def streamed(chunks: Iterable[bytes], stops: Sequence[str]) -> list[str]:
     return pieces
 
 
-# Pieces of stops, whitespace of all kinds, characters of one to four bytes, parts of characters, no characters.
-WORDS = [
-    "#",
-    "##",
-    "###",
-    "\n",
-    "\nHu",
-    "Human:",
-    "man:",
-    "Human",
-    ":",
-    "a",
-    "b",
-    "ab",
-    "C#",
-    "\0",
-    "é",
-    "中",
-]
-WORDS += ["😀", "停止", " ", "\t", "\x1c", "\x85", "\xa0", "\u3000", "\u200b"]
+# Pieces of stops, whitespace, characters of one to four bytes, parts of characters, bytes of none.
+WORDS = ["#", "##", "###", "\n", "\nHu", "Human:", "man:", "Human", ":", "a", "b", "ab", "C#", "\0", "é"]
+WORDS += ["中", "😀", "停止", " ", "\t", "\x1c", "\x85", "\xa0", "\u3000", "\u200b"]
 BROKEN = ["e4", "b8", "ad", "f0", "9f", "98", "e280", "c2", "ff", "eda080", "c0", "f4908080", "e080"]
 FRAGMENTS = [*(word.encode() for word in WORDS), *map(bytes.fromhex, BROKEN)]
 SHORT_STOPS = ["#", "##", "ab", "b", "bab", "aba", "\n", "\n\n", " a", "a ", "中", "停", "停止", "\ufffd"]

@@ -344,6 +344,9 @@ def test_bytes_of_an_id(llama_vocabulary: Vocabulary) -> None:
     assert tokenizer.bytes(by_piece["<0xE4>"]) == b"\xe4"
     assert tokenizer.bytes(by_piece["汉字"]) == "汉字".encode()
     assert tokenizer.bytes(0) == tokenizer.bytes(1) == b""
+    special = llama_vocabulary.tokenizer(special_ids=[by_piece["汉字"]])
+    assert special.bytes(by_piece["汉字"]) == b""
+    assert special.decode([by_piece["汉字"]]) == ""
 
 
 def test_bytes_that_are_not_utf8_decode_to_replacement_characters(golden_vocabulary: Vocabulary) -> None:
