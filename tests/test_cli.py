@@ -24,7 +24,7 @@ from yivl_edge.cli.terminal import visible
 
 COMMAND = [sys.executable, "-m", "yivl_edge"]
 # With Python's UTF-8 mode, what the tests see does not depend on the locale they run in.
-ENVIRONMENT = {**os.environ, "PYTHONUTF8": "1", "TERM": "dumb"}
+ENVIRONMENT = {**os.environ, "PYTHONUTF8": "1", "TERM": "xterm"}
 
 
 def run(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
@@ -228,8 +228,7 @@ class Terminal:
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
             os.execve(sys.executable, [*COMMAND, *map(str, arguments)], ENVIRONMENT)
-        self.output = ""
-        self._seen = 0
+        self.unread = ""
 
     def type(self, keys: str) -> None:
         os.write(self._fd, keys.encode())
@@ -237,22 +236,24 @@ class Terminal:
     def read_until(self, pattern: str, timeout: float = 20) -> str:
         """What came since the last call up to the end of the pattern."""
         end = time.monotonic() + timeout
-        while not (found := re.compile(pattern).search(self.output, self._seen)):
+        while not (found := re.search(pattern, self.unread)):
             if not select.select([self._fd], [], [], max(0.0, end - time.monotonic()))[0]:
-                raise AssertionError(f"no {pattern!r} in {self.output[self._seen :]!r}")
+                raise AssertionError(f"no {pattern!r} in {self.unread!r}")
             try:
-                self.output += os.read(self._fd, 4096).decode(errors="replace").replace("\r\n", "\n")
+                self.unread += os.read(self._fd, 4096).decode(errors="replace")
             except OSError:  # what Linux says at the end
-                raise AssertionError(f"ended without {pattern!r}: {self.output[self._seen :]!r}") from None
-        text = self.output[self._seen : found.end()]
-        self._seen = found.end()
+                raise AssertionError(f"ended without {pattern!r}: {self.unread!r}") from None
+            # Line ends as the program wrote them, without readline's switching of bracketed paste.
+            self.unread = re.sub(r"\x1b\[\?2004(h|l\r)|\r(?=\n)", "", self.unread)
+        text = self.unread[: found.end()]
+        self.unread = self.unread[found.end() :]
         return text
 
     def exit_code(self) -> int:
         """Waits for the end."""
         end = time.monotonic() + 10
         while (status := os.waitpid(self.pid, os.WNOHANG)) == (0, 0):
-            assert time.monotonic() < end, f"still running: {self.output[self._seen :]!r}"
+            assert time.monotonic() < end, f"still running: {self.unread!r}"
             time.sleep(0.01)
         self.pid = 0
         return os.waitstatus_to_exitcode(status[1])
@@ -297,7 +298,7 @@ def test_a_picture_starts_a_new_conversation(terminal, golden_model, golden_imag
     picture = tmp_path / "one more photo.png"
     shutil.copy(golden_image, picture)
     ask(terminal, "Hello")
-    for typed in (picture, f'"{picture}"', str(picture).replace(" ", "\\ ")):
+    for typed in (picture, f'"{picture}"', str(picture).replace(" ", "\\ "), f"{tmp_path}/one\t"):
         terminal.type(f"/image {typed}\n")
         terminal.read_until(rf"\(new conversation about {re.escape(str(picture))}\)\n> $")
     picture.unlink()  # what has been seen stays seen

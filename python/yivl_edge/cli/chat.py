@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from yivl_edge import ChatResult, Model
 from yivl_edge.cli.arguments import integer, number
-from yivl_edge.cli.terminal import Progress, note, visible
+from yivl_edge.cli.terminal import Progress, is_terminal, note, visible
 from yivl_edge.image import DEFAULT_MAX_PIXELS, load_image
 
 _EXAMPLE = """\
@@ -361,6 +361,12 @@ def _path(text: str) -> str:
 
 
 def _enable_line_editing() -> None:
-    """Arrow keys, history and the like, where Python has readline."""
+    """Arrow keys, history, Tab for paths, pasting of several lines, where Python has readline."""
     with suppress(ImportError):
-        import readline  # noqa: F401
+        import readline
+
+        # Python's own settings are made for code: Tab indents, and completion begins after the last slash.
+        readline.parse_and_bind("tab: complete")
+        if is_terminal(sys.stdout):
+            readline.parse_and_bind("set enable-bracketed-paste on")
+        readline.set_completer_delims(" ")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
+from typing import TextIO
 
 _STAGES = {"load": "Opening the model", "image": "Looking at the picture", "prefill": "Reading the question"}
 _SECONDS_BETWEEN = 0.1
@@ -15,6 +17,11 @@ _VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\
 _VISIBLE |= dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
 
 
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a stream is a terminal that understands escape sequences."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
 def visible(text: str) -> str:
     """Text that cannot steer the terminal it is printed on."""
     return text.translate(_VISIBLE)
@@ -23,7 +30,7 @@ def visible(text: str) -> str:
 def note(message: str) -> None:
     """Something said by the program, not by the model, on a line of its own."""
     # The terminal itself may have written "^C" at the beginning of the line.
-    wipe = _WIPE if sys.stderr.isatty() else ""
+    wipe = _WIPE if is_terminal(sys.stderr) else ""
     print(f"{wipe}({message})", file=sys.stderr, flush=True)
 
 
@@ -31,7 +38,7 @@ class Progress:
     """One line on standard error while an answer is on its way; nothing if that is not a terminal."""
 
     def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
+        self._terminal = is_terminal(sys.stderr)
         self._shown = False
         self._last = ("", 0.0)
 
