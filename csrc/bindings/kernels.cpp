@@ -1,5 +1,6 @@
 // The CPU kernels, one operation at a time, on numpy arrays: for the tests and the benchmarks.
 #include <algorithm>
+#include <atomic>
 
 #include "bindings.h"
 #include "cpu/dequant.h"
@@ -90,6 +91,45 @@ public:
 
 private:
     std::unique_ptr<Backend> backend_;
+};
+
+// What the machine can do at most, for benchmarks to compare with.
+class Ceilings {
+public:
+    Ceilings(const std::string& isa, int n_threads)
+        : kernels_(choose_kernels(isa)), pool_(n_threads == 0 ? default_thread_count() : n_threads) {}
+
+    // Multiply-adds on registers, on all threads; how many floating-point operations that was.
+    int64_t multiply_add(int64_t rounds) {
+        std::atomic<int64_t> operations{0};
+        run(pool_.n_threads(), [&](int64_t) {
+            float sink;
+            operations += kernels_.multiply_add(rounds, &sink);
+        });
+        return operations;
+    }
+
+    // Reads the array once.
+    void read(const Floats& values) {
+        const Vec v = vec(values);
+        constexpr int64_t kPiece = 1 << 16;
+        const auto n = static_cast<int64_t>(v.size());
+        run((n + kPiece - 1) / kPiece, [&](int64_t piece) {
+            float sink;
+            kernels_.read(v.data() + piece * kPiece, std::min(kPiece, n - piece * kPiece), &sink);
+        });
+    }
+
+private:
+    template <class Fn>
+    void run(int64_t n, Fn&& fn) {
+        const py::gil_scoped_release release;
+        Control control;
+        pool_.parallel_for(control, n, 1, [&](int64_t begin, int64_t, int) { fn(begin); });
+    }
+
+    const Kernels& kernels_;
+    ThreadPool pool_;
 };
 
 void linear(KernelOps& self, Floats y, const Floats& x, const Bytes& bytes, uint32_t type,
@@ -194,6 +234,11 @@ void bind_kernels(py::module_& m) {
     py::class_<KernelControl>(m, "KernelControl")
         .def(py::init<const py::object&>(), py::arg("poll") = py::none())
         .def("cancel", [](KernelControl& self) { self.control.cancel(); });
+
+    py::class_<Ceilings>(m, "Ceilings")
+        .def(py::init<const std::string&, int>(), py::arg("isa") = "", py::arg("n_threads") = 0)
+        .def("multiply_add", &Ceilings::multiply_add, py::arg("rounds"))
+        .def("read", &Ceilings::read, py::arg("values").noconvert());
 
     // Results go into arrays that the caller gives, so that tests can pass views with strides.
     const auto to = [](const char* name) { return py::arg(name).noconvert(); };

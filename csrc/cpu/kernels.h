@@ -46,6 +46,11 @@ struct Kernels {
     void (*dot)(float* y, int64_t y_stride, const float* x, int64_t x_stride, int64_t n_x, const float* w,
                 int64_t w_stride, int64_t n_w, int64_t k, bool accumulate);
 
+    // y[o] = x . row o of n_rows packed rows, with the same sums as dequantize and dot; false if there is no such path
+    // for the type, and then nothing is done.
+    bool (*multiply)(WeightType type, float* y, const float* x, const std::byte* w, int64_t row_bytes, int64_t n_rows,
+                     int64_t cols);
+
     void (*layer_norm)(float* y, const float* x, const float* weight, const float* bias, float eps, int64_t n);
     void (*rms_norm)(float* y, const float* x, const float* weight, float eps, int64_t n);
     void (*gelu)(float* x, int64_t n);
@@ -58,6 +63,11 @@ struct Kernels {
     int64_t (*attention_scratch)(int64_t rows, int64_t head_dim);
     // `stop` is polled between blocks of keys; the output is not complete if it said true.
     void (*attention)(const AttentionPiece& piece, float* scratch, bool (*stop)(const void*), const void* stop_arg);
+
+    // For benchmarks: `rounds` of multiply-adds on registers, as many at once as the units can take (returns how many
+    // operations that was), and a read of n floats. `sink` keeps the compiler from leaving them out.
+    int64_t (*multiply_add)(int64_t rounds, float* sink);
+    void (*read)(const float* x, int64_t n, float* sink);
 };
 
 }  // namespace yivl
@@ -68,6 +78,7 @@ struct Kernels {
         .name = isa,                                   \
         .dequantize = space::dequantize,               \
         .dot = space::dot,                             \
+        .multiply = space::multiply,                   \
         .layer_norm = space::layer_norm,               \
         .rms_norm = space::rms_norm,                   \
         .gelu = space::gelu,                           \
@@ -76,4 +87,6 @@ struct Kernels {
         .rotate = space::rotate,                       \
         .attention_scratch = space::attention_scratch, \
         .attention = space::attention,                 \
+        .multiply_add = space::multiply_add,           \
+        .read = space::read,                           \
     }

@@ -62,7 +62,6 @@ inline void sum4(F a, F b, F c, F d, float* out) {
     _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(heads, s)));
 }
 
-inline float half_to_float(half_bits h) { return _cvtsh_ss(h); }
 inline F from_i8(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
@@ -74,10 +73,42 @@ inline F from_bfloat(const std::byte* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
+inline void halves_to_floats(float* dst, const half_bits* src) {
+    store(dst, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src))));
+}
+inline void scale_halves(float* dst, const int8_t* p, float a, float b) {
+    store(dst, mul(from_i8(p), _mm512_insertf32x8(set1(a), _mm256_set1_ps(b), 1)));
+}
+
+// Four-bit integers are looked up in a register of the 16 values they can mean; a look-up reads the low four bits of
+// each index.
+inline F steps() { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+inline __m512i indices(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+template <class Sink>
+YIVL_INLINE void block_of_nibbles(const uint8_t* p, float scale, Sink& sink) {
+    const F values = mul(sub(steps(), set1(8.0f)), set1(scale));
+    const __m512i index = indices(p);
+    sink(0, _mm512_permutexvar_ps(index, values));
+    sink(16, _mm512_permutexvar_ps(_mm512_srli_epi32(index, 4), values));
+}
+template <class Sink>
+YIVL_INLINE void pair_of_nibbles(const uint8_t* p, const float* scale, const float* minimum, int64_t i, Sink& sink) {
+    const F low = _mm512_fmsub_ps(steps(), set1(scale[0]), set1(minimum[0]));
+    const F high = _mm512_fmsub_ps(steps(), set1(scale[1]), set1(minimum[1]));
+    const __m512i first = indices(p), second = indices(p + 16);
+    sink(i, _mm512_permutexvar_ps(first, low));
+    sink(i + 16, _mm512_permutexvar_ps(second, low));
+    sink(i + 32, _mm512_permutexvar_ps(_mm512_srli_epi32(first, 4), high));
+    sink(i + 48, _mm512_permutexvar_ps(_mm512_srli_epi32(second, 4), high));
+}
+
 }  // namespace
 
 #include "cpu/kernels_body.h"
-#include "cpu/kernels_dequant.h"
+#include "cpu/kernels_bytes_x86.h"
+#include "cpu/kernels_weights.h"
 
 }  // namespace yivl::avx512
 

@@ -435,4 +435,26 @@ void attention(const AttentionPiece& piece, float* scratch, bool (*stop)(const v
     }
 }
 
+// ---- ceilings ----
+
+int64_t multiply_add(int64_t rounds, float* sink) {
+    constexpr int kSums = kTokens * kRows;
+    F acc[kSums];
+    YIVL_UNROLL
+    for (int i = 0; i < kSums; ++i) acc[i] = set1(static_cast<float>(i));
+    const F a = set1(0.5f), b = set1(1.0f);
+    for (int64_t r = 0; r < rounds; ++r) {
+        YIVL_UNROLL
+        for (int i = 0; i < kSums; ++i) acc[i] = fma(acc[i], a, b);
+    }
+    YIVL_UNROLL
+    for (int i = 1; i < kSums; ++i) acc[0] = add(acc[0], acc[i]);
+    *sink = sum(acc[0]);
+    return rounds * kSums * kLanes * 2;
+}
+
+void read(const float* x, int64_t n, float* sink) {
+    *sink = sum_of(n, [x, n](int64_t i) YIVL_TARGET_LAMBDA { return load_some(x + i, n - i); });
+}
+
 }  // namespace

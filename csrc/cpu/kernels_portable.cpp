@@ -56,6 +56,8 @@ inline void sum4(F a, F b, F c, F d, float* out) {
 
 void dequantize(WeightType type, const std::byte* src, float* dst, int64_t n) { dequantize_row(type, src, dst, n); }
 
+bool multiply(WeightType, float*, const float*, const std::byte*, int64_t, int64_t, int64_t) { return false; }
+
 }  // namespace
 
 #include "cpu/kernels_body.h"

@@ -15,9 +15,9 @@ namespace yivl {
 
 namespace {
 
-// Rows of weights that are widened at a time, and rows of x that use them: together a piece of `linear`. The slab of
-// weights then fits the second-level cache, and widening costs little beside its use.
-constexpr int64_t kRowBlock = 32;
+// Rows of weights that are widened at a time, and rows of x that use them. A slab of both then fits the second-level
+// cache, and widening costs little beside its use.
+constexpr int64_t kRowBlock = 64;
 constexpr int64_t kTokenBlock = 256;
 // With few rows of x the widened weights are used only once: keep them in the first-level cache.
 constexpr int64_t kFewTokens = 4;
@@ -69,16 +69,14 @@ public:
     void linear(Mat y, ConstMat x, const Weight& w, Vec bias) override {
         assert(x.cols == w.cols && y.cols == w.rows && y.rows == x.rows);
         assert(bias.empty() || static_cast<int64_t>(bias.size()) == w.rows);
-        const int64_t row_block = x.rows <= kFewTokens ? kFewRowBlock : kRowBlock;
-        const int64_t row_blocks = divide_up(w.rows, row_block);
-        const int64_t token_blocks = divide_up(x.rows, kTokenBlock);
-        const int64_t work = row_block * w.cols * std::min(x.rows + kCopyWork, kTokenBlock);
-        run(row_blocks * token_blocks, work, [&](int64_t item, Scratch& scratch) {
-            const int64_t row = item % row_blocks * row_block;
-            const int64_t token = item / row_blocks * kTokenBlock;
-            linear_piece(y, x, w, bias, row, std::min(row_block, w.rows - row), token,
-                         std::min(kTokenBlock, x.rows - token), scratch);
-        });
+        if (x.rows <= kFewTokens) {
+            linear_block(y, Slabs{x.data, x.stride, kSlab}, x.rows, w, bias, kFewRowBlock);
+            return;
+        }
+        for (int64_t token = 0; token < x.rows; token += kTokenBlock) {
+            const int64_t n = std::min(kTokenBlock, x.rows - token);
+            linear_block(y.row_range(token, n), packed(x.row_range(token, n)), n, w, bias, kRowBlock);
+        }
     }
 
     void layer_norm(Mat y, ConstMat x, Vec weight, Vec bias, float eps) override {
@@ -222,15 +220,48 @@ private:
         run(shape.rows, shape.cols * work_per_value, [&](int64_t i, Scratch&) { fn(i); });
     }
 
-    void linear_piece(Mat y, ConstMat x, const Weight& w, Vec bias, int64_t row, int64_t n_rows, int64_t token,
-                      int64_t n_tokens, Scratch& scratch) {
+    // Rows of x cut into slabs of columns: slab s of row t begins at data + s * slab_step + t * stride.
+    struct Slabs {
+        const float* data;
+        int64_t stride;
+        int64_t slab_step;
+    };
+
+    // x with each slab's rows side by side: rows that lie a power of two apart would compete for the same cache lines.
+    Slabs packed(ConstMat x) {
+        const int64_t slab_step = x.rows * kSlab;
+        float* to = packed_.floats(slab_step * divide_up(x.cols, kSlab));
+        run(x.rows, x.cols * kCopyWork, [&](int64_t t, Scratch&) {
+            for (int64_t col = 0; col < x.cols; col += kSlab) {
+                const size_t n = static_cast<size_t>(std::min(kSlab, x.cols - col));
+                std::memcpy(to + col / kSlab * slab_step + t * kSlab, x.row(t).data() + col, n * sizeof(float));
+            }
+        });
+        return {to, kSlab, slab_step};
+    }
+
+    void linear_block(Mat y, const Slabs& x, int64_t n_tokens, const Weight& w, Vec bias, int64_t row_block) {
+        const int64_t blocks = divide_up(w.rows, row_block);
+        run(blocks, row_block * w.cols * (n_tokens + kCopyWork), [&](int64_t item, Scratch& scratch) {
+            const int64_t row = item * row_block;
+            linear_rows(y, x, n_tokens, w, bias, row, std::min(row_block, w.rows - row), scratch);
+        });
+    }
+
+    void linear_rows(Mat y, const Slabs& x, int64_t n_tokens, const Weight& w, Vec bias, int64_t row, int64_t n_rows,
+                     Scratch& scratch) {
         const TypeInfo& info = type_info(w.type);
-        const std::byte* bytes = w.data + row * w.row_bytes();
-        // A mapped file aligns tensors; a row of float32 at an odd address goes through the scratch like any other
-        // type.
-        const bool in_place = w.type == WeightType::F32 && reinterpret_cast<uintptr_t>(bytes) % alignof(float) == 0;
+        const int64_t row_bytes = w.row_bytes();
+        const std::byte* bytes = w.data + row * row_bytes;
+        // Float32 in a mapped file needs no widening, but for many uses the copy is quicker than rows far apart.
+        const bool in_place = w.type == WeightType::F32 && n_tokens <= kFewTokens &&
+                              reinterpret_cast<uintptr_t>(bytes) % alignof(float) == 0;
         float* widened = in_place ? nullptr : scratch.floats(n_rows * kSlab);
-        const Mat out = y.row_range(token, n_tokens).col_range(row, n_rows);
+        const Mat out = y.col_range(row, n_rows);
+        if (n_tokens == 1 && kernels_.multiply(w.type, out.data, x.data, bytes, row_bytes, n_rows, w.cols)) {
+            if (!bias.empty()) kernels_.add(out.data, bias.data() + row, n_rows);
+            return;
+        }
         for (int64_t col = 0; col < w.cols; col += kSlab) {
             if (control_.cancelled()) return;
             const int64_t n_cols = std::min(kSlab, w.cols - col);
@@ -241,11 +272,11 @@ private:
                 stride = w.cols;
             } else {
                 for (int64_t r = 0; r < n_rows; ++r) {
-                    kernels_.dequantize(w.type, bytes + r * w.row_bytes() + col / info.block * info.bytes,
-                                        widened + r * kSlab, n_cols);
+                    const std::byte* from = bytes + r * row_bytes + col / info.block * info.bytes;
+                    kernels_.dequantize(w.type, from, widened + r * kSlab, n_cols);
                 }
             }
-            kernels_.dot(out.data, out.stride, x.data + token * x.stride + col, x.stride, n_tokens, weights, stride,
+            kernels_.dot(out.data, out.stride, x.data + col / kSlab * x.slab_step, x.stride, n_tokens, weights, stride,
                          n_rows, n_cols, col > 0);
         }
         if (bias.empty()) return;
@@ -256,6 +287,7 @@ private:
     const Kernels& kernels_;
     Control& control_;
     Scratch scratch_;  // for work too small for the pool, whose scratch belongs to whoever has the turn
+    Scratch packed_;
     Rotations rotations_;
 };
 

@@ -13,9 +13,16 @@
 #define YIVL_TARGET_END _Pragma("GCC pop_options")
 #endif
 
-// Loops over the registers of a tile: left as loops, the tile lives in memory.
+// Loops over the registers of a tile, to be unrolled in full: left as loops, the tile lives in memory.
 #if defined(__clang__)
 #define YIVL_UNROLL _Pragma("unroll")
 #else
-#define YIVL_UNROLL _Pragma("GCC unroll 16")
+#define YIVL_UNROLL _Pragma("GCC unroll 32")
 #endif
+
+// Pieces of a kernel whose accumulators must stay in registers.
+#define YIVL_INLINE inline __attribute__((always_inline))
+
+// Scales that are broadcast one by one come from memory for nothing; from a register each takes a shuffle, and shuffles
+// are what unpacking is short of. GCC would keep them in the register.
+#define YIVL_IN_MEMORY(object) asm("" : "+m"(object))
