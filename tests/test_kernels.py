@@ -314,21 +314,23 @@ def test_attention_with_large_and_growing_scores(isa: str) -> None:
 CHUNKS = (1, 2, 3, 5, 6, 7, 64)
 
 
-@pytest.mark.parametrize(
-    "qtype", [GGMLQuantizationType.F32, GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_K]
-)
+# Those with a path of their own for one row, and one without.
+FAST_TYPES = [GGMLQuantizationType(number) for number in (0, 1, 30, 8, 2, 12, 13, 14, 7)]
+
+
+@pytest.mark.parametrize("qtype", FAST_TYPES, ids=lambda t: t.name)
 def test_linear_does_not_depend_on_threads_or_chunks(isa: str, qtype: GGMLQuantizationType) -> None:
     tokens, cols, rows = 70, 2304, 67
-    if qtype == GGMLQuantizationType.Q4_K:
-        data = random_weights(qtype, rows, cols, 1)[0].reshape(-1)
+    if qtype == GGMLQuantizationType.F32:
+        data = as_bytes(normal(1, rows, cols))
     else:
-        data = quantize(normal(1, rows, cols), qtype).view(np.uint8).reshape(-1)
+        data = random_weights(qtype, rows, cols, 1)[0].reshape(-1)
     x, bias = normal(2, tokens, cols), normal(3, rows)
     whole = np.zeros((tokens, rows), np.float32)
     _core.KernelOps(isa, 1).linear(whole, x, data, qtype.value, bias)
-    for threads in (2, 3):
+    for threads, chunks in ((1, (1,)), (2, CHUNKS), (3, (1, 7))):
         ops = _core.KernelOps(isa, threads)
-        for chunk in CHUNKS:
+        for chunk in chunks:
             y = np.zeros_like(whole)
             for i in range(0, tokens, chunk):
                 ops.linear(y[i : i + chunk], x[i : i + chunk], data, qtype.value, bias)
