@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from yivl_edge import _core
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
-USER_DEFINED = ["<|im_start|>", "<|im_end|>", "<|im", "  \n", "##", "汉字", " x", "▁▁▁"]
+USER_DEFINED = ["<|im_start|>", "<|im_end|>", "<|im", "  \n", "##", "汉字", " x", "= ", "▁▁▁"]
 
 
 class Type(IntEnum):
@@ -212,7 +212,7 @@ def test_rebuilt_oracle_is_the_published_model(golden_vocabulary: Vocabulary) ->
 
 # Vocabularies that nobody trained reach more: equal scores, unused pieces (taken apart again after merging),
 # user-defined pieces that overlap or hold U+2581, one-character control pieces.
-ALPHABET = "ab▁中"
+ALPHABET = "ab▁中 "
 SMALL_PIECES = st.dictionaries(
     st.text(ALPHABET, min_size=1, max_size=5),
     st.tuples(
@@ -230,7 +230,7 @@ SMALL_PIECES = st.dictionaries(
     st.booleans(),
     st.booleans(),
     st.booleans(),
-    st.lists(st.text(ALPHABET + " é", max_size=14), min_size=10, max_size=10),
+    st.lists(st.text(ALPHABET + "é", max_size=14), min_size=10, max_size=10),
     st.lists(st.integers(0, 2**16), max_size=10),
 )
 def test_any_vocabulary_equals_sentencepiece(
@@ -442,6 +442,10 @@ ALL_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 def test_a_vocabulary_that_cannot_work_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _core.Tokenizer(**GOOD | change)
+
+
+def test_of_equal_pieces_the_first_counts() -> None:
+    assert _core.Tokenizer(["<unk>", "a", "a"], [0.0, -1.0, 0.0], [2, 1, 1]).encode("aa") == [1, 1]
 
 
 def test_byte_pieces_need_no_unknown_piece() -> None:
