@@ -196,7 +196,8 @@ void filter_row(uint8_t* out, const int16_t* planes, int64_t stride, const Colum
 // rows. Padding costs neither memory nor time: it enters each sum as one product. Besides the result, memory is taken
 // for the picture's rows as the first pass leaves them, in those columns that the picture reaches: less than the
 // picture when it shrinks, up to 5 times as much when it is a few pixels wide and very tall.
-Image resample(const ImageView& picture, const Axis& across, const Axis& down, const Color& background) {
+Image resample(const ImageView& picture, const Axis& across, const Axis& down, const Color& background,
+               Control& control) {
     Image result{across.count, down.count, {}};
     result.data.resize(static_cast<size_t>(across.count * down.count * 3));
 
@@ -230,6 +231,7 @@ Image resample(const ImageView& picture, const Axis& across, const Axis& down, c
         const int64_t block_left = x + 1 - static_cast<int64_t>(block.columns.size());
         planes.assign(static_cast<size_t>(3 * stride), 0);
         for (int64_t y = top; y < bottom; ++y) {
+            control.check();
             load_row(planes.data(), stride, picture, y, block.first, block.end, background);
             uint8_t* out = rows.data() + (y - top) * row_bytes + (block_left - left) * 3;
             filter_row(out, planes.data(), stride, block, background);
@@ -240,6 +242,7 @@ Image resample(const ImageView& picture, const Axis& across, const Axis& down, c
     // Second pass.
     std::vector<int32_t> sums(static_cast<size_t>(row_bytes));
     for (int64_t y = 0; y < down.count; ++y) {
+        control.check();
         taps.compute(down, y);
         uint8_t* out = result.data.data() + y * across.count * 3;
         for (int64_t i = 0; i < across.count * 3; ++i) out[i] = clip8(kHalf + padding_row[i] * taps.total);
@@ -281,16 +284,16 @@ void check_output(int64_t width, int64_t height) {
 
 }  // namespace
 
-Image resize_bicubic(const ImageView& rgb, int64_t width, int64_t height) {
+Image resize_bicubic(const ImageView& rgb, int64_t width, int64_t height, Control& control) {
     check(rgb);
     check_output(width, height);
     if (rgb.channels != 3) throw ImageError("expected 3 channels (RGB), found " + std::to_string(rgb.channels));
     const Axis across{rgb.width, 0, rgb.width, width, 0, width};
     const Axis down{rgb.height, 0, rgb.height, height, 0, height};
-    return resample(rgb, across, down, Color{});
+    return resample(rgb, across, down, Color{}, control);
 }
 
-Image fit(const ImageView& image, const PreprocessConfig& config) {
+Image fit(const ImageView& image, const PreprocessConfig& config, Control& control) {
     check(image);
     const int64_t size = config.image_size;
     check_output(size, size);
@@ -302,11 +305,11 @@ Image fit(const ImageView& image, const PreprocessConfig& config) {
         const int64_t resized = length <= other ? size : size * length / other;
         return Axis{length, 0, length, resized, (resized - size) / 2, size};
     };
-    return resample(image, axis(image.width, image.height), axis(image.height, image.width), config.pad_color);
+    return resample(image, axis(image.width, image.height), axis(image.height, image.width), config.pad_color, control);
 }
 
-std::vector<float> preprocess(const ImageView& image, const PreprocessConfig& config) {
-    const Image fitted = fit(image, config);
+std::vector<float> preprocess(const ImageView& image, const PreprocessConfig& config, Control& control) {
+    const Image fitted = fit(image, config, control);
     const size_t n = fitted.data.size() / 3;
     std::vector<float> pixels(3 * n);
     for (size_t c = 0; c < 3; ++c) {

@@ -6,6 +6,7 @@
 #include <span>
 #include <vector>
 
+#include "control.h"
 #include "errors.h"
 
 namespace yivl {
@@ -37,14 +38,14 @@ struct PreprocessConfig {
 // What stands between the decoded picture and the arithmetic: alpha composed, padded to a square (or, without `pad`,
 // shortest edge resized and centre cropped, as CLIPImageProcessor does), resized to (S, S) with Pillow's bicubic. The
 // padding is never stored: a picture of 20000 x 3 costs what 60000 pixels cost.
-Image fit(const ImageView& image, const PreprocessConfig& config);
+Image fit(const ImageView& image, const PreprocessConfig& config, Control& control);
 
 // Pillow's Image.resize(BICUBIC), bit for bit: separable, a = -0.5, antialiased, 8 bits between the passes. Columns
 // first, then rows, as every Pillow up to 12 does. From 13 on, Pillow takes rows first when the height shrinks much
 // more than the width, and other values come out; squares, and so padded pictures, are the same in all of them.
-Image resize_bicubic(const ImageView& rgb, int64_t width, int64_t height);
+Image resize_bicubic(const ImageView& rgb, int64_t width, int64_t height, Control& control);
 
 // pixels (3, S, S) = ((fit(image) / 255) - mean) / std
-std::vector<float> preprocess(const ImageView& image, const PreprocessConfig& config);
+std::vector<float> preprocess(const ImageView& image, const PreprocessConfig& config, Control& control);
 
 }  // namespace yivl

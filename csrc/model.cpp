@@ -58,6 +58,43 @@ int64_t Model::n_positions(std::span<const int32_t> ids) const {
     return static_cast<int64_t>(ids.size()) + (images > 0 ? images * (config_.vit->n_patches() - 1) : 0);
 }
 
+void Model::check_ids(std::span<const int32_t> ids, int64_t max_tokens, int64_t n_ctx) const {
+    const int64_t images = std::ranges::count(ids, kImageId);
+    if (ids.empty()) throw std::invalid_argument("expected a prompt of at least one token, found none");
+    if (images > 1) {
+        throw std::invalid_argument("expected at most one image, found " + std::to_string(images) +
+                                    ": Yi-VL looks at one picture per conversation");
+    }
+    if (images > 0 && !config_.vit) {
+        throw std::invalid_argument(
+            "this model file has no vision tower: open it with the mmproj file that belongs to it, or ask without a "
+            "picture");
+    }
+    for (const int32_t id : ids) {
+        if (id != kImageId && (id < 0 || id >= config_.decoder.vocab_size)) {
+            throw std::invalid_argument("token id: expected 0 to " + std::to_string(config_.decoder.vocab_size - 1) +
+                                        ", found " + std::to_string(id));
+        }
+    }
+    const int64_t prompt = n_positions(ids);
+    const int64_t room = n_ctx > 0 ? n_ctx : config_.decoder.context_length;
+    if (prompt + max_tokens > room) {
+        throw ContextOverflowError("the conversation needs " + std::to_string(prompt + max_tokens) + " tokens (" +
+                                   std::to_string(prompt) + " prompt + " + std::to_string(max_tokens) +
+                                   " reply), the context holds " + std::to_string(room) +
+                                   ": shorten the conversation, lower max_tokens or raise n_ctx");
+    }
+}
+
+void Model::check(std::span<const int32_t> ids, const GenerateOptions& options, int64_t n_ctx) const {
+    if (options.max_tokens < 1) {
+        throw std::invalid_argument("max_tokens: expected at least 1, found " + std::to_string(options.max_tokens));
+    }
+    Sampler{options.sampling};
+    TextStream{options.stops};
+    check_ids(ids, options.max_tokens, n_ctx);
+}
+
 Session::Session(std::shared_ptr<const Model> model, int64_t n_ctx, int64_t batch)
     : model_(std::move(model)),
       decoder_(model_->config().decoder, n_ctx > 0 ? n_ctx : model_->config().decoder.context_length,
@@ -81,39 +118,15 @@ std::vector<int32_t> Session::expand(std::span<const int32_t> ids) const {
     return positions;
 }
 
-void Session::check_prompt(std::span<const int32_t> ids, const Pixels& pixels, int64_t max_tokens) const {
-    const Config& c = model_->config();
-    const int64_t images = std::ranges::count(ids, kImageId);
-    if (ids.empty()) throw std::invalid_argument("expected a prompt of at least one token, found none");
-    if (images > 1) {
-        throw std::invalid_argument("expected at most one image, found " + std::to_string(images) +
-                                    ": Yi-VL looks at one picture per conversation");
-    }
-    if (images > 0 && !c.vit) {
-        throw std::invalid_argument("this model file has no vision tower: give the mmproj file that belongs to it");
-    }
-    if ((images > 0) != (pixels != nullptr)) {
+void Session::check_pixels(std::span<const int32_t> ids, const Pixels& pixels) const {
+    if ((std::ranges::count(ids, kImageId) > 0) != (pixels != nullptr)) {
         throw std::invalid_argument("expected a picture exactly when the prompt has a place for one");
     }
-    if (pixels != nullptr) {
-        const size_t expected = 3 * static_cast<size_t>(c.vit->image_size * c.vit->image_size);
-        if (pixels->size() != expected) {
-            throw std::invalid_argument("pixels: expected " + std::to_string(expected) + " values, found " +
-                                        std::to_string(pixels->size()));
-        }
-    }
-    for (const int32_t id : ids) {
-        if (id != kImageId && (id < 0 || id >= c.decoder.vocab_size)) {
-            throw std::invalid_argument("token id: expected 0 to " + std::to_string(c.decoder.vocab_size - 1) + ", found " +
-                                        std::to_string(id));
-        }
-    }
-    const int64_t prompt = model_->n_positions(ids);
-    if (prompt + max_tokens > decoder_.n_ctx) {
-        throw ContextOverflowError("the conversation needs " + std::to_string(prompt + max_tokens) + " tokens (" +
-                                   std::to_string(prompt) + " prompt + " + std::to_string(max_tokens) +
-                                   " reply), the context holds " + std::to_string(decoder_.n_ctx) +
-                                   ": shorten the conversation, lower max_tokens or raise n_ctx");
+    if (pixels == nullptr) return;
+    const int64_t S = model_->config().vit->image_size;
+    if (static_cast<int64_t>(pixels->size()) != 3 * S * S) {
+        throw std::invalid_argument("pixels: expected " + std::to_string(3 * S * S) + " values, found " +
+                                    std::to_string(pixels->size()));
     }
 }
 
@@ -189,10 +202,8 @@ void Session::prefill(std::span<const int32_t> positions, int64_t first, const P
 }
 
 void Session::begin(std::span<const int32_t> ids, Pixels pixels, const GenerateOptions& options) {
-    if (options.max_tokens < 1) {
-        throw std::invalid_argument("max_tokens: expected at least 1, found " + std::to_string(options.max_tokens));
-    }
-    check_prompt(ids, pixels, options.max_tokens);
+    model_->check(ids, options, decoder_.n_ctx);
+    check_pixels(ids, pixels);
     std::vector<std::string> stops = model_->config().prompt.stops;
     stops.insert(stops.end(), options.stops.begin(), options.stops.end());
     Reply reply{.prompt = expand(ids),
@@ -280,7 +291,8 @@ std::optional<std::string> Session::next(Control& control) {
 
 std::vector<float> Session::vision_features(const Pixels& pixels, Control& control) {
     const Config& c = model_->config();
-    check_prompt(std::array{kImageId}, pixels, 0);
+    model_->check_ids(std::array{kImageId}, 0, decoder_.n_ctx);
+    check_pixels(std::array{kImageId}, pixels);
     embedded_pixels_.reset();
     const std::unique_ptr<Ops> ops = model_->backend().ops(control);
     const ConstMat features = vit_forward(*model_->weights().vit, *c.vit, *vit_, *pixels, *ops, control);
@@ -288,14 +300,16 @@ std::vector<float> Session::vision_features(const Pixels& pixels, Control& contr
 }
 
 std::vector<float> Session::encode_image(const Pixels& pixels, Control& control) {
-    check_prompt(std::array{kImageId}, pixels, 0);
+    model_->check_ids(std::array{kImageId}, 0, decoder_.n_ctx);
+    check_pixels(std::array{kImageId}, pixels);
     embed_image(pixels, *model_->backend().ops(control), control);
     const Mat embeddings = vit_->embeddings.view();
     return {embeddings.data, embeddings.data + embeddings.rows * embeddings.cols};
 }
 
 std::vector<float> Session::logits(std::span<const int32_t> ids, const Pixels& pixels, Control& control) {
-    check_prompt(ids, pixels, 0);
+    model_->check_ids(ids, 0, decoder_.n_ctx);
+    check_pixels(ids, pixels);
     const DecoderConfig& c = model_->config().decoder;
     const std::vector<int32_t> positions = expand(ids);
     if (pixels != nullptr) embed_image(pixels, *model_->backend().ops(control), control);

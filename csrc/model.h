@@ -22,6 +22,12 @@ struct ModelOptions {
     int n_threads = 0;   // 0: one per physical core
 };
 
+struct GenerateOptions {
+    int64_t max_tokens = 1024;
+    SamplingOptions sampling;
+    std::vector<std::string> stops;  // beside the model's own
+};
+
 // Weights, tokeniser and backend: read-only, shared by any number of sessions and threads.
 class Model {
 public:
@@ -35,6 +41,10 @@ public:
 
     // Positions that a prompt of these ids takes: an image counts as N.
     int64_t n_positions(std::span<const int32_t> ids) const;
+    // Throws what Session::begin throws for this request, whatever its picture; n_ctx 0: the model's context length.
+    void check(std::span<const int32_t> ids, const GenerateOptions& options, int64_t n_ctx) const;
+    // The part of `check` that concerns the ids.
+    void check_ids(std::span<const int32_t> ids, int64_t max_tokens, int64_t n_ctx) const;
 
 private:
     Model(Config config, Weights weights, Tokenizer tokenizer, std::unique_ptr<Backend> backend);
@@ -47,12 +57,6 @@ private:
 
 // pixels (3, S, S) of one picture; also the key under which its embeddings are kept.
 using Pixels = std::shared_ptr<const std::vector<float>>;
-
-struct GenerateOptions {
-    int64_t max_tokens = 1024;
-    SamplingOptions sampling;
-    std::vector<std::string> stops;  // beside the model's own
-};
 
 enum class FinishReason { none, stop, length, cancelled };
 
@@ -114,7 +118,7 @@ private:
     };
 
     std::vector<int32_t> expand(std::span<const int32_t> ids) const;
-    void check_prompt(std::span<const int32_t> ids, const Pixels& pixels, int64_t max_tokens) const;
+    void check_pixels(std::span<const int32_t> ids, const Pixels& pixels) const;
     int64_t matching_prefix(std::span<const int32_t> wanted, const Pixels& pixels) const;
     void embed_image(const Pixels& pixels, Ops& ops, Control& control);
     void embed(std::span<const int32_t> positions, int64_t first_image_row, Ops& ops);

@@ -223,6 +223,8 @@ def test_overflow_is_raised_before_any_computing_with_both_numbers(model, golden
     with pytest.raises(ContextOverflowError, match=rf"needs {prompt + 1000} tokens .*holds 1024"):
         ask(model, golden_image, FIRST, max_tokens=1000, on_progress=lambda *a: seen.append(a))
     assert not seen
+    with pytest.raises(ContextOverflowError):
+        ask(model, "no such picture.png", FIRST, max_tokens=1000)
     assert ask(model, golden_image, FIRST, max_tokens=4).usage.completion_tokens <= 4
 
 
@@ -266,6 +268,14 @@ def test_a_cancel_flag_ends_the_reply_in_every_stage(model, golden_image, stage)
     assert reply.usage.completion_tokens < 600
     again = ask(model, golden_image, FIRST)
     assert again.finish_reason in ("stop", "length")
+
+
+def test_a_cancel_flag_ends_the_reading_of_a_picture(model):
+    flag = threading.Event()
+    flag.set()
+    picture = np.zeros((3000, 4000, 3), np.uint8)
+    reply = ask(model, picture, FIRST, cancel=flag)
+    assert (reply.text, reply.finish_reason) == ("", "cancelled")
 
 
 def test_closing_a_stream_leaves_the_model_usable(model, golden_image):

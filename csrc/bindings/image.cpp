@@ -43,7 +43,8 @@ void bind_image(py::module_& m) {
             const ImageView input = view(image);
             return to_array([&] {
                 py::gil_scoped_release release;
-                return fit(input, config);
+                Control control;
+                return fit(input, config, control);
             }());
         },
         py::arg("image").noconvert(), "config"_a,
@@ -54,7 +55,8 @@ void bind_image(py::module_& m) {
             const ImageView input = view(image);
             return to_array([&] {
                 py::gil_scoped_release release;
-                return resize_bicubic(input, width, height);
+                Control control;
+                return resize_bicubic(input, width, height, control);
             }());
         },
         py::arg("image").noconvert(), "width"_a, "height"_a, "uint8 (H, W, 3) -> uint8 (height, width, 3).");
@@ -65,7 +67,8 @@ void bind_image(py::module_& m) {
             std::vector<float> pixels;
             {
                 py::gil_scoped_release release;
-                pixels = preprocess(input, config);
+                Control control;
+                pixels = preprocess(input, config, control);
             }
             return to_array(std::move(pixels), {3, config.image_size, config.image_size});
         },

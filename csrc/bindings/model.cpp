@@ -192,18 +192,24 @@ void bind_model(py::module_& m) {
              [](const Model& model, const std::vector<int32_t>& ids) { return model.tokenizer().decode(ids); })
         .def(
             "preprocess",
-            [](const Model& model, const py::array_t<uint8_t, py::array::c_style>& image) {
+            [](const Model& model, const py::array_t<uint8_t, py::array::c_style>& image, PyControl& control) {
                 const int64_t S = model.config().preprocess.image_size;
                 std::vector<float> pixels;
                 const ImageView view{image.shape(1), image.shape(0), image.shape(2),
                                      {image.data(), static_cast<size_t>(image.size())}};
                 {
                     const py::gil_scoped_release release;
-                    pixels = preprocess(view, model.config().preprocess);
+                    pixels = preprocess(view, model.config().preprocess, control);
                 }
                 return to_array(std::move(pixels), {3, S, S});
             },
-            py::arg("image"));
+            py::arg("image"), py::arg("control"))
+        .def(
+            "check",
+            [](const Model& model, const std::vector<int32_t>& ids, int64_t max_tokens, const SamplingOptions& sampling,
+               std::vector<std::string> stops,
+               int64_t n_ctx) { model.check(ids, {max_tokens, sampling, std::move(stops)}, n_ctx); },
+            py::arg("ids"), py::arg("max_tokens"), py::arg("sampling"), py::arg("stops"), py::arg("n_ctx"));
     bind_session(m);
     m.attr("IMAGE_ID") = kImageId;
 }

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Protocol, overload
+from typing import Literal, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +50,7 @@ class Timings:
     """Seconds per stage of one reply."""
 
     preprocess: float
-    """Reading, padding and resizing the picture."""
+    """Padding and resizing the picture."""
     image: float
     """Vision tower and projector; 0 when the picture's embeddings were kept from the last turn."""
     prefill: float
@@ -81,15 +81,15 @@ class ChatStream(Iterator[str]):
 
     def __init__(
         self,
-        session: _core.Session,
+        start: Callable[[_core.Control], tuple[_core.Session, float]],
         release: Callable[[_core.Session], None],
         control: _core.Control,
-        preprocess: float,
     ) -> None:
-        self._session: _core.Session | None = session
+        self._start: Callable[[_core.Control], tuple[_core.Session, float]] | None = start
         self._release = release
         self._control = control
-        self._preprocess = preprocess
+        self._session: _core.Session | None = None
+        self._preprocess = 0.0
         self._result: ChatResult | None = None
         self._in_use = threading.Lock()
 
@@ -98,15 +98,20 @@ class ChatStream(Iterator[str]):
 
     def __next__(self) -> str:
         with self._in_use:
-            if self._session is None:
+            if self._result is not None:
                 raise StopIteration
             try:
+                if self._session is None:
+                    assert self._start is not None
+                    self._session, self._preprocess = self._start(self._control)
                 piece = self._session.next(self._control)
+            except _core.Cancelled:
+                piece = None
             except BaseException:
-                self._finish("cancelled")
+                self._finish()
                 raise
             if piece is None:
-                self._finish(self._session.finish_reason)
+                self._finish()
                 raise StopIteration
             return piece
 
@@ -126,17 +131,20 @@ class ChatStream(Iterator[str]):
         """Ends the work and gives the memory back for the next conversation."""
         self._control.cancel()
         with self._in_use:
-            self._finish("cancelled")
+            self._finish()
 
-    def _finish(self, reason: Any) -> None:
+    def _finish(self) -> None:
         """Takes the result out of the session and hands the session back; later calls do nothing."""
-        if self._session is None:
+        if self._result is not None:
             return
-        session, self._session = self._session, None
+        session, self._session, self._start = self._session, None, None
+        if session is None:
+            self._result = ChatResult("", "cancelled", Usage(0, 0, 0), Timings(0.0, 0.0, 0.0, 0.0, 0.0))
+            return
         image, prefill, first_token, decode = session.timings
         self._result = ChatResult(
             text=session.text,
-            finish_reason=reason,
+            finish_reason=session.finish_reason or "cancelled",
             usage=Usage(*session.usage),
             timings=Timings(self._preprocess, image, prefill, self._preprocess + first_token, decode),
         )
@@ -151,7 +159,7 @@ class ChatStream(Iterator[str]):
         self.close()
 
     def __del__(self) -> None:
-        self._finish("cancelled")
+        self._finish()
 
 
 class Model:
@@ -315,23 +323,23 @@ class Model:
             seed=secrets.randbits(63) if seed is None else seed,
         )
         stops = [stop] if isinstance(stop, str) else list(stop or [])
-        started = time.perf_counter()
-        pixels = None if picture is None else self.preprocess(picture)
-        control = _core.Control(on_progress, cancel)
-        session = self._acquire(ids, pixels)
-        try:
+        self._model.check(ids, max_tokens, sampling, stops, self._n_ctx)
+        array = None if picture is None else load_image(picture, max_pixels=self._max_image_pixels)
+
+        def start(control: _core.Control) -> tuple[_core.Session, float]:
+            started = time.perf_counter()
+            pixels = None if array is None else self._model.preprocess(array, control)
+            session = self._acquire(ids, pixels)
             session.begin(ids, pixels, max_tokens, sampling, stops)
-        except BaseException:
-            self._give_back(session)
-            raise
-        control = _core.Control(on_progress, cancel)
-        reply = ChatStream(session, self._give_back, control, time.perf_counter() - started)
+            return session, time.perf_counter() - started
+
+        reply = ChatStream(start, self._give_back, _core.Control(on_progress, cancel))
         return reply if stream else reply.result
 
     def preprocess(self, image: ImageSource) -> NDArray[np.float32]:
         """The pixels that the vision tower reads: padded, resized, normalised; (3, S, S)."""
         self._require_vision()
-        return self._model.preprocess(load_image(image, max_pixels=self._max_image_pixels))
+        return self._model.preprocess(load_image(image, max_pixels=self._max_image_pixels), _core.Control())
 
     def vision_features(self, image: ImageSource) -> NDArray[np.float32]:
         """What the vision tower makes of a picture: (N, vision width), patches in row order."""

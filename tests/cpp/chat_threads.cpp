@@ -17,17 +17,17 @@ using namespace yivl;
 constexpr int kCallers = 4;
 
 // A picture that differs from one caller to the next.
-Pixels picture(const Model& model, int caller) {
+Pixels picture(const Model& model, int caller, Control& control) {
     const int64_t side = 40 + 10 * caller;
     Image image{side, side, {}};
     for (int64_t i = 0; i < side * side * 3; ++i) image.data.push_back(static_cast<uint8_t>(i * (caller + 3)));
-    return std::make_shared<const std::vector<float>>(preprocess(image.view(), model.config().preprocess));
+    return std::make_shared<const std::vector<float>>(preprocess(image.view(), model.config().preprocess, control));
 }
 
 std::string chat(const std::shared_ptr<const Model>& model, int caller) {
     Session session(model, 512);
     Control control;
-    const Pixels pixels = picture(*model, caller);
+    const Pixels pixels = picture(*model, caller, control);
     std::vector<Message> messages;
     std::string all;
     for (const char* question : {"Describe the picture.", "为什么？"}) {

@@ -26,7 +26,7 @@ int main(int argc, char** argv) try {
     yivl::Control control;
     const auto model = yivl::Model::open({argv[1], "", 0}, control);
     const auto pixels = std::make_shared<const std::vector<float>>(
-        yivl::preprocess(read_ppm(argv[2]).view(), model->config().preprocess));
+        yivl::preprocess(read_ppm(argv[2]).view(), model->config().preprocess, control));
 
     const std::vector<yivl::Message> messages{{yivl::Role::user, argv[3]}};
     const yivl::Prompt prompt = yivl::build_prompt(model->config().prompt, messages, true);
