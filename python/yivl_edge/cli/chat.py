@@ -225,20 +225,20 @@ class _Conversation:
         turns = [*self._turns, {"role": "user", "content": question}]
         room = self._n_ctx - self._positions(turns)
         if room < 1:
-            taken = self._n_ctx - room
+            answered = any(turn["role"] == "assistant" for turn in turns)
             raise ValueError(
-                f"no room for an answer: the conversation takes {taken} of {self._n_ctx} tokens; "
-                + ("/reset starts a new one" if len(turns) > 1 else "ask a shorter question or raise --n-ctx")
+                f"no room for an answer: the conversation takes {self._n_ctx - room} of {self._n_ctx} tokens; "
+                + ("/reset starts a new one" if answered else "ask a shorter question or raise --n-ctx")
             )
         wanted = self._args.max_tokens or self._model.config.max_tokens
         text, result = self._answer(turns, min(wanted, room))
         if text.strip():
             self._turns = [*turns, {"role": "assistant", "content": text}]
         if result is None or result.finish_reason == "cancelled":
-            note("stopped" if text else "stopped; the question is forgotten")
+            note("stopped" if text else "stopped before the answer began")
             return False
         if not text.strip():
-            note("no answer; the question is forgotten")
+            note("the answer is empty")
         elif result.finish_reason == "length":
             note(f"stopped after {wanted} tokens" if wanted <= room else "stopped: the context is full")
         if self._args.timings:
@@ -278,12 +278,13 @@ class _Conversation:
                     progress.wipe()
                     pieces.append(piece)
                     print(show(piece), end="", flush=True)
+            progress.wipe()
+            print(flush=True)
         except KeyboardInterrupt:
-            pass
+            if pieces:
+                print(flush=True)
         finally:
             progress.wipe()
-        if pieces:
-            print(flush=True)
         return "".join(pieces), None if stream is None else stream.result
 
 
