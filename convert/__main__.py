@@ -85,14 +85,20 @@ def _progress() -> Iterator[OnProgress]:
             raise ModuleNotFoundError(
                 "showing progress needs the package tqdm: pip install 'yivl-edge[convert]'"
             ) from error
-        with tqdm(
-            total=100, desc="convert", bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-        ) as bar:
+        bar: tqdm[NoReturn] | None = None
 
-            def draw(_stage: str, fraction: float) -> None:
-                bar.update(100 * fraction - bar.n)
+        def draw(stage: str, fraction: float) -> None:
+            nonlocal bar
+            if bar is None:
+                bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+                bar = tqdm(total=100, desc=stage, bar_format=bar_format)
+            bar.update(100 * fraction - bar.n)
 
+        try:
             yield draw
+        finally:
+            if bar is not None:
+                bar.close()
     else:
         tenths = 0
 

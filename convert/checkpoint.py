@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 FloatArray = npt.NDArray[np.float32]
 
+# What reading JSON of another structure than expected can raise.
+_WRONG_JSON = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _INCOMPLETE = "Download it again: the file is damaged or incomplete."
 
 
@@ -70,7 +72,7 @@ class SafetensorsFile(WeightsFile):
         try:
             tensors = {name: value for name, value in json.loads(header).items() if name != "__metadata__"}
             return {name: self._parse_entry(value, data) for name, value in tensors.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (*_WRONG_JSON, ArithmeticError) as error:
             raise CheckpointError(
                 f"{self.path}: its safetensors header is wrong ({error}). {_INCOMPLETE}"
             ) from error
@@ -114,7 +116,7 @@ class PyTorchFile(WeightsFile):
         "torch.bfloat16": "BF16",
     }
 
-    _REMAP_AFTER = 1 << 28  # bytes
+    _REMAP_AFTER = 1 << 26  # bytes
 
     def __init__(self, path: Path) -> None:
         self._mapped: dict[str, torch.Tensor] = {}
@@ -227,7 +229,7 @@ def _open_shards(index: Path, kind: type[WeightsFile]) -> dict[str, WeightsFile]
         shard_names = sorted(set(weight_map.values()))
         if not all(isinstance(name, str) and Path(name).name == name for name in shard_names):
             raise ValueError("a shard's name is no file name")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except _WRONG_JSON as error:
         raise CheckpointError(f"{index} is no index of shards ({error!r}). Download it again.") from error
     if missing := [name for name in shard_names if not (index.parent / name).is_file()]:
         raise CheckpointError(

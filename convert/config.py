@@ -104,7 +104,7 @@ class JsonFile:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing. {hint}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be read as JSON: {error}. {hint}") from error
         if not isinstance(values, dict):
             raise CheckpointError(f"{path} holds no JSON object. {hint}")

@@ -87,18 +87,24 @@ def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerTables:
 
     ids = {piece: i for i, piece in reversed(list(enumerate(pieces)))}
 
-    def special(key: str, default: str | None) -> int | None:
-        # LlamaTokenizer's own defaults stand in for keys that the file lacks.
-        text = _token_text(config, key, config.values.get(key, default))
+    def find(key: str, token: object) -> int | None:
+        text = _token_text(config, key, token)
         if text is None:
             return None
         if text not in ids:
             raise config.fail(key, f"a piece of tokenizer.model or an added token (looked for {text!r})")
         return ids[text]
 
+    def special(key: str, default: str | None) -> int | None:
+        # LlamaTokenizer's own defaults stand in for keys that the file lacks.
+        return find(key, config.values.get(key, default))
+
     bos_id, eos_id = special("bos_token", "<s>"), special("eos_token", "</s>")
     unknown_id, padding_id = special("unk_token", "<unk>"), special("pad_token", None)
     _check_end_of_sequence(folder, eos_id)
+    key = "additional_special_tokens"
+    additional = [find(key, token) for token in config.values.get(key) or []]
+    matched = {*added, *additional, bos_id, eos_id, unknown_id, padding_id}
     return TokenizerTables(
         pieces=pieces,
         scores=scores,
@@ -107,9 +113,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerTables:
         eos_id=eos_id,
         unknown_id=unknown_id,
         padding_id=padding_id,
-        special_ids=sorted(
-            set(added) | {i for i in (bos_id, eos_id, unknown_id, padding_id) if i is not None}
-        ),
+        special_ids=sorted(i for i in matched if i is not None),
         add_bos=config.boolean("add_bos_token", default=True),
         add_eos=config.boolean("add_eos_token", default=False),
         add_dummy_prefix=model.add_dummy_prefix,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import pickle
+import pty
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import zipfile
 from collections.abc import Callable
 from functools import cache
@@ -642,6 +646,14 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"PyTorch before 1\.6\. Save it again",
     ),
     "bin with code": (write_malicious_pickle, r"could run code from the file, so it was refused"),
+    "shard with a deep header": (
+        write_bytes("model-00001-of-00002.safetensors", (100_000).to_bytes(8, "little") + b"[" * 100_000),
+        r"header is wrong",
+    ),
+    "shard with a strange header": (
+        write_bytes("model-00001-of-00002.safetensors", (7).to_bytes(8, "little") + b'{"a":1}'),
+        r"header is wrong",
+    ),
     "no tokeniser": (delete("tokenizer.model"), r"tokenizer\.model is missing"),
     "no tokeniser config": (delete("tokenizer_config.json"), r"tokenizer_config\.json is missing"),
     "tokeniser damaged": (truncate("tokenizer.model", 20_001), r"no sentencepiece model, or damaged"),
@@ -739,6 +751,7 @@ def test_pieces_are_filled_up_to_the_rows(tmp_path: Path) -> None:
             "2050": {"content": "<plain>", "special": False},
             "7": {"content": "<|im_end|>", "special": True},
         },
+        additional_special_tokens=["<|im_sep|>"],
         pad_token={"content": "<|extra|>", "lstrip": False},
     )
     convert(folder, tmp_path / "out.gguf")
@@ -752,7 +765,7 @@ def test_pieces_are_filled_up_to_the_rows(tmp_path: Path) -> None:
     ]
     assert found["tokenizer.ggml.token_type"][2047:] == [1, 5, 3, 4, 5]
     assert len(found["tokenizer.ggml.scores"]) == 2052
-    assert found["yivl.tokenizer.special_ids"] == [0, 1, 2, 7, 2049, 2050]
+    assert found["yivl.tokenizer.special_ids"] == [0, 1, 2, 7, 8, 2049, 2050]
     assert found["tokenizer.ggml.padding_token_id"] == 2049
 
 
@@ -982,6 +995,17 @@ def test_command_line_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureF
     out, err = capsys.readouterr()
     assert re.findall(r"wrote (.*) \([\d.]+ MB\)", out) == [str(output), str(tmp_path / "out-mmproj.gguf")]
     assert err.splitlines() == [f"convert: {10 * i}%" for i in range(1, 11)]
+
+
+def test_command_line_draws_a_bar_on_a_terminal(tmp_path: Path, small_copy: Path) -> None:
+    main_end, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, "-m", "yivl_edge.convert", str(small_copy), "-o", str(tmp_path / "out.gguf")]
+    subprocess.run(command, stderr=terminal, stdout=subprocess.DEVNULL, check=True)
+    os.close(terminal)
+    drawn = os.read(main_end, 100_000).decode()
+    os.close(main_end)
+    assert re.search(r"\rconvert: 100%\|.*\| ", drawn)
 
 
 def test_command_line_tells_errors_without_a_traceback(
