@@ -85,43 +85,36 @@ auto found(LookUp look_up) -> std::optional<decltype(look_up())> {
     }
 }
 
+// The look-ups that fit the value, and one of the seven in turn: an exception costs as much as a parse.
+void look_up(const GgufFile& file, std::string_view key, const GgufValue& value, size_t turn) {
+    const auto check = [&](size_t number, bool fits, auto read, auto use) {
+        if (!fits && turn % 7 != number) return;
+        const auto result = found(read);
+        expect(fits || !result, "a value was read as another type");
+        if (result) use(*result);
+    };
+    const auto nothing = [](auto) {};
+    const auto ends = [](auto items) { read_ends(items.data(), items.size() * sizeof(*items.data())); };
+    const bool integer = std::holds_alternative<uint64_t>(value) || std::holds_alternative<int64_t>(value);
+    const bool array = std::holds_alternative<GgufArray>(value);
+    check(0, integer, [&] { return file.integer(key); }, nothing);
+    check(1, integer || std::holds_alternative<double>(value), [&] { return file.number(key); }, nothing);
+    check(2, std::holds_alternative<bool>(value), [&] { return file.boolean(key); }, nothing);
+    check(3, std::holds_alternative<std::string_view>(value), [&] { return file.string(key); }, ends);
+    check(4, array, [&] { return file.floats(key); }, ends);
+    check(5, array, [&] { return file.integers(key); }, ends);
+    check(
+        6, array, [&] { return file.strings(key); },
+        [&](auto texts) {
+            for (const std::string_view text : texts) ends(text);
+        });
+}
+
 void walk(const GgufFile& file) {
     size_t turn = 0;
     for (const auto& [key, value] : file.metadata()) {
         read_ends(key.data(), key.size());
-        // The look-ups of the value's own type, and one of the seven in turn: an exception costs as much as a parse.
-        const size_t type = value.index();
-        const auto wanted = [&, any = turn++ % 7](size_t look_up, std::initializer_list<size_t> types) {
-            return look_up == any || std::ranges::find(types, type) != types.end();
-        };
-        const auto none = [&](bool is_found, std::initializer_list<size_t> types) {
-            expect(!is_found || std::ranges::find(types, type) != types.end(), "a value was read as another type");
-        };
-        if (wanted(0, {0, 1})) none(found([&] { return file.integer(key); }).has_value(), {0, 1});
-        if (wanted(1, {0, 1, 2})) none(found([&] { return file.number(key); }).has_value(), {0, 1, 2});
-        if (wanted(2, {3})) none(found([&] { return file.boolean(key); }).has_value(), {3});
-        if (wanted(3, {4})) {
-            const auto text = found([&] { return file.string(key); });
-            none(text.has_value(), {4});
-            if (text) read_ends(text->data(), text->size());
-        }
-        if (wanted(4, {5})) {
-            const auto texts = found([&] { return file.strings(key); });
-            none(texts.has_value(), {5});
-            for (const std::string_view text : texts.value_or(std::span<const std::string_view>())) {
-                read_ends(text.data(), text.size());
-            }
-        }
-        if (wanted(5, {5})) {
-            const auto floats = found([&] { return file.floats(key); });
-            none(floats.has_value(), {5});
-            if (floats) read_ends(floats->data(), floats->size_bytes());
-        }
-        if (wanted(6, {5})) {
-            const auto integers = found([&] { return file.integers(key); });
-            none(integers.has_value(), {5});
-            if (integers) read_ends(integers->data(), integers->size_bytes());
-        }
+        look_up(file, key, value, turn++);
     }
     expect(!found([&] { return file.string("no such key"); }), "a key that is not there was found");
 
@@ -210,13 +203,9 @@ struct Companions {
     File mmproj = GgufFile::parse(std::as_bytes(std::span(mmproj_bytes)), "mmproj");
 };
 
-// The steps of Model::open.
-void open_model(const File& text, const File& vision) {
-    const Config config = read_config(*text, vision.get());
-    const Tokenizer tokenizer(Tokenizer::read_config(*text));
+void bind_model(const File& text, const File& vision) {
     Widen ops;
-    read_all(bind_weights(text, vision, config, ops));
-    use(tokenizer);
+    read_all(bind_weights(text, vision, read_config(*text, vision.get()), ops));
 }
 
 // How far the inputs got; the run fails when the mutations are too wild or too tame to test anything.
@@ -270,8 +259,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
 
     const size_t limit = 64 * (size + companions.mmproj_bytes.size()) + (1 << 16);
     const bool single = file->has("clip.has_vision_encoder");
-    counts.opened += accepted(limit, [&] { open_model(file, single ? file : companions.mmproj); });
-    counts.opened += accepted(limit, [&] { open_model(companions.text, file); });
+    const bool tokenises = accepted(limit, [&] { use(Tokenizer(Tokenizer::read_config(*file))); });
+    counts.opened += accepted(limit, [&] { bind_model(file, single ? file : companions.mmproj); }) && tokenises;
+    counts.opened += accepted(limit, [&] { bind_model(companions.text, file); });
     return 0;
 }
 
