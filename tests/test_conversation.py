@@ -169,6 +169,20 @@ def test_an_image_in_a_later_turn_or_a_second_image_is_refused(model, golden_ima
         ask(model, golden_image, [user(parts)])
 
 
+def test_a_lone_surrogate_is_named(model):
+    broken = "a\ud800"
+    for place, call in {
+        r"messages\[0\]: content": lambda: ask(model, None, broken),
+        "system": lambda: ask(model, None, "a", system=broken),
+        "stop": lambda: ask(model, None, "a", stop=[broken]),
+        "text": lambda: model.tokenize(broken),
+    }.items():
+        with pytest.raises(
+            ValueError, match=rf"{place}: expected text, found a lone surrogate U\+D800 at position 1"
+        ):
+            call()
+
+
 # Sampling
 
 

@@ -1,10 +1,9 @@
 """Run 01.AI's Yi-VL vision-language models on the machine in front of you."""
 
-from yivl_edge._core import Cancelled, ContextOverflowError, ImageError, ModelFileError
+from yivl_edge._core import ContextOverflowError, ImageError, ModelFileError
 from yivl_edge.model import ChatResult, ChatStream, Model, Timings, Usage
 
 __all__ = [
-    "Cancelled",
     "ChatResult",
     "ChatStream",
     "ContextOverflowError",

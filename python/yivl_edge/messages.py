@@ -27,8 +27,8 @@ def normalise(
         The picture or None, and (role, text) pairs, the system turn first if there is one.
 
     Raises:
-        ValueError: An unknown role or part, a picture in a later turn, two pictures, a system turn that is not the
-            first, or a last turn that is not the user's.
+        ValueError: An unknown role or part, text with a lone surrogate, a picture in a later turn, two pictures, a
+            system turn that is not the first, or a last turn that is not the user's.
         TypeError: A message that is no mapping, or content that is no text.
     """
     if isinstance(messages, str):
@@ -58,16 +58,27 @@ def normalise(
                     f"{where}: expected one picture, found a second: Yi-VL looks at one per conversation"
                 )
             image = picture
-        turns.append((role, text))
+        turns.append((role, checked_text(f"{where}: content", text)))
 
     if system is not None:
         if turns and turns[0][0] == "system":
             raise ValueError("expected either the argument system or a system message, found both")
-        turns.insert(0, ("system", system))
+        turns.insert(0, ("system", checked_text("system", system)))
     if not turns or turns[-1][0] != "user":
         found = f"one of role {turns[-1][0]!r}" if turns else "no messages"
         raise ValueError(f"expected the last message to be the user's, found {found}")
     return image, turns
+
+
+def checked_text(where: str, text: str) -> str:
+    """The text, if it is all characters: half of a surrogate pair is none. `where` names it in the ValueError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: expected text, found a lone surrogate U+{ord(text[error.start]):04X} at position {error.start}"
+        ) from error
+    return text
 
 
 def _content(where: str, content: object) -> tuple[str, list[ImageSource]]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from yivl_edge import _core
 from yivl_edge.image import DEFAULT_MAX_PIXELS, ImageSource, load_image
-from yivl_edge.messages import Messages, normalise
+from yivl_edge.messages import Messages, checked_text, normalise
 
 Progress = Callable[[str, float], object]
 """Called with the stage (``load``, ``image``, ``prefill``, ``decode``) and the fraction of it that is done, 0 to 1."""
@@ -322,7 +322,7 @@ class Model:
             repetition_penalty=repetition_penalty,
             seed=secrets.randbits(63) if seed is None else seed,
         )
-        stops = [stop] if isinstance(stop, str) else list(stop or [])
+        stops = [checked_text("stop", text) for text in ([stop] if isinstance(stop, str) else stop or [])]
         self._model.check(ids, max_tokens, sampling, stops, self._n_ctx)
         array = None if picture is None else load_image(picture, max_pixels=self._max_image_pixels)
 
@@ -362,8 +362,8 @@ class Model:
         return self._model.prompt_ids(normalise(None, messages)[1], image)
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text, as the reference's tokeniser makes them."""
-        return self._model.tokenize(text)
+        """Token ids of a text, as the reference's tokeniser makes them; ValueError for a lone surrogate."""
+        return self._model.tokenize(checked_text("text", text))
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids; special tokens are skipped."""
