@@ -30,6 +30,7 @@
 #include "cpu/dequant.h"
 #include "gguf.h"
 #include "tokenizer.h"
+#include "utf8.h"
 #include "weights.h"
 
 // GCC's AddressSanitizer has this function of sanitizer/allocator_interface.h but ships no header for it.
@@ -95,25 +96,24 @@ void look_up(const GgufFile& file, std::string_view key, const GgufValue& value,
     };
     const auto nothing = [](auto) {};
     const auto ends = [](auto items) { read_ends(items.data(), items.size() * sizeof(*items.data())); };
+    const auto text = [](std::string_view text) {
+        expect(find_invalid_utf8(text) == std::string_view::npos, "a text is not UTF-8");
+    };
     const bool integer = std::holds_alternative<uint64_t>(value) || std::holds_alternative<int64_t>(value);
     const bool array = std::holds_alternative<GgufArray>(value);
     check(0, integer, [&] { return file.integer(key); }, nothing);
     check(1, integer || std::holds_alternative<double>(value), [&] { return file.number(key); }, nothing);
     check(2, std::holds_alternative<bool>(value), [&] { return file.boolean(key); }, nothing);
-    check(3, std::holds_alternative<std::string_view>(value), [&] { return file.string(key); }, ends);
+    check(3, std::holds_alternative<std::string_view>(value), [&] { return file.string(key); }, text);
     check(4, array, [&] { return file.floats(key); }, ends);
     check(5, array, [&] { return file.integers(key); }, ends);
-    check(
-        6, array, [&] { return file.strings(key); },
-        [&](auto texts) {
-            for (const std::string_view text : texts) ends(text);
-        });
+    check(6, array, [&] { return file.strings(key); }, [&](auto texts) { std::ranges::for_each(texts, text); });
 }
 
 void walk(const GgufFile& file) {
     size_t turn = 0;
     for (const auto& [key, value] : file.metadata()) {
-        read_ends(key.data(), key.size());
+        expect(find_invalid_utf8(key) == std::string_view::npos, "a key is not UTF-8");
         look_up(file, key, value, turn++);
     }
     expect(!found([&] { return file.string("no such key"); }), "a key that is not there was found");
@@ -124,6 +124,7 @@ void walk(const GgufFile& file) {
         const TypeInfo& type = type_info(tensor.type);
         int64_t blocks = tensor.shape.back() / type.block;
         for (size_t i = 0; i + 1 < tensor.shape.size(); ++i) blocks *= tensor.shape[i];
+        expect(tensor.shape.back() % type.block == 0, "a tensor's rows are not whole blocks");
         expect(static_cast<size_t>(blocks * type.bytes) == tensor.data.size(), "a tensor's data do not fit its shape");
         expect(reinterpret_cast<uintptr_t>(tensor.data.data()) % 8 == 0, "a tensor's data are not aligned");
         expect(file.find_tensor(tensor.name) == &tensor, "a tensor is not found by its name");
@@ -268,7 +269,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
 #ifndef YIVL_LIBFUZZER
 
 // Short stacks in reports of heap errors: to record long ones takes most of the run.
-extern "C" const char* __asan_default_options() { return "malloc_context_size=2:quarantine_size_mb=16"; }
+extern "C" const char* __asan_default_options() { return "malloc_context_size=2:quarantine_size_mb=16:handle_abort=1"; }
 
 namespace {
 
@@ -468,7 +469,7 @@ private:
     }
 
     uint64_t other_value(uint64_t value, size_t width, const Entry& entry) {
-        constexpr std::array<uint64_t, 22> kEdges{0,
+        constexpr std::array<uint64_t, 24> kEdges{0,
                                                   127,
                                                   128,
                                                   255,
@@ -489,7 +490,9 @@ private:
                                                   1ULL << 62,
                                                   (1ULL << 63) - 1,
                                                   1ULL << 63,
-                                                  ~0ULL};
+                                                  ~0ULL,
+                                                  -32ULL,
+                                                  -64ULL};
         constexpr std::array<double, 10> kFloats{0.0,
                                                  -0.0,
                                                  -1.0,
