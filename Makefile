@@ -32,14 +32,14 @@ format:
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-fuzz:
+fuzz: $(VENV)/.cmake
 	@echo "== Fuzzing the file reader: 200,000 inputs"
-	@tests/cpp/run_fuzz.sh
+	@PATH="$(CURDIR)/$(BIN):$$PATH" tests/cpp/run_fuzz.sh
 
-tsan: out/golden-q8_0.gguf
+tsan: out/golden-q8_0.gguf $(VENV)/.cmake
 	@echo "== Four threads on one model under ThreadSanitizer"
-	@cmake -S . -B build/tsan -DYIVL_PYTHON=OFF -DYIVL_CPP_TESTS=ON -DYIVL_SANITIZE=thread >/dev/null
-	@cmake --build build/tsan --target chat_threads
+	@$(BIN)/cmake -S . -B build/tsan -DYIVL_PYTHON=OFF -DYIVL_CPP_TESTS=ON -DYIVL_SANITIZE=thread >/dev/null
+	@$(BIN)/cmake --build build/tsan --target chat_threads
 	@build/tsan/tests/cpp/chat_threads out/golden-q8_0.gguf
 
 out/golden-q8_0.gguf: $(VENV)/.package
@@ -58,6 +58,11 @@ $(VENV)/.python:
 	@echo "== Making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV) || \
 	  { echo "error: Python cannot make a virtual environment; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@touch $@
+
+# For the test programs in C++; building the package brings its own.
+$(VENV)/.cmake: $(VENV)/.python
+	@$(BIN)/python -m pip install --quiet 'cmake>=3.18'
 	@touch $@
 
 $(VENV)/.package: $(VENV)/.python $(SOURCES)

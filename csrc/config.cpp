@@ -181,7 +181,7 @@ PromptConfig read_prompt(const GgufFile& file) {
 
 Config read_config(const GgufFile& text, const GgufFile* vision) {
     Config c;
-    c.name = text.has("general.name") ? text.string("general.name") : text.path();
+    if (text.has("general.name")) c.name = text.string("general.name");
     c.decoder = read_decoder(text);
     c.prompt = read_prompt(text);
     if (text.has("yivl.sampling.temperature")) {

@@ -49,7 +49,7 @@ struct PromptConfig {
 };
 
 struct Config {
-    std::string name;
+    std::string name;  // empty if the file has none
     DecoderConfig decoder{};
     std::optional<VitConfig> vit;  // none in a text model opened without its mmproj
     PreprocessConfig preprocess;

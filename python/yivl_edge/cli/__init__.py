@@ -1,4 +1,4 @@
-"""The command line: ``yivl-edge chat|inspect|convert``."""
+"""The command line: ``yivl-edge chat|inspect|bench|convert``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from yivl_edge.cli import chat, inspect
+from yivl_edge.cli import bench, chat, inspect
 
 _DESCRIPTION = "Talk with 01.AI's Yi-VL vision-language models about pictures, on this machine."
 _EXAMPLE = """\
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     chat.add_parser(commands)
     inspect.add_parser(commands)
+    bench.add_parser(commands)
     # Only for the list in --help: its arguments are parsed where they are defined.
     commands.add_parser("convert", help="make a model file from a published Yi-VL folder")
     return parser

@@ -108,7 +108,7 @@ def inspect(path: str, mmproj: str | None = None, n_ctx: int | None = None) -> d
     parameters = sum(_count(tensor.shape) for tensor in tensors)
     tensor_bytes = sum(tensor.nbytes for tensor in tensors)
     return {
-        "name": metadata.get("general.name", os.path.basename(path)) if is_mmproj else config.name,
+        "name": metadata.get("general.name") or os.path.basename(path),
         "layout": layout,
         "files": [{"path": os.fspath(name), "bytes": opened.file_size} for name, opened in files],
         "parameters": parameters,

@@ -1,0 +1,49 @@
+"""``yivl-edge bench``: the stages that it reports, and that its figures are of the work that was done."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from yivl_edge.cli import main
+
+QUICK = ["--prompt-tokens", "40", "--generate", "6", "--runs", "2", "--threads", "1"]
+
+
+def test_bench_prints_a_table_and_writes_the_same_figures_as_json(golden_f32, tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    assert main(["bench", str(golden_f32), *QUICK, "--json", str(out)]) == 0
+    table = capsys.readouterr().out
+    result = json.loads(out.read_text())
+    stages = {row["stage"]: row for row in result["stages"]}
+    assert list(stages) == [
+        "load",
+        "image encoding",
+        "prefill",
+        "decoding",
+        "picture and question to first token",
+    ]
+    assert all(stage in table for stage in stages)
+    assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in stages.values())
+    assert result["threads"] == 1
+    assert result["ceilings"]["read_bytes_per_second"] > 1e8
+    # Golden's sizes (tests/data/golden/README.md): 3 blocks of width 160 on 65 rows, then the projector, by hand.
+    blocks = 3 * (2 * 65 * (4 * 160 * 160 + 2 * 160 * 640) + 4 * 65 * 65 * 160)
+    assert stages["image encoding"]["flop"] == blocks + 2 * 64 * (588 * 160 + 160 * 256 + 256 * 256)
+    # 3 layers in float32: 256 x (256 + 128 + 128 + 256) for attention, 3 x 256 x 768 for the MLP; the head; 7 positions
+    # of keys and values; the norms.
+    weights = 4 * (3 * (256 * 768 + 3 * 256 * 768 + 2 * 256) + 2048 * 256 + 256)
+    assert stages["decoding"]["bytes"] == weights + 2 * 3 * 128 * 4 * 7
+
+
+def test_bench_of_a_text_model_leaves_the_picture_out(golden_pair, capsys):
+    assert main(["bench", str(golden_pair[0]), *QUICK]) == 0
+    assert "image encoding" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--prompt-tokens", "5000"], ["--generate", "1"], ["--runs", "0"]])
+def test_bench_refuses_what_it_cannot_measure_in_one_line(golden_f32, arguments, capsys):
+    assert main(["bench", str(golden_f32), *arguments]) in (1, 2)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
