@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc python convert demo -type f -not -name '*.pyc' 2>/dev/null) CMakeLists.txt pyproject.toml
 GOLDEN := tests/data/golden
+# The checkpoint's ViT is a .bin file. A plain "torch" could fetch another build with gigabytes of GPU libraries.
+TORCH := torch==2.13.0
 
 .PHONY: demo test lint format fuzz tsan clean
 
@@ -67,10 +69,9 @@ $(VENV)/.cmake: $(VENV)/.python
 
 $(VENV)/.package: $(VENV)/.python $(SOURCES)
 	@echo "== Building and installing yivl-edge"
-	@$(BIN)/python -m pip install --quiet '.[convert]'
+	@$(BIN)/python -m pip install --quiet '.[convert]' $(TORCH)
 	@touch $@
 
-# torch==2.13.0: a plain "torch" could fetch another build with gigabytes of GPU libraries.
 $(VENV)/.test: $(VENV)/.python $(SOURCES)
 	@echo "== Building and installing yivl-edge with what the tests need"
 	@$(BIN)/python -m pip install --quiet '.[test]'

@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kMaxWidth = 1 << 20;
 constexpr int64_t kMaxLayers = 4096;
 constexpr int64_t kMaxContext = 1 << 24;
+constexpr int64_t kFormatVersion = 1;  // the newest that is read right
 
 constexpr const char* kDefaultSystem =
     "This is a chat between an inquisitive human and an AI assistant. Assume the role of the AI assistant. Read all "
@@ -181,6 +182,7 @@ PromptConfig read_prompt(const GgufFile& file) {
 
 Config read_config(const GgufFile& text, const GgufFile* vision) {
     Config c;
+    if (text.has("yivl.format_version")) integer_in(text, "yivl.format_version", 1, kFormatVersion);
     if (text.has("general.name")) c.name = text.string("general.name");
     c.decoder = read_decoder(text);
     c.prompt = read_prompt(text);

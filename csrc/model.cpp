@@ -13,18 +13,33 @@ namespace yivl {
 
 namespace {
 
-class Stopwatch {
+// Adds the seconds of its life to a total, also when an exception ends it.
+class Timer {
 public:
-    double seconds() const {
-        return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
-    }
+    explicit Timer(double& total) : total_(total) {}
+    ~Timer() { total_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
+    Timer(const Timer&) = delete;
+    Timer& operator=(const Timer&) = delete;
 
 private:
+    double& total_;
     std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
 
-bool same_picture(const Pixels& a, const Pixels& b) {
-    return a == b || (a != nullptr && b != nullptr && *a == *b);
+bool same_picture(const Pixels& a, const Pixels& b) { return a == b || (a != nullptr && b != nullptr && *a == *b); }
+
+int64_t checked_context(const Config& config, int64_t n_ctx) {
+    const int64_t most = config.decoder.context_length;
+    if (n_ctx < 0 || n_ctx > most) {
+        throw std::invalid_argument("n_ctx: expected 1 to the model's " + std::to_string(most) + ", found " +
+                                    std::to_string(n_ctx));
+    }
+    return n_ctx > 0 ? n_ctx : most;
+}
+
+int64_t checked_batch(int64_t batch, int64_t n_ctx) {
+    if (batch < 1) throw std::invalid_argument("batch: expected at least 1, found " + std::to_string(batch));
+    return std::min(batch, n_ctx);
 }
 
 }  // namespace
@@ -55,7 +70,15 @@ std::shared_ptr<const Model> Model::open(const ModelOptions& options, Control& c
 
 int64_t Model::n_positions(std::span<const int32_t> ids) const {
     const int64_t images = std::ranges::count(ids, kImageId);
+    if (images > 0) require_vision();
     return static_cast<int64_t>(ids.size()) + (images > 0 ? images * (config_.vit->n_patches() - 1) : 0);
+}
+
+void Model::require_vision() const {
+    if (config_.vit) return;
+    throw std::invalid_argument(
+        "this model file has no vision tower: open it with the mmproj file that belongs to it, or ask without a "
+        "picture");
 }
 
 void Model::check_ids(std::span<const int32_t> ids, int64_t max_tokens, int64_t n_ctx) const {
@@ -65,11 +88,7 @@ void Model::check_ids(std::span<const int32_t> ids, int64_t max_tokens, int64_t 
         throw std::invalid_argument("expected at most one image, found " + std::to_string(images) +
                                     ": Yi-VL looks at one picture per conversation");
     }
-    if (images > 0 && !config_.vit) {
-        throw std::invalid_argument(
-            "this model file has no vision tower: open it with the mmproj file that belongs to it, or ask without a "
-            "picture");
-    }
+    if (images > 0) require_vision();
     for (const int32_t id : ids) {
         if (id != kImageId && (id < 0 || id >= config_.decoder.vocab_size)) {
             throw std::invalid_argument("token id: expected 0 to " + std::to_string(config_.decoder.vocab_size - 1) +
@@ -78,8 +97,9 @@ void Model::check_ids(std::span<const int32_t> ids, int64_t max_tokens, int64_t 
     }
     const int64_t prompt = n_positions(ids);
     const int64_t room = n_ctx > 0 ? n_ctx : config_.decoder.context_length;
-    if (prompt + max_tokens > room) {
-        throw ContextOverflowError("the conversation needs " + std::to_string(prompt + max_tokens) + " tokens (" +
+    if (max_tokens > room - prompt) {  // the sum could overflow
+        const uint64_t needed = static_cast<uint64_t>(prompt) + static_cast<uint64_t>(max_tokens);
+        throw ContextOverflowError("the conversation needs " + std::to_string(needed) + " tokens (" +
                                    std::to_string(prompt) + " prompt + " + std::to_string(max_tokens) +
                                    " reply), the context holds " + std::to_string(room) +
                                    ": shorten the conversation, lower max_tokens or raise n_ctx");
@@ -97,13 +117,9 @@ void Model::check(std::span<const int32_t> ids, const GenerateOptions& options, 
 
 Session::Session(std::shared_ptr<const Model> model, int64_t n_ctx, int64_t batch)
     : model_(std::move(model)),
-      decoder_(model_->config().decoder, n_ctx > 0 ? n_ctx : model_->config().decoder.context_length,
-               std::min(batch, n_ctx > 0 ? n_ctx : model_->config().decoder.context_length)) {
+      decoder_(model_->config().decoder, checked_context(model_->config(), n_ctx),
+               checked_batch(batch, checked_context(model_->config(), n_ctx))) {
     const Config& c = model_->config();
-    if (n_ctx < 0 || n_ctx > c.decoder.context_length) {
-        throw std::invalid_argument("n_ctx: expected 1 to the model's " + std::to_string(c.decoder.context_length) +
-                                    ", found " + std::to_string(n_ctx));
-    }
     if (c.vit) vit_.emplace(*c.vit, c.decoder.width);
     positions_.reserve(decoder_.n_ctx);
 }
@@ -223,16 +239,15 @@ void Session::read_prompt(Control& control) {
     const int64_t cached = std::min(matching_prefix(r.prompt, r.pixels), r.usage.prompt_tokens - 1);
     r.usage.cached_tokens = cached;
     if (std::find(r.prompt.begin() + cached, r.prompt.end(), kImageId) != r.prompt.end()) {
-        const Stopwatch image;
+        const Timer timer(r.timings.image);
         embed_image(r.pixels, *model_->backend().ops(control), control);
-        r.timings.image = image.seconds();
     }
-    const Stopwatch prefill_time;
+    const Timer timer(r.timings.prefill);
     prefill(r.prompt, cached, r.pixels, control, [&](int64_t T, int64_t first, Ops& ops) {
         if (first + T < r.usage.prompt_tokens) return;
-        decoder_logits(model_->weights().decoder, model_->config().decoder, decoder_, T - 1, decoder_.logits.view(), ops);
+        decoder_logits(model_->weights().decoder, model_->config().decoder, decoder_, T - 1, decoder_.logits.view(),
+                       ops);
     });
-    r.timings.prefill = prefill_time.seconds();
 }
 
 // The last sampled id enters the cache and gives the next logits.
@@ -250,19 +265,19 @@ std::optional<std::string> Session::next(Control& control) {
     if (!reply_) throw std::logic_error("Session::next before Session::begin");
     Reply& r = *reply_;
     while (r.finish == FinishReason::none) {
-        const Stopwatch step;
         const bool first = r.usage.completion_tokens == 0;
+        int32_t id = 0;
         try {
+            const Timer timer(first ? r.timings.first_token : r.timings.decode);
             control.check();
             first ? read_prompt(control) : decode_step(control);
+            id = r.sampler.sample(decoder_.logits.view().row(0), r.history);
         } catch (const Cancelled&) {
             r.finish = FinishReason::cancelled;
             break;
         }
-        const int32_t id = r.sampler.sample(decoder_.logits.view().row(0), r.history);
         r.history.push_back(id);
         ++r.usage.completion_tokens;
-        (first ? r.timings.first_token : r.timings.decode) += step.seconds();
 
         std::string piece;
         if (id == model_->tokenizer().config().eos_id) {
@@ -315,7 +330,8 @@ std::vector<float> Session::logits(std::span<const int32_t> ids, const Pixels& p
     if (pixels != nullptr) embed_image(pixels, *model_->backend().ops(control), control);
     std::vector<float> result(positions.size() * static_cast<size_t>(c.vocab_size));
     prefill(positions, 0, pixels, control, [&](int64_t T, int64_t first, Ops& ops) {
-        decoder_logits(model_->weights().decoder, c, decoder_, 0, Mat(&result[first * c.vocab_size], T, c.vocab_size), ops);
+        decoder_logits(model_->weights().decoder, c, decoder_, 0, Mat(&result[first * c.vocab_size], T, c.vocab_size),
+                       ops);
     });
     return result;
 }

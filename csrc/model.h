@@ -47,6 +47,7 @@ public:
     void check_ids(std::span<const int32_t> ids, int64_t max_tokens, int64_t n_ctx) const;
 
 private:
+    void require_vision() const;
     Model(Config config, Weights weights, Tokenizer tokenizer, std::unique_ptr<Backend> backend);
 
     Config config_;
@@ -66,17 +67,19 @@ struct Usage {
     int64_t completion_tokens = 0;  // sampled ids, an end-of-text id included
 };
 
-struct Timings {  // seconds
+struct Timings {             // seconds
     double image = 0;        // ViT and projector; 0 when the embeddings were kept
     double prefill = 0;      // the prompt's other positions
     double first_token = 0;  // picture, prompt and the first sampled id
     double decode = 0;       // all sampled ids after the first
 };
 
-// A conversation's KV cache and what is in it. Belongs to one caller at a time; stays usable after an error or a cancel.
+// A conversation's KV cache and what is in it. Belongs to one caller at a time; stays usable after an error or a
+// cancel.
 class Session {
 public:
-    // n_ctx 0: the model's context length. `batch`: positions computed at once in prefill.
+    // n_ctx 0: the model's context length. `batch`: positions computed at once in prefill. Throws std::invalid_argument
+    // for a number out of range, std::bad_alloc when the memory cannot be had.
     explicit Session(std::shared_ptr<const Model> model, int64_t n_ctx = 0, int64_t batch = kDefaultBatch);
 
     const Model& model() const { return *model_; }
@@ -84,11 +87,11 @@ public:
     // How many leading positions of this prompt the cache holds.
     int64_t cached_prefix(std::span<const int32_t> ids, const Pixels& pixels) const;
 
-    // Sets up a reply; computes nothing yet. Throws ContextOverflowError when prompt and max_tokens exceed the context, and
-    // std::invalid_argument for anything else that is wrong with the arguments.
+    // Sets up a reply; computes nothing yet. Throws ContextOverflowError when prompt and max_tokens exceed the context,
+    // and std::invalid_argument for anything else that is wrong with the arguments.
     void begin(std::span<const int32_t> ids, Pixels pixels, const GenerateOptions& options);
-    // The next piece of text, never empty; nothing at the end of the reply. The first call reads the prompt: it encodes the
-    // picture if it is not the last one, and computes the positions that the cache lacks. A cancel ends the reply.
+    // The next piece of text, never empty; nothing at the end of the reply. The first call reads the prompt: it encodes
+    // the picture if it is not the last one, and computes the positions that the cache lacks. A cancel ends the reply.
     std::optional<std::string> next(Control& control);
 
     // Of the last reply begun.

@@ -1,18 +1,32 @@
 #include "state.h"
 
 #include <new>
+#include <string>
 
 namespace yivl {
 
 namespace {
+
 constexpr size_t kAlignment = 64;  // a cache line, and the widest vector
-}
+
+class AllocationError : public std::bad_alloc {
+public:
+    explicit AllocationError(size_t bytes)
+        : message_("cannot allocate " + std::to_string(bytes) +
+                   " bytes of activations or KV cache; a smaller n_ctx needs less") {}
+    const char* what() const noexcept override { return message_.c_str(); }
+
+private:
+    std::string message_;
+};
+
+}  // namespace
 
 Buffer::Buffer(int64_t rows, int64_t cols) : rows_(rows), cols_(cols) {
     const size_t bytes = static_cast<size_t>(rows) * static_cast<size_t>(cols) * sizeof(float);
     const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
     data_.reset(static_cast<float*>(std::aligned_alloc(kAlignment, rounded > 0 ? rounded : kAlignment)));
-    if (data_ == nullptr) throw std::bad_alloc();
+    if (data_ == nullptr) throw AllocationError(rounded);
 }
 
 VitState::VitState(const VitConfig& c, int64_t decoder_width)

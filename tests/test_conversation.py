@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import base64
+import random
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -92,6 +95,71 @@ def test_the_image_is_known_by_its_content_not_by_its_object(model, golden_image
     assert again.timings.image == 0
 
 
+class StoppingControl(_core.Control):
+    """Cancels, or raises KeyError, at a certain call of on_progress."""
+
+    def __init__(self, calls: int, raising: bool) -> None:
+        super().__init__(self.on_progress)
+        self.calls_left = calls
+        self.raising = raising
+
+    def on_progress(self, stage: str, fraction: float) -> None:
+        self.calls_left -= 1
+        if self.calls_left == 0 and self.raising:
+            raise KeyError(stage)
+        if self.calls_left == 0:
+            self.cancel()
+
+
+@pytest.mark.parametrize("batch", [7, 40, 1152])
+def test_replies_after_cancels_and_errors_anywhere_equal_those_of_a_fresh_session(
+    golden_f32, golden_image, other_image, batch
+):
+    model = Model(golden_f32, n_ctx=256)
+    core = model._model
+    greedy = _core.SamplingOptions(temperature=0)
+    pictures = [None, model.preprocess(golden_image), model.preprocess(other_image)]
+    system = ("system", "Be brief.")
+    conversations = [
+        [system, ("user", "Describe the cat.")],
+        [system, ("user", "Describe the cats, please.")],
+        [system, ("user", "Describe the cat."), ("assistant", "No."), ("user", "还有什么？")],
+        [("system", "Be"), ("user", "a")],
+    ]
+
+    def reply(session, ids, pixels, control):
+        session.begin(ids, pixels, 5, greedy, [])
+        while session.next(control) is not None:
+            pass
+        return session.text
+
+    fresh = {}
+    for p, pixels in enumerate(pictures):
+        for c, turns in enumerate(conversations):
+            ids = core.prompt_ids(turns, pixels is not None)
+            fresh[p, c] = ids, reply(_core.Session(core, 256), ids, pixels, _core.Control())
+    assert len({text for _, text in fresh.values()}) > len(fresh) // 2
+
+    rng = random.Random(batch)
+    session = _core.Session(core, 256, batch)
+    stopped = 0
+    for _ in range(100):
+        p, c = rng.choice(list(fresh))
+        ids, text = fresh[p, c]
+        control = StoppingControl(rng.choice([10**6, rng.randrange(1, 25)]), raising=rng.random() < 0.5)
+        try:
+            got = reply(session, ids, pictures[p], control)
+        except KeyError:
+            stopped += 1
+        else:
+            cancelled = session.finish_reason == "cancelled"
+            stopped += cancelled
+            assert text.startswith(got) if cancelled else got == text, (p, c)
+        if rng.random() < 0.1:
+            session.vision_features(pictures[1], _core.Control())
+    assert 20 < stopped < 80
+
+
 # Prompts
 
 
@@ -167,6 +235,8 @@ def test_an_image_in_a_later_turn_or_a_second_image_is_refused(model, golden_ima
         ask(model, None, [user([as_part(golden_image), *parts])])
     with pytest.raises(ValueError, match="expected one picture, found a second"):
         ask(model, golden_image, [user(parts)])
+    with pytest.raises(ValueError, match="hold a picture: expected image=True"):
+        model.prompt([user(parts)], image=False)
 
 
 def test_a_lone_surrogate_is_named(model):
@@ -204,11 +274,32 @@ def test_same_seed_same_text_on_any_number_of_threads(golden_f32, golden_image):
         {"min_p": 2},
         {"repetition_penalty": 0},
         {"max_tokens": 0},
+        {"max_tokens": 2**63},
+        {"top_k": 2**31},
+        {"seed": -1},
+        {"seed": 2**64},
     ],
 )
 def test_sampling_options_out_of_range_are_value_errors(model, option):
     with pytest.raises(ValueError, match=next(iter(option))):
         ask(model, None, FIRST, **option)
+
+
+@pytest.mark.parametrize(
+    "option", [{"temperature": "hot"}, {"seed": 1.5}, {"max_tokens": None}, {"stop": [1]}, {"system": 1}]
+)
+def test_options_of_another_type_are_named(model, option):
+    with pytest.raises(TypeError, match=rf"^{next(iter(option))}: expected"):
+        ask(model, None, FIRST, **option)
+
+
+def test_sizes_of_a_session_are_checked_before_memory_is_asked_for(golden_f32, model):
+    for n_ctx in (0, -1, 4097, 10**15, 2**63 - 1, 2**70):
+        with pytest.raises(ValueError, match="n_ctx: expected"):
+            Model(golden_f32, n_ctx=n_ctx)
+    for batch in (0, -1):
+        with pytest.raises(ValueError, match="batch: expected at least 1"):
+            _core.Session(model._model, 16, batch)
 
 
 # Ends
@@ -237,6 +328,8 @@ def test_overflow_is_raised_before_any_computing_with_both_numbers(model, golden
     with pytest.raises(ContextOverflowError, match=rf"needs {prompt + 1000} tokens .*holds 1024"):
         ask(model, golden_image, FIRST, max_tokens=1000, on_progress=lambda *a: seen.append(a))
     assert not seen
+    with pytest.raises(ContextOverflowError, match=rf"needs {prompt + 2**63 - 1} tokens"):
+        ask(model, golden_image, FIRST, max_tokens=2**63 - 1)
     with pytest.raises(ContextOverflowError):
         ask(model, "no such picture.png", FIRST, max_tokens=1000)
     assert ask(model, golden_image, FIRST, max_tokens=4).usage.completion_tokens <= 4
@@ -280,6 +373,7 @@ def test_a_cancel_flag_ends_the_reply_in_every_stage(model, golden_image, stage)
     )
     assert reply.finish_reason == "cancelled"
     assert reply.usage.completion_tokens < 600
+    assert getattr(reply.timings, stage) > 0
     again = ask(model, golden_image, FIRST)
     assert again.finish_reason in ("stop", "length")
 
@@ -317,6 +411,45 @@ def test_a_stream_closed_by_another_thread_ends_soon(model, golden_image):
         pass
     timer.join()
     assert stream.result.finish_reason == "cancelled"
+
+
+@pytest.mark.parametrize("stage", ["image", "prefill", "decode"])
+def test_a_stream_may_be_closed_by_its_own_on_progress_but_not_read(model, golden_image, stage):
+    stream = ask(
+        model,
+        golden_image,
+        FIRST,
+        stream=True,
+        max_tokens=600,
+        on_progress=lambda s, _: s == stage and stream.close(),
+    )
+    assert "".join(stream) == stream.result.text
+    assert stream.result.finish_reason == "cancelled"
+    stream = ask(model, golden_image, FIRST, stream=True, on_progress=lambda *_: next(stream))
+    with pytest.raises(ValueError, match="cannot be read while it computes"):
+        next(stream)
+    assert ask(model, golden_image, FIRST).finish_reason in ("stop", "length")
+
+
+def test_a_daemon_thread_that_computes_does_not_abort_the_interpreter_at_its_end(golden_f32, golden_image):
+    script = """if True:
+        import sys, threading
+        from yivl_edge import Model
+
+        model, begun = Model(sys.argv[1]), threading.Event()
+
+        def work():
+            model.chat(
+                sys.argv[2], "a", max_tokens=2000, temperature=0, on_progress=lambda s, _: s == "decode" and begun.set()
+            )
+
+        threading.Thread(target=work, daemon=True).start()
+        begun.wait()
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", script, golden_f32, golden_image], capture_output=True, text=True, check=False
+    )
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 # Threads

@@ -71,7 +71,9 @@ def normalise(
 
 
 def checked_text(where: str, text: str) -> str:
-    """The text, if it is all characters: half of a surrogate pair is none. `where` names it in the ValueError."""
+    """The text, if it is all characters: half of a surrogate pair is none. `where` names it in the error."""
+    if not isinstance(text, str):
+        raise TypeError(f"{where}: expected a string, found {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import numbers
+import operator
 import os
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Protocol, overload
+from typing import Literal, Protocol, SupportsIndex, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,13 +54,13 @@ class Timings:
     """Seconds per stage of one reply."""
 
     preprocess: float
-    """Padding and resizing the picture."""
+    """Reading, padding and resizing the picture."""
     image: float
     """Vision tower and projector; 0 when the picture's embeddings were kept from the last turn."""
     prefill: float
     """The prompt's positions that were not cached."""
     first_token: float
-    """From the call to the first token of the reply."""
+    """The stages above and the first token of the reply."""
     decode: float
     """All tokens after the first."""
 
@@ -71,6 +75,22 @@ class ChatResult:
     """``stop``: the model ended its turn; ``length``: max_tokens reached; ``cancelled``: stopped by the caller."""
     usage: Usage
     timings: Timings
+
+
+# Python ends a daemon thread that asks for the GIL after the interpreter's end by unwinding its stack, which no C++
+# code survives: what still computes then is stopped before.
+_open_streams: weakref.WeakSet[ChatStream] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_streams() -> None:
+    streams = list(_open_streams)
+    for stream in streams:
+        stream.cancel()
+    for stream in streams:
+        # In a forked process the thread that held the lock does not exist.
+        if stream._in_use.acquire(timeout=1):
+            stream._in_use.release()
 
 
 class ChatStream(Iterator[str]):
@@ -91,15 +111,21 @@ class ChatStream(Iterator[str]):
         self._session: _core.Session | None = None
         self._preprocess = 0.0
         self._result: ChatResult | None = None
-        self._in_use = threading.Lock()
+        # Of one caller at a time, who may come back from inside: from on_progress, or from a signal handler.
+        self._in_use = threading.RLock()
+        self._computing = False
+        _open_streams.add(self)
 
     def __iter__(self) -> ChatStream:
         return self
 
     def __next__(self) -> str:
         with self._in_use:
+            if self._computing:
+                raise ValueError("a stream cannot be read while it computes: not from on_progress")
             if self._result is not None:
                 raise StopIteration
+            self._computing = True
             try:
                 if self._session is None:
                     assert self._start is not None
@@ -110,6 +136,8 @@ class ChatStream(Iterator[str]):
             except BaseException:
                 self._finish()
                 raise
+            finally:
+                self._computing = False
             if piece is None:
                 self._finish()
                 raise StopIteration
@@ -131,7 +159,8 @@ class ChatStream(Iterator[str]):
         """Ends the work and gives the memory back for the next conversation."""
         self._control.cancel()
         with self._in_use:
-            self._finish()
+            if not self._computing:  # otherwise the call that computes finishes
+                self._finish()
 
     def _finish(self) -> None:
         """Takes the result out of the session and hands the session back; later calls do nothing."""
@@ -160,6 +189,29 @@ class ChatStream(Iterator[str]):
 
     def __del__(self) -> None:
         self._finish()
+
+
+def _integer(name: str, value: SupportsIndex, least: int, most: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, found {value!r}") from None
+    if not least <= number <= most:
+        raise ValueError(f"{name}: expected an integer from {least} to {most}, found {number}")
+    return number
+
+
+def _number(name: str, value: float) -> float:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, found {value!r}")
+    return float(value)
+
+
+def _turns(messages: Messages, image: bool) -> list[tuple[str, str]]:
+    picture, turns = normalise(None, messages)
+    if picture is not None and not image:
+        raise ValueError("the messages hold a picture: expected image=True")
+    return turns
 
 
 class Model:
@@ -195,17 +247,14 @@ class Model:
     ) -> None:
         if device not in ("auto", "cpu"):
             raise ValueError(f"device: expected 'auto' or 'cpu', found {device!r}")
-        if n_threads is not None and n_threads < 1:
-            raise ValueError(f"n_threads: expected at least 1, found {n_threads}")
-        if n_ctx is not None and n_ctx < 1:
-            raise ValueError(f"n_ctx: expected at least 1, found {n_ctx}")
+        n_threads = 0 if n_threads is None else _integer("n_threads", n_threads, 1, 1024)
+        self._n_ctx = 0 if n_ctx is None else _integer("n_ctx", n_ctx, 1, 2**63 - 1)
         self._model = _core.Model.open(
             os.fspath(path),
             "" if mmproj is None else os.fspath(mmproj),
-            n_threads or 0,
+            n_threads,
             _core.Control(on_progress),
         )
-        self._n_ctx = n_ctx or 0
         self._max_image_pixels = max_image_pixels
         self._lock = threading.Lock()
         self._idle: list[_core.Session] = [_core.Session(self._model, self._n_ctx)]
@@ -299,7 +348,7 @@ class Model:
             top_p: Sample from the smallest set of tokens with at least this probability; 1 for all.
             min_p: Sample from tokens at least this fraction as likely as the most likely one; 0 for all.
             repetition_penalty: Above 1, tokens of the prompt and the reply become less likely.
-            seed: Same seed, same text, on any number of threads; None for a random one.
+            seed: 0 to 2^64 - 1. Same seed, same text, on any number of threads; None for a random one.
             stop: Texts that end the reply, beside the model's own (``###`` and a new ``Human:`` turn).
             stream: Return an iterator over the pieces of the reply instead of the whole.
             on_progress: Called with stage and fraction; what it raises ends the work and is passed on.
@@ -311,27 +360,31 @@ class Model:
         Raises:
             ValueError: A conversation or option outside what is described here; ImageError for a picture that cannot
                 be used; ContextOverflowError if prompt and max_tokens exceed the context (before any computing).
+            TypeError: An argument of another type.
         """
         picture, turns = normalise(image, messages, system)
         ids = self._model.prompt_ids(turns, picture is not None)
         sampling = _core.SamplingOptions(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=secrets.randbits(63) if seed is None else seed,
+            temperature=_number("temperature", temperature),
+            top_k=_integer("top_k", top_k, 0, 2**31 - 1),
+            top_p=_number("top_p", top_p),
+            min_p=_number("min_p", min_p),
+            repetition_penalty=_number("repetition_penalty", repetition_penalty),
+            seed=secrets.randbits(63) if seed is None else _integer("seed", seed, 0, 2**64 - 1),
         )
+        max_tokens = _integer("max_tokens", max_tokens, 1, 2**63 - 1)
         stops = [checked_text("stop", text) for text in ([stop] if isinstance(stop, str) else stop or [])]
         self._model.check(ids, max_tokens, sampling, stops, self._n_ctx)
+        began = time.perf_counter()
         array = None if picture is None else load_image(picture, max_pixels=self._max_image_pixels)
+        reading = time.perf_counter() - began
 
         def start(control: _core.Control) -> tuple[_core.Session, float]:
             started = time.perf_counter()
             pixels = None if array is None else self._model.preprocess(array, control)
             session = self._acquire(ids, pixels)
             session.begin(ids, pixels, max_tokens, sampling, stops)
-            return session, time.perf_counter() - started
+            return session, reading + time.perf_counter() - started
 
         reply = ChatStream(start, self._give_back, _core.Control(on_progress, cancel))
         return reply if stream else reply.result
@@ -355,11 +408,11 @@ class Model:
 
     def prompt(self, messages: Messages, image: bool = True) -> str:
         """The prompt text of a conversation, with ``<image_placeholder>`` where the picture goes if `image`."""
-        return self._model.prompt_text(normalise(None, messages)[1], image)
+        return self._model.prompt_text(_turns(messages, image), image)
 
     def prompt_ids(self, messages: Messages, image: bool = True) -> list[int]:
         """The prompt's token ids, with -200 where the picture goes if `image`."""
-        return self._model.prompt_ids(normalise(None, messages)[1], image)
+        return self._model.prompt_ids(_turns(messages, image), image)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, as the reference's tokeniser makes them; ValueError for a lone surrogate."""
