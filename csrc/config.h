@@ -23,8 +23,8 @@ struct VitConfig {
     float projector_norm_eps;
 
     int64_t grid() const { return image_size / patch_size; }
-    int64_t n_patches() const { return grid() * grid(); }                    // N
-    int64_t patch_pixels() const { return 3 * patch_size * patch_size; }     // inputs of the patch embedding
+    int64_t n_patches() const { return grid() * grid(); }                 // N
+    int64_t patch_pixels() const { return 3 * patch_size * patch_size; }  // inputs of the patch embedding
 };
 
 struct DecoderConfig {
@@ -58,8 +58,8 @@ struct Config {
     int64_t max_tokens = 1024;
 };
 
-// Reads the keys of docs/file-format.md. `vision` is the mmproj file, the text file itself in the single layout, or null.
-// Throws ModelFileError naming file, key, expected and found.
+// Reads the keys of docs/file-format.md. `vision` is the mmproj file, the text file itself in the single layout, or
+// null. Throws ModelFileError naming file, key, expected and found.
 Config read_config(const GgufFile& text, const GgufFile* vision);
 // What an mmproj file says without its text model: everything but `vit` and `preprocess` keeps its default.
 Config read_vision_config(const GgufFile& vision);

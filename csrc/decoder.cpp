@@ -25,8 +25,8 @@ void self_attention(const DecoderLayerWeights& w, const DecoderConfig& c, Decode
 
 }  // namespace
 
-void decoder_forward(const DecoderWeights& w, const DecoderConfig& c, DecoderState& s, int64_t T, int64_t first, Ops& ops,
-                     const std::function<void(int64_t)>& on_layer) {
+void decoder_forward(const DecoderWeights& w, const DecoderConfig& c, DecoderState& s, int64_t T, int64_t first,
+                     Ops& ops, const std::function<void(int64_t)>& on_layer) {
     const Mat x = s.x.rows(T);
     const Mat h = s.h.rows(T);
     const Mat gate = s.gate.rows(T);
@@ -49,7 +49,8 @@ void decoder_forward(const DecoderWeights& w, const DecoderConfig& c, DecoderSta
     }
 }
 
-void decoder_logits(const DecoderWeights& w, const DecoderConfig& c, DecoderState& s, int64_t row, Mat logits, Ops& ops) {
+void decoder_logits(const DecoderWeights& w, const DecoderConfig& c, DecoderState& s, int64_t row, Mat logits,
+                    Ops& ops) {
     const Mat x = s.x.view().row_range(row, logits.rows);
     const Mat h = s.h.rows(logits.rows);
     ops.rms_norm(h, x, w.norm, c.norm_eps);

@@ -31,14 +31,14 @@ private:
 struct VitState {
     explicit VitState(const VitConfig& c, int64_t decoder_width);
 
-    Buffer patches;           // (N, 3 P P)
-    Buffer x;                 // (N + 1, W) residual stream, class row first
-    Buffer h;                 // (N + 1, W) normalised
-    Buffer q, k, v;           // (N + 1, W)
-    Buffer attn;              // (N + 1, W)
-    Buffer mlp;               // (N + 1, F)
-    Buffer projected;         // (N, D)
-    Buffer embeddings;        // (N, D) what the decoder reads
+    Buffer patches;     // (N, 3 P P)
+    Buffer x;           // (N + 1, W) residual stream, class row first
+    Buffer h;           // (N + 1, W) normalised
+    Buffer q, k, v;     // (N + 1, W)
+    Buffer attn;        // (N + 1, W)
+    Buffer mlp;         // (N + 1, F)
+    Buffer projected;   // (N, D)
+    Buffer embeddings;  // (N, D) what the decoder reads
 
     static int64_t bytes(const VitConfig& c, int64_t decoder_width);
 };
@@ -49,12 +49,12 @@ struct DecoderState {
 
     int64_t n_ctx;
     int64_t batch;
-    Buffer x;         // (B, D) residual stream
-    Buffer h;         // (B, D) normalised
-    Buffer q;         // (B, H hd)
-    Buffer attn;      // (B, H hd)
-    Buffer gate, up;  // (B, F)
-    Buffer logits;    // (1, V)
+    Buffer x;                              // (B, D) residual stream
+    Buffer h;                              // (B, D) normalised
+    Buffer q;                              // (B, H hd)
+    Buffer attn;                           // (B, H hd)
+    Buffer gate, up;                       // (B, F)
+    Buffer logits;                         // (1, V)
     std::vector<Buffer> k_cache, v_cache;  // L of (n_ctx, K hd)
 
     static int64_t kv_bytes(const DecoderConfig& c, int64_t n_ctx);

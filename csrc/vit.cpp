@@ -6,7 +6,8 @@ namespace yivl {
 
 namespace {
 
-// pixels (3, S, S) -> patches (N, 3 P P): the inputs of each patch in the order (channel, row, column) of the convolution.
+// pixels (3, S, S) -> patches (N, 3 P P): the inputs of each patch in the order (channel, row, column) of the
+// convolution.
 void cut_patches(Mat patches, Vec pixels, const VitConfig& c) {
     const int64_t P = c.patch_size;
     const int64_t S = c.image_size;

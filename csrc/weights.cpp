@@ -104,7 +104,8 @@ DecoderWeights bind_decoder(Binder& bind, const DecoderConfig& c) {
 
 VitWeights bind_vit(Binder& bind, const VitConfig& c) {
     VitWeights w;
-    w.patch_embedding = bind.matrix("v.patch_embd.weight", std::array<int64_t, 4>{c.width, 3, c.patch_size, c.patch_size});
+    w.patch_embedding =
+        bind.matrix("v.patch_embd.weight", std::array<int64_t, 4>{c.width, 3, c.patch_size, c.patch_size});
     w.class_embedding = bind.vector("v.class_embd", c.width);
     w.position_embedding = bind.table("v.position_embd.weight", std::array{c.n_patches() + 1, c.width});
     w.pre_ln = bind.layer_norm("v.pre_ln", c.width);
@@ -118,7 +119,8 @@ VitWeights bind_vit(Binder& bind, const VitConfig& c) {
         block.out = bind.linear(blk + "attn_out", c.width, c.width);
         block.ln2 = bind.layer_norm(blk + "ln2", c.width);
         // Older scripts called fc1 "ffn_down": the first layer is the one with as many outputs as the MLP is wide.
-        const bool swapped = c.mlp_width != c.width && bind.tensor(blk + "ffn_down.weight").shape.front() == c.mlp_width;
+        const bool swapped =
+            c.mlp_width != c.width && bind.tensor(blk + "ffn_down.weight").shape.front() == c.mlp_width;
         block.fc1 = bind.linear(blk + (swapped ? "ffn_down" : "ffn_up"), c.mlp_width, c.width);
         block.fc2 = bind.linear(blk + (swapped ? "ffn_up" : "ffn_down"), c.width, c.mlp_width);
     }

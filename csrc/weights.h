@@ -30,8 +30,8 @@ struct VitBlockWeights {
 };
 
 struct VitWeights {
-    Weight patch_embedding;      // (W, 3 P P)
-    Vec class_embedding;         // (W)
+    Weight patch_embedding;       // (W, 3 P P)
+    Vec class_embedding;          // (W)
     ConstMat position_embedding;  // (N + 1, W)
     LayerNormWeights pre_ln;
     std::vector<VitBlockWeights> blocks;
@@ -72,8 +72,8 @@ struct Weights {
     std::optional<ProjectorWeights> projector;
 };
 
-// Finds and checks every tensor that `config` calls for. `ops` widens the small ones. Throws ModelFileError naming file,
-// tensor, expected and found.
+// Finds and checks every tensor that `config` calls for. `ops` widens the small ones. Throws ModelFileError naming
+// file, tensor, expected and found.
 Weights bind_weights(std::shared_ptr<const GgufFile> text, std::shared_ptr<const GgufFile> vision, const Config& config,
                      Ops& ops);
 

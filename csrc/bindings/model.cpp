@@ -177,15 +177,15 @@ void bind_model(py::module_& m) {
         .def_property_readonly("config", &Model::config, py::return_value_policy::reference_internal)
         .def_property_readonly("backend_name", [](const Model& model) { return model.backend().name(); })
         .def_property_readonly("n_threads", [](const Model& model) { return model.backend().n_threads(); })
-        .def("n_positions",
-             [](const Model& model, const std::vector<int32_t>& ids) { return model.n_positions(ids); })
+        .def("n_positions", [](const Model& model, const std::vector<int32_t>& ids) { return model.n_positions(ids); })
         .def("prompt_text",
              [](const Model& model, const std::vector<std::pair<std::string, std::string>>& messages, bool image) {
                  return build_prompt(model.config().prompt, to_messages(messages), image).text();
              })
         .def("prompt_ids",
              [](const Model& model, const std::vector<std::pair<std::string, std::string>>& messages, bool image) {
-                 return prompt_ids(build_prompt(model.config().prompt, to_messages(messages), image), model.tokenizer());
+                 return prompt_ids(build_prompt(model.config().prompt, to_messages(messages), image),
+                                   model.tokenizer());
              })
         .def("tokenize", [](const Model& model, const std::string& text) { return model.tokenizer().encode(text); })
         .def("detokenize",
@@ -195,8 +195,8 @@ void bind_model(py::module_& m) {
             [](const Model& model, const py::array_t<uint8_t, py::array::c_style>& image, PyControl& control) {
                 const int64_t S = model.config().preprocess.image_size;
                 std::vector<float> pixels;
-                const ImageView view{image.shape(1), image.shape(0), image.shape(2),
-                                     {image.data(), static_cast<size_t>(image.size())}};
+                const ImageView view{
+                    image.shape(1), image.shape(0), image.shape(2), {image.data(), static_cast<size_t>(image.size())}};
                 {
                     const py::gil_scoped_release release;
                     pixels = preprocess(view, model.config().preprocess, control);
