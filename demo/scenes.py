@@ -1,0 +1,976 @@
+"""Pictures of coloured shapes and printed words, and conversations about them in English and Chinese.
+
+Everything follows from seeds. A `Scene` says what is in a picture; `render` draws it; `ask` writes a question of one
+family together with its only right answer. A picture is thought of as a 3 x 3 grid of cells, counted in reading order;
+a printed word takes a whole row of it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import random
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "moon")
+COLOURS = {
+    "red": (214, 40, 40),
+    "orange": (246, 138, 20),
+    "yellow": (250, 222, 50),
+    "green": (40, 160, 70),
+    "blue": (40, 90, 214),
+    "purple": (132, 50, 172),
+    "black": (18, 18, 18),
+    "white": (252, 252, 252),
+}
+WORDS = [
+    "STOP",
+    "GO",
+    "EXIT",
+    "OPEN",
+    "CLOSED",
+    "TAXI",
+    "BUS",
+    "CAFE",
+    "HOTEL",
+    "BANK",
+    "SHOP",
+    "SALE",
+    "FREE",
+    "CAR",
+    "BIKE",
+    "ROAD",
+    "PARK",
+    "ZOO",
+    "MILK",
+    "BREAD",
+    "TEA",
+    "FISH",
+    "RICE",
+    "SOUP",
+    "CAKE",
+    "LEMON",
+    "APPLE",
+    "PEAR",
+    "NUTS",
+    "SALT",
+    "SUGAR",
+    "WATER",
+    "FIRE",
+    "ICE",
+    "SNOW",
+    "RAIN",
+    "SUN",
+    "WIND",
+    "SKY",
+    "SEA",
+    "LAKE",
+    "HILL",
+    "TREE",
+    "LEAF",
+    "BIRD",
+    "CAT",
+    "DOG",
+    "HORSE",
+    "COW",
+    "PIG",
+    "DUCK",
+    "WOLF",
+    "FOX",
+    "BEAR",
+    "LION",
+    "BOOK",
+    "PEN",
+    "MAP",
+    "KEY",
+    "DOOR",
+    "LAMP",
+    "CHAIR",
+    "TABLE",
+    "BED",
+    "CLOCK",
+    "PHONE",
+    "RADIO",
+    "MUSIC",
+    "DANCE",
+    "GAME",
+    "JUMP",
+    "QUIZ",
+    "HELLO",
+    "HI",
+    "BYE",
+    "YES",
+    "NO",
+    "NEW",
+    "OLD",
+    "BIG",
+    "HOT",
+    "COLD",
+    "PUSH",
+    "PULL",
+    "LEFT",
+    "RIGHT",
+    "UP",
+    "DOWN",
+]
+WORDS = tuple(word for word in WORDS if len(word) <= 5)
+CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+FAMILIES = (
+    "what", "describe", "colour", "shape", "count", "where", "compare", "yesno", "read", "followup", "absent",
+)  # fmt: skip
+LANGUAGES = ("en", "zh")
+
+PLACE_EN = (
+    "at the top left", "at the top", "at the top right", "on the left", "in the centre", "on the right",
+    "at the bottom left", "at the bottom", "at the bottom right",
+)  # fmt: skip
+PLACE_ZH = ("左上角", "上方", "右上角", "左边", "中间", "右边", "左下角", "下方", "右下角")
+ROW_EN = ("at the top", "in the middle", "at the bottom")
+ROW_ZH = ("上方", "中间", "下方")
+NUMBER_EN = ("no", "one", "two", "three", "four")
+NUMBER_ZH = ("零", "一", "两", "三", "四")
+SHAPE_ZH = dict(zip(SHAPES, ("圆形", "方形", "三角形", "星形", "心形", "十字形", "月牙形"), strict=True))
+COLOUR_ZH = dict(zip(COLOURS, ("红色", "橙色", "黄色", "绿色", "蓝色", "紫色", "黑色", "白色"), strict=True))
+PLURAL = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPES}
+
+Turn = tuple[str, str]  # question, answer
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One shape: its kind, colour, cell (0 to 8 in reading order) and whether it is one of the large ones."""
+
+    shape: str
+    colour: str
+    cell: int
+    large: bool
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows: shapes in reading order, and perhaps a printed word or number in one row of cells."""
+
+    things: tuple[Thing, ...]
+    text: str | None
+    row: int  # of the text; 0 without text
+
+    @property
+    def is_number(self) -> bool:
+        """Whether the printed text is a number."""
+        return self.text is not None and self.text.isdigit()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is in a scene
+
+
+def is_held_out(thing: Thing) -> bool:
+    """Whether this combination of shape, colour and cell never occurs in training (about one in ten)."""
+    return zlib.crc32(f"{thing.shape}/{thing.colour}/{thing.cell}".encode()) % 10 == 0
+
+
+def make_scene(seed: int, held_out: bool = False) -> Scene:
+    """The scene of a seed; with `held_out`, at least one thing is a combination held out of training, else none."""
+    rng = random.Random(f"scene/{seed}")
+    text = _make_text(rng) if rng.random() < 0.45 else None
+    row = rng.randrange(3) if text else 0
+    cells = [c for c in range(9) if not text or c // 3 != row]
+    count = rng.choices(range(5), (6, 20, 30, 26, 18) if not text else (18, 30, 30, 22, 0))[0]
+    if held_out:
+        count = max(count, 1)
+    things: list[Thing] = []
+    for cell in sorted(rng.sample(cells, count)):
+        while True:
+            # Repeated kinds and colours make counting and telling apart worth asking about.
+            twin = rng.choice(things) if things else None
+            shape = twin.shape if twin and rng.random() < 0.2 else rng.choice(SHAPES)
+            colour = twin.colour if twin and rng.random() < 0.2 else rng.choice(tuple(COLOURS))
+            thing = Thing(shape, colour, cell, rng.random() < 0.5)
+            if not is_held_out(thing):
+                break
+        things.append(thing)
+    if held_out:
+        index = rng.randrange(count)
+        choices = [
+            candidate
+            for shape in SHAPES
+            for colour in COLOURS
+            if is_held_out(candidate := replace(things[index], shape=shape, colour=colour))
+        ]
+        things[index] = rng.choice(choices)
+    return Scene(tuple(things), text, row)
+
+
+def _make_text(rng: random.Random) -> str:
+    kind = rng.random()
+    if kind < 0.4:
+        return str(rng.randrange(10 ** rng.randrange(1, 4)))
+    if kind < 0.65:
+        return rng.choice(WORDS)
+    # Letters at random make the model spell instead of guess; O and I are left out, being 0 and 1 in some fonts.
+    return "".join(rng.choices("ABCDEFGHJKLMNPQRSTUVWXYZ", k=rng.randrange(2, 6)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+BACKGROUNDS = (
+    (225, 225, 225), (238, 228, 204), (205, 225, 242), (210, 236, 210), (245, 216, 222), (250, 250, 250),
+    (128, 128, 128), (60, 70, 82), (84, 58, 42), (25, 35, 72), (25, 62, 42), (30, 30, 32), (200, 170, 122),
+    (92, 160, 162), (180, 170, 210),
+)  # fmt: skip
+FONT_FILES = (
+    "DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSansMono-Bold.ttf", "DejaVuSerif.ttf", "DejaVuSerif-Bold.ttf",
+    "DejaVuSans-Oblique.ttf", "STIXGeneralBol.ttf", "cmb10.ttf", "cmss10.ttf",
+)  # fmt: skip
+Labels = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+@lru_cache(maxsize=1)
+def _font_folder() -> Path:
+    spec = importlib.util.find_spec("matplotlib")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(
+            "the demo draws with the fonts in matplotlib: pip install -r demo/requirements.txt"
+        )
+    return Path(spec.submodule_search_locations[0]) / "mpl-data" / "fonts" / "ttf"
+
+
+@lru_cache(maxsize=4096)
+def _font(name: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    if name == "pillow":
+        return ImageFont.load_default(size)
+    return ImageFont.truetype(str(_font_folder() / name), size)
+
+
+def _outline(shape: str, x: float, y: float, r: float, angle: float) -> list[tuple[float, float]]:
+    """Corners of a shape of radius r round (x, y), turned by `angle` radians."""
+    corners: list[tuple[float, float]]
+    if shape == "square":
+        corners = [(-0.78, -0.78), (0.78, -0.78), (0.78, 0.78), (-0.78, 0.78)]
+    elif shape == "triangle":
+        corners = [(0, -0.95), (0.95, 0.75), (-0.95, 0.75)]
+    elif shape == "star":
+        corners = []
+        for i in range(10):
+            radius = 1.05 if i % 2 == 0 else 0.44
+            corners.append((radius * math.sin(i * math.pi / 5), -radius * math.cos(i * math.pi / 5)))
+    elif shape == "cross":
+        a, b = 0.32, 0.95
+        corners = [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a)]
+        corners += [(a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+    elif shape == "heart":
+        corners = []
+        for i in range(32):
+            t = i * math.pi / 16
+            up = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
+            corners.append((16 * math.sin(t) ** 3 / 16.5, -(up + 2.5) / 16.5))
+    elif shape == "moon":
+        # The outer arc from horn to horn round the left, then the inner arc back.
+        outer = [math.radians(a) for a in range(60, 301, 10)]
+        inner = [math.radians(a) for a in range(270, 89, -10)]
+        corners = [(math.cos(a) + 0.15, math.sin(a)) for a in outer]
+        corners += [(0.65 + 0.5 * math.cos(a), 0.866 * math.sin(a)) for a in inner]
+    else:
+        corners = [(math.cos(i * math.pi / 24), math.sin(i * math.pi / 24)) for i in range(48)]
+    c, s = math.cos(angle), math.sin(angle)
+    return [(x + r * (c * u - s * v), y + r * (s * u + c * v)) for u, v in corners]
+
+
+def _jitter(rng: random.Random, colour: Sequence[int], amount: int) -> tuple[int, int, int]:
+    r, g, b = (min(255, max(0, c + rng.randint(-amount, amount))) for c in colour)
+    return r, g, b
+
+
+def _distance(a: Sequence[int], b: Sequence[int]) -> float:
+    return math.dist(a, b)
+
+
+def _background(rng: random.Random, width: int, height: int, used: list[tuple[int, int, int]]) -> Image.Image:
+    fitting = [b for b in BACKGROUNDS if all(_distance(b, u) > 95 for u in used)]
+    if not fitting:
+        fitting = [max(BACKGROUNDS, key=lambda b: min(_distance(b, u) for u in used))]
+    base = rng.choice(fitting)
+    image = Image.new("RGB", (width, height), _jitter(rng, base, 6))
+    kind = rng.random()
+    draw = ImageDraw.Draw(image)
+    if kind < 0.2:  # gradient
+        other = _jitter(rng, base, 22)
+        ramp = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize((width, height))
+        image.paste(Image.new("RGB", (width, height), other), mask=ramp)
+    elif kind < 0.35:  # stripes
+        step = rng.randint(10, 40)
+        other = _jitter(rng, base, 14)
+        for at in range(0, max(width, height), 2 * step):
+            if kind < 0.27:
+                draw.rectangle((at, 0, at + step, height), other)
+            else:
+                draw.rectangle((0, at, width, at + step), other)
+    elif kind < 0.45:  # checks
+        step = rng.randint(14, 50)
+        other = _jitter(rng, base, 12)
+        for at_y in range(0, height, step):
+            for at_x in range(at_y // step % 2 * step, width, 2 * step):
+                draw.rectangle((at_x, at_y, at_x + step, at_y + step), other)
+    return image
+
+
+def render(scene: Scene, seed: int, patches: int = 8) -> tuple[Image.Image, Labels]:
+    """Draws a scene. Returns the picture (RGB, sides 160 to 300) and labels of its patches after padding to a square.
+
+    The labels, (patches * patches, 6) uint8, are 0 for none, else one more than the index of: shape, colour, size
+    (small, large), place in reading order, printed character, place of the character in its word. They are only a
+    help in training.
+    """
+    rng = random.Random(f"draw/{seed}")
+    side = rng.randint(170, 300)
+    width = height = side
+    if rng.random() < 0.2:
+        shorter = int(side * rng.uniform(0.75, 0.95))
+        width, height = (side, shorter) if rng.random() < 0.5 else (shorter, side)
+    small_side = min(width, height)
+    shades = [_jitter(rng, COLOURS[t.colour], 10) for t in scene.things]
+    ink = _jitter(rng, rng.choice(tuple(COLOURS.values())), 10) if rng.random() < 0.6 else (20, 20, 20)
+    used = shades + ([ink] if scene.text else [])
+    image = _background(rng, width, height, used)
+    draw = ImageDraw.Draw(image)
+
+    # Pixels of the drawing to patches of the padded square.
+    scale = patches / max(width, height)
+    off_x, off_y = (max(width, height) - width) / 2, (max(width, height) - height) / 2
+    labels: Labels = np.zeros((patches * patches, 6), np.uint8)
+    centres = (np.arange(patches) + 0.5) / scale
+    grid_x, grid_y = (g.ravel() for g in np.meshgrid(centres - off_x, centres - off_y))
+
+    for order, (thing, shade) in enumerate(zip(scene.things, shades, strict=True)):
+        r = small_side * (rng.uniform(0.138, 0.158) if thing.large else rng.uniform(0.082, 0.095))
+        room_x, room_y = width / 6 - r, height / 6 - r
+        x = (thing.cell % 3 + 0.5) * width / 3 + rng.uniform(-1, 1) * max(0, room_x) * 0.8
+        y = (thing.cell // 3 + 0.5) * height / 3 + rng.uniform(-1, 1) * max(0, room_y) * 0.8
+        draw.polygon(_outline(thing.shape, x, y, r, math.radians(rng.uniform(-10, 10))), shade)
+        reach = np.hypot(grid_x - x, grid_y - y)
+        mine = (reach < 0.9 * r) | (reach == reach.min())
+        labels[mine, :4] = (
+            SHAPES.index(thing.shape) + 1,
+            list(COLOURS).index(thing.colour) + 1,
+            1 + thing.large,
+            order + 1,
+        )
+    if scene.text:
+        _print(image, scene, rng, ink, labels, grid_x, grid_y)
+    if rng.random() < 0.4:
+        noise = _noise(rng.randrange(16))[:height, :width]
+        strength = rng.choice((1, 1, 2))
+        pixels = np.asarray(image).astype(np.int16) + noise * strength
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    return image, labels
+
+
+def _print(
+    image: Image.Image,
+    scene: Scene,
+    rng: random.Random,
+    ink: tuple[int, int, int],
+    labels: Labels,
+    grid_x: np.ndarray[Any, Any],
+    grid_y: np.ndarray[Any, Any],
+) -> None:
+    """Prints the scene's text in its row, letter by letter, turned by a few degrees."""
+    assert scene.text
+    width, height = image.size
+    name = rng.choice(("pillow", *FONT_FILES))
+    size = int(min(width, height) * rng.uniform(0.17, 0.28))
+    spacing = rng.uniform(0.02, 0.14)
+    while True:
+        font = _font(name, size)
+        advances = [font.getlength(c) + spacing * size for c in scene.text]
+        total = sum(advances)
+        if total < 0.88 * width:
+            break
+        size = int(size * 0.93)
+    layer = Image.new("L", image.size)
+    draw = ImageDraw.Draw(layer)
+    _, top, _, bottom = font.getbbox("H")
+    x = (width - total) / 2 + rng.uniform(-1, 1) * (0.92 * width - total) / 2
+    y = (scene.row + 0.5) * height / 3 + rng.uniform(-0.025, 0.025) * height
+    angle = math.radians(rng.uniform(-6, 6))
+    middle = (x + total / 2, y)
+    c, s = math.cos(angle), math.sin(angle)
+    nearest = np.full(grid_x.shape, np.inf)
+    for order, (char, advance) in enumerate(zip(scene.text, advances, strict=True)):
+        draw.text((x, y - (top + bottom) / 2), char, 255, font)
+        # The layer is turned round the middle of the text: where this letter's middle goes, and what it covers.
+        u = x + advance / 2 - middle[0]
+        at_x, at_y = middle[0] + c * u, middle[1] + s * u
+        away_x, away_y = np.abs(grid_x - at_x), np.abs(grid_y - at_y)
+        reach = np.hypot(away_x, away_y)
+        mine = (away_x < advance / 2) & (away_y < (bottom - top) / 2) | (reach == reach.min())
+        mine &= reach < nearest
+        nearest[mine] = reach[mine]
+        labels[mine, 4:] = CHARACTERS.index(char) + 1, order + 1
+        x += advance
+    layer = layer.rotate(-math.degrees(angle), Image.Resampling.BILINEAR, center=middle)
+    image.paste(ink, mask=layer)
+
+
+@lru_cache(maxsize=16)
+def _noise(seed: int) -> np.ndarray[Any, np.dtype[np.int16]]:
+    return np.random.default_rng(seed).normal(0, 6, (300, 300, 3)).astype(np.int16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversations
+
+
+def ask(scene: Scene, family: str, language: str, seed: int | str) -> list[Turn] | None:
+    """A conversation of the family about the scene, or None where the scene has nothing to ask about.
+
+    All families but `followup` have one turn; the last turn of `followup` needs the earlier ones.
+    """
+    rng = random.Random(f"ask/{seed}/{family}/{language}")
+    return _Asker(scene, rng, language).conversation(family)
+
+
+class _Asker:
+    """Writes questions about one scene in one language; `say` picks the wording by language."""
+
+    def __init__(self, scene: Scene, rng: random.Random, language: str) -> None:
+        self.scene = scene
+        self.rng = rng
+        self.en = language == "en"
+
+    def conversation(self, family: str) -> list[Turn] | None:
+        if family == "followup":
+            return self.followup()
+        turn: Turn | None = getattr(self, family)()
+        return [turn] if turn else None
+
+    # Wording
+
+    def say(self, en: Sequence[str], zh: Sequence[str]) -> str:
+        return self.rng.choice(en if self.en else zh)
+
+    def item(self, thing: Thing) -> str:
+        if self.en:
+            return f"{'an' if thing.colour == 'orange' else 'a'} {thing.colour} {thing.shape}"
+        return f"一个{COLOUR_ZH[thing.colour]}的{SHAPE_ZH[thing.shape]}"
+
+    def name(self, shape: str | None, colour: str | None = None) -> str:
+        if self.en:
+            return " ".join(w for w in (colour, shape or "shape") if w)
+        return (COLOUR_ZH[colour] + "的" if colour else "") + (SHAPE_ZH[shape] if shape else "图形")
+
+    def place(self, thing: Thing) -> str:
+        return (PLACE_EN if self.en else PLACE_ZH)[thing.cell]
+
+    def printed(self) -> str:
+        kind = ("number" if self.en else "数字") if self.scene.is_number else ("word" if self.en else "单词")
+        if self.en:
+            return f"the {kind} {self.scene.text}"
+        return f"{kind}{self.scene.text}"
+
+    def join(self, items: list[str]) -> str:
+        if len(items) < 2:
+            return "".join(items)
+        comma, last = (", ", " and ") if self.en else ("、", "和")
+        return comma.join(items[:-1]) + last + items[-1]
+
+    def none_of(self, what: str) -> str:
+        return f"There is no {what} in the picture." if self.en else f"图中没有{what}。"
+
+    # Choosing what to ask about
+
+    def unique(self) -> list[tuple[Thing, str]]:
+        """Things that one name fits, each with that name: by shape, or by colour and shape."""
+        found = []
+        for thing in self.rng.sample(self.scene.things, len(self.scene.things)):
+            same = [t for t in self.scene.things if t.shape == thing.shape]
+            if len(same) == 1 and self.rng.random() < 0.7:
+                found.append((thing, self.name(thing.shape)))
+            elif sum(t.colour == thing.colour for t in same) == 1:
+                found.append((thing, self.name(thing.shape, thing.colour)))
+        return found
+
+    def unique_shape(self) -> list[Thing]:
+        kinds = [t.shape for t in self.scene.things]
+        found = [t for t in self.scene.things if kinds.count(t.shape) == 1]
+        self.rng.shuffle(found)
+        return found
+
+    def unique_colour(self) -> list[Thing]:
+        kinds = [t.colour for t in self.scene.things]
+        found = [t for t in self.scene.things if kinds.count(t.colour) == 1]
+        self.rng.shuffle(found)
+        return found
+
+    def missing_shape(self) -> str:
+        return self.rng.choice([s for s in SHAPES if all(t.shape != s for t in self.scene.things)])
+
+    def missing_colour(self) -> str:
+        return self.rng.choice([c for c in COLOURS if all(t.colour != c for t in self.scene.things)])
+
+    # Families
+
+    def what(self) -> Turn:
+        question = self.say(
+            ("What is in the picture?", "What do you see?", "What can you see in this image?", "What is there?",
+             "List everything in the picture.", "What does the image show?", "Name the things you see."),
+            ("图中有什么？", "你看到了什么？", "这张图片里有什么？", "画面里有哪些东西？", "列出图中的东西。", "图里都有什么？"),
+        )  # fmt: skip
+        return question, self.list_all()
+
+    def list_all(self) -> str:
+        items = [self.item(t) for t in self.scene.things] + ([self.printed()] if self.scene.text else [])
+        if not items:
+            return "The picture is empty." if self.en else "图中什么也没有。"
+        return f"There is {self.join(items)}." if self.en else f"图中有{self.join(items)}。"
+
+    def describe(self) -> Turn:
+        question = self.say(
+            ("Describe the picture.", "Describe this image in one or two sentences.",
+             "Give a short description of the picture.", "Please describe the image.",
+             "Describe the picture in detail."),
+            ("描述这张图片。", "请用一两句话描述这张图片。", "请简单描述一下这张图片。", "描述一下图中的内容。", "请详细描述这张图片。"),
+        )  # fmt: skip
+        scene, sentences = self.scene, []
+        if scene.things:
+            if self.en:
+                items = [f"{self.item(t)} {self.place(t)}" for t in scene.things]
+                sentences.append(f"There is {self.join(items)}.")
+            else:
+                sentences.append("，".join(f"{self.place(t)}有{self.item(t)}" for t in scene.things) + "。")
+        if scene.text and self.en:
+            printed = self.printed()
+            sentences.append(f"{printed[0].upper()}{printed[1:]} is written {ROW_EN[scene.row]}.")
+        elif scene.text:
+            sentences.append(f"{ROW_ZH[scene.row]}写着{self.printed()}。")
+        if not sentences:
+            return question, self.list_all()
+        return question, (" " if self.en else "").join(sentences)
+
+    def colour(self) -> Turn | None:
+        things = self.unique_shape()
+        if not things:
+            return None
+        if self.rng.random() < 0.3:
+            thing = self.rng.choice(self.scene.things)
+            where = self.place(thing)
+            question = self.say(
+                (f"What colour is the shape {where}?", f"Which colour has the shape {where}?"),
+                (f"{where}的图形是什么颜色的？", f"{where}那个图形是什么颜色？"),
+            )
+            if self.en:
+                return question, f"The shape {where} is {thing.colour}."
+            return question, f"{where}的图形是{COLOUR_ZH[thing.colour]}的。"
+        thing = things[0]
+        return self.colour_question(thing.shape), self.colour_answer(self.name(thing.shape), thing)
+
+    def colour_question(self, shape: str) -> str:
+        name = self.name(shape)
+        return self.say(
+            (f"What colour is the {name}?", f"What color is the {name}?", f"Which colour is the {name}?",
+             f"Tell me the colour of the {name}.", f"The {name} is what colour?"),
+            (f"{name}是什么颜色的？", f"{name}是什么颜色？", f"图中的{name}是什么颜色的？", f"请问{name}是哪种颜色？"),
+        )  # fmt: skip
+
+    def colour_answer(self, name: str, thing: Thing) -> str:
+        if self.en:
+            return f"{'It' if name == 'it' else 'The ' + name} is {thing.colour}."
+        return f"{name}是{COLOUR_ZH[thing.colour]}的。"
+
+    def shape(self) -> Turn | None:
+        if not self.scene.things:
+            return None
+        things = self.unique_colour()
+        if not things or self.rng.random() < 0.5:
+            thing = self.rng.choice(self.scene.things)
+            return self.at_question(self.place(thing)), self.at_answer(thing)
+        thing = things[0]
+        return self.shape_question(thing.colour), self.shape_answer(thing)
+
+    def at_question(self, where: str) -> str:
+        return self.say(
+            (f"What is {where}?", f"What do you see {where}?", f"Which shape is {where}?"),
+            (f"{where}有什么？", f"{where}是什么？", f"{where}有什么图形？"),
+        )
+
+    def at_answer(self, thing: Thing) -> str:
+        if self.en:
+            return f"There is {self.item(thing)} {self.place(thing)}."
+        return f"{self.place(thing)}有{self.item(thing)}。"
+
+    def shape_question(self, colour: str) -> str:
+        name = self.name(None, colour)
+        return self.say(
+            (f"What shape is the {colour} one?", f"Which shape is {colour}?", f"What is the {name}?",
+             f"What kind of shape is {colour}?"),
+            (f"{name}是什么形状？", f"{name}是什么？", f"哪个形状是{COLOUR_ZH[colour]}的？", f"{name}是什么形状的？"),
+        )  # fmt: skip
+
+    def shape_answer(self, thing: Thing) -> str:
+        name = self.name(None, thing.colour)
+        return f"The {name} is a {thing.shape}." if self.en else f"{name}是{SHAPE_ZH[thing.shape]}。"
+
+    def count(self) -> Turn:
+        things = self.scene.things
+        kind = self.rng.random()
+        if not things or kind < 0.3:
+            return self.count_question(None, None), self.count_answer(None, None)
+        thing = self.rng.choice(things)
+        shape, colour = (thing.shape, None) if kind < 0.65 else (None, thing.colour)
+        return self.count_question(shape, colour), self.count_answer(shape, colour)
+
+    def count_question(self, shape: str | None, colour: str | None) -> str:
+        name = self.name(shape, colour)
+        many = " ".join(w for w in (colour, PLURAL[shape] if shape else "shapes") if w)
+        return self.say(
+            (f"How many {many} are there?", f"How many {many} do you see?", f"Count the {many}.",
+             f"What is the number of {many}?"),
+            (f"有几个{name}？", f"图中有几个{name}？", f"有多少个{name}？", f"数一数{name}有几个。"),
+        )  # fmt: skip
+
+    def count_answer(self, shape: str | None, colour: str | None) -> str:
+        n = sum(shape in (None, t.shape) and colour in (None, t.colour) for t in self.scene.things)
+        name = self.name(shape, colour)
+        if n == 0:
+            return self.none_of(name)
+        if not self.en:
+            return f"有{NUMBER_ZH[n]}个{name}。"
+        if n == 1:
+            return f"There is one {name}."
+        return f"There are {NUMBER_EN[n]} {colour + ' ' if colour else ''}{PLURAL[shape] if shape else 'shapes'}."
+
+    def where(self) -> Turn | None:
+        found = self.unique()
+        if self.scene.text and (not found or self.rng.random() < 0.15):
+            row = (ROW_EN if self.en else ROW_ZH)[self.scene.row]
+            question = self.say(
+                ("Where is the text?", "Where is the writing?"), ("文字在哪里？", "文字在什么位置？")
+            )
+            return question, f"The text is {row}." if self.en else f"文字在{row}。"
+        if not found:
+            return None
+        thing, name = found[0]
+        return self.where_question(name), self.where_answer(name, thing)
+
+    def where_question(self, name: str) -> str:
+        return self.say(
+            (f"Where is the {name}?", f"Where in the picture is the {name}?", f"Where can I find the {name}?",
+             f"In which part of the image is the {name}?"),
+            (f"{name}在哪里？", f"{name}在哪儿？", f"{name}在图中的什么位置？", f"{name}在哪边？"),
+        )  # fmt: skip
+
+    def where_answer(self, name: str, thing: Thing) -> str:
+        if self.en:
+            return f"{'It' if name == 'it' else 'The ' + name} is {self.place(thing)}."
+        return f"{name}在{self.place(thing)}。"
+
+    def direction(self, a: Thing, b: Thing) -> str:
+        """Where a is as seen from b."""
+        across = (a.cell % 3 > b.cell % 3) - (a.cell % 3 < b.cell % 3)
+        down = (a.cell // 3 > b.cell // 3) - (a.cell // 3 < b.cell // 3)
+        if self.en:
+            parts = [("above", "", "below")[down + 1], ("to the left of", "", "to the right of")[across + 1]]
+            return " and ".join(p for p in parts if p)
+        side, height = ("左", "", "右")[across + 1], ("上", "", "下")[down + 1]
+        return side + height + ("方" if height else "边")
+
+    def compare(self) -> Turn | None:
+        found = self.unique()
+        if not found:
+            return None
+        kind = self.rng.random()
+        if len(found) < 2 or kind < 0.2:
+            thing, name = found[0]
+            question = self.say(
+                (f"How big is the {name}?", f"Is the {name} large or small?", f"What size is the {name}?"),
+                (f"{name}有多大？", f"{name}是大的还是小的？", f"{name}是大还是小？"),
+            )
+            return question, self.size_answer(name, thing)
+        (a, name_a), (b, name_b) = found[:2]
+        if kind < 0.6:
+            question = self.say(
+                (f"Where is the {name_a} compared with the {name_b}?",
+                 f"Where is the {name_a} relative to the {name_b}?",
+                 f"On which side of the {name_b} is the {name_a}?"),
+                (f"{name_a}在{name_b}的哪边？", f"{name_a}在{name_b}的什么方向？", f"相对于{name_b}，{name_a}在哪边？"),
+            )  # fmt: skip
+            direction = self.direction(a, b)
+            if self.en:
+                tail = "" if direction.endswith("of") or " " not in direction else ""
+                return question, f"The {name_a} is {direction}{tail} the {name_b}."
+            return question, f"{name_a}在{name_b}的{direction}。"
+        bigger = self.rng.random() < 0.6
+        if self.en:
+            word = "bigger" if bigger else "smaller"
+            question = self.rng.choice(
+                (
+                    f"Which is {word}, the {name_a} or the {name_b}?",
+                    f"What is {word}: the {name_a} or the {name_b}?",
+                )
+            )
+        else:
+            word = "大" if bigger else "小"
+            question = self.rng.choice(
+                (f"{name_a}和{name_b}哪个更{word}？", f"{name_a}和{name_b}相比，哪个{word}？")
+            )
+        if a.large == b.large:
+            return question, "They are the same size." if self.en else "它们一样大。"
+        winner = name_a if a.large == bigger else name_b
+        return question, f"The {winner} is {word}." if self.en else f"{winner}更{word}。"
+
+    def size_answer(self, name: str, thing: Thing) -> str:
+        if self.en:
+            return f"{'It' if name == 'it' else 'The ' + name} is {'large' if thing.large else 'small'}."
+        return f"{name}是{'大' if thing.large else '小'}的。"
+
+    def yesno(self) -> Turn | None:
+        kind = self.rng.random()
+        if kind < 0.1:
+            question = self.say(
+                ("Is there any text?", "Is anything written in the picture?"),
+                ("图中有文字吗？", "有文字吗？"),
+            )
+            if self.scene.text:
+                return question, "Yes, there is text." if self.en else "有，图中有文字。"
+            return question, "No, there is no text." if self.en else "没有，图中没有文字。"
+        if not self.scene.things or kind < 0.5:
+            return self.exists()
+        found = self.unique()
+        if kind < 0.75 or len(found) < 2:
+            singles = self.unique_shape()
+            if not singles:
+                return self.exists()
+            thing, name = singles[0], self.name(singles[0].shape)
+            colour = thing.colour if self.rng.random() < 0.5 else self.rng.choice(tuple(COLOURS))
+            same = colour == thing.colour
+            if self.en:
+                question = self.rng.choice(
+                    (f"Is the {name} {colour}?", f"Is the colour of the {name} {colour}?")
+                )
+                return question, f"{'Yes' if same else 'No'}, the {name} is {thing.colour}."
+            question = self.rng.choice(
+                (f"{name}是{COLOUR_ZH[colour]}的吗？", f"{name}是不是{COLOUR_ZH[colour]}的？")
+            )
+            return question, f"{'是的' if same else '不是'}，{name}是{COLOUR_ZH[thing.colour]}的。"
+        (a, name_a), (b, name_b) = found[:2]
+        across = a.cell % 3 != b.cell % 3 and (a.cell // 3 == b.cell // 3 or self.rng.random() < 0.5)
+        less = a.cell % 3 < b.cell % 3 if across else a.cell // 3 < b.cell // 3
+        asked = self.rng.random() < 0.5  # about "less": left, or above
+        if self.en:
+            words = ("to the left of", "to the right of") if across else ("above", "below")
+            question = f"Is the {name_a} {words[not asked]} the {name_b}?"
+            yes = "Yes" if asked == less else "No"
+            return question, f"{yes}, the {name_a} is {words[not less]} the {name_b}."
+        words = ("左边", "右边") if across else ("上方", "下方")
+        question = f"{name_a}在{name_b}的{words[not asked]}吗？"
+        yes = "是的" if asked == less else "不是"
+        return question, f"{yes}，{name_a}在{name_b}的{words[not less]}。"
+
+    def exists(self) -> Turn:
+        if self.scene.things and self.rng.random() < 0.5:
+            thing = self.rng.choice(self.scene.things)
+            shape, colour = thing.shape, thing.colour
+        else:
+            shape, colour = self.rng.choice(SHAPES), self.rng.choice(tuple(COLOURS))
+        named = self.name(shape, colour if self.rng.random() < 0.5 else None)
+        with_colour = named != self.name(shape)
+        there = any(t.shape == shape and (not with_colour or t.colour == colour) for t in self.scene.things)
+        article = "an" if named.startswith("orange") else "a"
+        question = self.say(
+            (f"Is there {article} {named}?", f"Is there {article} {named} in the picture?",
+             f"Do you see {article} {named}?", f"Can you see {article} {named}?"),
+            (f"有{named}吗？", f"图中有{named}吗？", f"图中有没有{named}？", f"你能看到{named}吗？"),
+        )  # fmt: skip
+        if self.en:
+            return question, f"Yes, there is {article} {named}." if there else f"No, there is no {named}."
+        return question, f"有，图中有{named}。" if there else f"没有，图中没有{named}。"
+
+    def read(self) -> Turn | None:
+        if not self.scene.text:
+            return None
+        en = [
+            "What does the text say?",
+            "What is written in the picture?",
+            "Read the text.",
+            "What does it say?",
+        ]
+        zh = ["图中写着什么？", "上面写了什么？", "请读出图中的文字。", "文字是什么？"]
+        if self.scene.is_number:
+            en += ["What number is shown?", "Which number do you see?"]
+            zh += ["图中的数字是多少？", "写着什么数字？"]
+        else:
+            en += ["Which word is written there?", "Read the word."]
+            zh += ["图中的单词是什么？", "写着什么单词？"]
+        return self.say(en, zh), self.read_answer()
+
+    def read_answer(self) -> str:
+        kind = ("number" if self.en else "数字") if self.scene.is_number else ("word" if self.en else "单词")
+        return f"The {kind} is {self.scene.text}." if self.en else f"{kind}是{self.scene.text}。"
+
+    def absent(self) -> Turn | None:
+        shape, colour = self.missing_shape(), self.missing_colour()
+        options = ["colour", "where", "count", "shape", "size", "cell"]
+        options += [] if self.scene.text else ["read", "read"]
+        options += ["compare"] if self.unique() else []
+        options += ["kind"] if self.scene.text else []
+        kind = self.rng.choice(options)
+        if kind == "colour":
+            return self.colour_question(shape), self.none_of(self.name(shape))
+        if kind == "where":
+            return self.where_question(self.name(shape)), self.none_of(self.name(shape))
+        if kind == "count":
+            if self.rng.random() < 0.5:
+                return self.count_question(shape, None), self.none_of(self.name(shape))
+            return self.count_question(None, colour), self.none_of(self.name(None, colour))
+        if kind == "shape":
+            return self.shape_question(colour), self.none_of(self.name(None, colour))
+        if kind == "size":
+            name = self.name(shape)
+            question = self.say(
+                (f"How big is the {name}?", f"What size is the {name}?"),
+                (f"{name}有多大？", f"{name}是大还是小？"),
+            )
+            return question, self.none_of(name)
+        if kind == "cell":
+            taken = {t.cell for t in self.scene.things}
+            if self.scene.text:
+                taken |= {3 * self.scene.row + i for i in range(3)}
+            where = (PLACE_EN if self.en else PLACE_ZH)[
+                self.rng.choice([c for c in range(9) if c not in taken])
+            ]
+            answer = f"There is nothing {where}." if self.en else f"{where}什么也没有。"
+            return self.at_question(where), answer
+        if kind == "compare":
+            _, name = self.unique()[0] if (found := self.unique()) == [] else found[0]
+            missing = self.name(shape)
+            first, second = (name, missing) if self.rng.random() < 0.5 else (missing, name)
+            question = self.say(
+                (f"Which is bigger, the {first} or the {second}?",
+                 f"Where is the {first} compared with the {second}?"),
+                (f"{first}和{second}哪个更大？", f"{first}在{second}的哪边？"),
+            )  # fmt: skip
+            return question, self.none_of(missing)
+        if kind == "kind":
+            if self.scene.is_number:
+                question = self.say(
+                    ("Which word is written there?", "Read the word."), ("图中的单词是什么？",)
+                )
+                return question, self.none_of("word" if self.en else "单词")
+            question = self.say(
+                ("What number is shown?", "Which number do you see?"), ("图中的数字是多少？",)
+            )
+            return question, self.none_of("number" if self.en else "数字")
+        question = self.say(
+            (
+                "What does the text say?",
+                "What is written in the picture?",
+                "Read the text.",
+                "Where is the text?",
+            ),
+            ("图中写着什么？", "请读出图中的文字。", "文字是什么？", "文字在哪里？"),
+        )
+        return question, self.none_of("text" if self.en else "文字")
+
+    # Follow-ups
+
+    def followup(self) -> list[Turn] | None:
+        kinds = ["list"]
+        if self.scene.text:
+            kinds += ["text"]
+        if self.scene.things:
+            kinds += ["thing"] * 4
+        if len(self.unique_shape()) > 1:
+            kinds += ["other"] * 2
+        kind = self.rng.choice(kinds)
+        if kind == "list":
+            question = self.say(("What are they?", "Which ones?"), ("它们是什么？", "都是什么？"))
+            if len(self.scene.things) < 2 or self.scene.text:
+                return None
+            return [
+                (self.count_question(None, None), self.count_answer(None, None)),
+                (question, self.list_all()),
+            ]
+        if kind == "text":
+            first = self.read()
+            assert first
+            question = self.say(("Where is it?", "And where is it?"), ("它在哪里？", "它在哪边？"))
+            row = (ROW_EN if self.en else ROW_ZH)[self.scene.row]
+            return [first, (question, f"It is {row}." if self.en else f"它在{row}。")]
+        if kind == "other":
+            a, b = self.unique_shape()[:2]
+            about_colour = self.rng.random() < 0.5
+            name_a, name_b = self.name(a.shape), self.name(b.shape)
+            second = self.say(
+                (f"And the {name_b}?", f"What about the {name_b}?"), (f"{name_b}呢？", f"那{name_b}呢？")
+            )
+            if about_colour:
+                first = (self.colour_question(a.shape), self.colour_answer(name_a, a))
+                return [first, (second, self.colour_answer(name_b, b))]
+            first = (self.where_question(name_a), self.where_answer(name_a, a))
+            return [first, (second, self.where_answer(name_b, b))]
+        return self.about_one()
+
+    def about_one(self) -> list[Turn] | None:
+        """A question that names one thing, then one or two about "it"."""
+        found = self.unique()
+        if not found:
+            return None
+        thing, name = found[0]
+        rest = ["colour", "where", "size"]
+        start = self.rng.choice(("exists", "where", "colour", "cell", "shape"))
+        if start == "colour" and name == self.name(thing.shape):
+            turns = [(self.colour_question(thing.shape), self.colour_answer(name, thing))]
+            rest.remove("colour")
+        elif start == "where":
+            turns = [(self.where_question(name), self.where_answer(name, thing))]
+            rest.remove("where")
+        elif start == "cell":
+            turns = [(self.at_question(self.place(thing)), self.at_answer(thing))]
+            rest.remove("where")
+        elif start == "shape" and sum(t.colour == thing.colour for t in self.scene.things) == 1:
+            turns = [(self.shape_question(thing.colour), self.shape_answer(thing))]
+            rest.remove("colour")
+        else:
+            article = "an" if name.startswith("orange") else "a"
+            question = self.say(
+                (f"Is there {article} {name}?", f"Do you see {article} {name}?"),
+                (f"有{name}吗？", f"图中有{name}吗？"),
+            )
+            answer = f"Yes, there is {article} {name}." if self.en else f"有，图中有{name}。"
+            turns = [(question, answer)]
+        for kind in self.rng.sample(rest, self.rng.choice((1, 1, 2))):
+            self.maybe_switch()
+            it = "it" if self.en else "它"
+            if kind == "colour":
+                question = self.say(
+                    ("What colour is it?", "And what colour is it?", "Which colour is it?"),
+                    ("它是什么颜色的？", "是什么颜色？", "它是什么颜色？"),
+                )
+                turns.append((question, self.colour_answer(it, thing)))
+            elif kind == "where":
+                question = self.say(
+                    ("Where is it?", "And where is it?", "Where in the picture is it?"),
+                    ("它在哪里？", "它在哪边？", "它在什么位置？"),
+                )
+                turns.append((question, self.where_answer(it, thing)))
+            else:
+                question = self.say(
+                    ("Is it large or small?", "How big is it?", "And how big is it?"),
+                    ("它有多大？", "它是大还是小？"),
+                )
+                turns.append((question, self.size_answer(it, thing)))
+        return turns
+
+    def maybe_switch(self) -> None:
+        """Now and then a person goes on in the other language."""
+        if self.rng.random() < 0.1:
+            self.en = not self.en
