@@ -2,9 +2,9 @@
 
     python -m demo.evaluate --checkpoint FOLDER --files demo-f16.gguf demo-q8_0.gguf demo-q4_0.gguf
 
-Each scene gets an English and a Chinese question; an answer counts when it is word for word the right one. Earlier
-turns of a conversation hold the right answers. Every eighth scene has a combination of shape, colour and place that
-training never showed.
+Each scene gets an English and a Chinese question; an answer counts when it is word for word the right one.
+Earlier turns of a conversation hold the right answers. Every eighth scene has a combination of shape, colour
+and place that training never showed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Yi-VL's architecture in torch at any size: training it, and reading and writing the published folder's layout.
+"""Yi-VL's architecture in torch at any size, to train, and to keep as a published folder.
 
-Letters: B pictures, N patches, W vision width, T tokens, S keys, D decoder width, H heads, K KV heads, V vocabulary.
+Letters: B pictures, N patches, W vision width, T tokens, S keys, D decoder width, H heads, K KV heads,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 
 SYSTEM = (
     "This is a chat between an inquisitive human and an AI assistant. Assume the role of the AI assistant. "
-    "Read all the images carefully, and respond to the human's questions with informative, helpful, detailed and "
-    "polite answers. "
+    "Read all the images carefully, and respond to the human's questions with informative, helpful, detailed "
+    "and polite answers. "
     "这是一个好奇的人类和一个人工智能助手之间的对话。假设你扮演这个AI助手的角色。"
     "仔细阅读所有的图像，并对人类的问题做出信息丰富、有帮助、详细的和礼貌的回答。"
 )
@@ -35,7 +36,7 @@ VIT_FOLDER = "vit/clip-vit-yi-vl-demo-112"
 
 @dataclass(frozen=True)
 class Sizes:
-    """Every size of the model; `vit_layers` counts the last block, which exists in the files but never runs."""
+    """Every size of the model; `vit_layers` counts the last block, which the files hold but nobody runs."""
 
     image: int = 112
     patch: int = 14
@@ -107,7 +108,11 @@ class VisionTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, N, W)."""
-        patches = self.patch(images).flatten(2).transpose(1, 2)
+        # The convolution written as one matrix product over patches: (B, N, 3 P P).
+        b, c, size, _ = images.shape
+        side, p = size // self.patch.stride[0], self.patch.stride[0]
+        cut = images.view(b, c, side, p, side, p).permute(0, 2, 4, 1, 3, 5).reshape(b, side * side, -1)
+        patches = F.linear(cut, self.patch.weight.flatten(1))
         first = self.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
         x = self.pre_ln(torch.cat([first, patches], 1) + self.position)
         for block in self.blocks:
@@ -203,7 +208,7 @@ class Decoder(nn.Module):
         mask: Tensor | None = None,
         past: Sequence[KeyValue] | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """(B, T, D), positions (B, T), mask (B, 1, T, S) true where seen -> (B, T, D), keys and values per block."""
+        """(B, T, D), positions (B, T), mask (B, 1, T, S) true where seen -> (B, T, D), each block's KV."""
         angles = positions.unsqueeze(1).unsqueeze(-1).float() * self.frequencies
         dtype = (
             torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
@@ -242,7 +247,7 @@ class YiVL(nn.Module):
         return self.projector(self.vision(images))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The published folder
 
 
@@ -298,7 +303,7 @@ def published_names(sizes: Sizes) -> dict[str, tuple[str, list[str], list[int]]]
 
 
 def export_folder(model: YiVL, tokenizer: bytes, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes the model as a folder of the published layout: one shard with an index, the tower in a subfolder."""
+    """Writes the model as a published folder: one shard with an index, the tower in a subfolder."""
     s = model.sizes
     state = {name: value.detach().to("cpu", dtype) for name, value in model.state_dict().items()}
     files: dict[str, dict[str, Tensor]] = {"llm": {}, "vit": {}}
@@ -306,7 +311,7 @@ def export_folder(model: YiVL, tokenizer: bytes, folder: Path, dtype: torch.dtyp
         pieces = state[ours].split(rows) if rows else [state[ours]]
         for name, piece in zip(theirs, pieces, strict=True):
             files[file][name] = piece.clone()
-    # The last block and the last norm belong to a published tower, though the selected layer lies before them.
+    # The last block and the last norm belong to a published tower, though the selected layer is before them.
     fresh = VisionBlock(s).to(dtype).state_dict()
     for ours, (_, theirs, rows) in published_names(s).items():
         if ours.startswith("vision.blocks.0."):

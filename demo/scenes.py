@@ -1,8 +1,8 @@
 """Pictures of coloured shapes and printed words, and conversations about them in English and Chinese.
 
-Everything follows from seeds. A `Scene` says what is in a picture; `render` draws it; `ask` writes a question of one
-family together with its only right answer. A picture is thought of as a 3 x 3 grid of cells, counted in reading order;
-a printed word takes a whole row of it.
+Everything follows from seeds. A `Scene` says what is in a picture; `render` draws it; `ask` writes a question
+of one family together with its only right answer. A picture is thought of as a 3 x 3 grid of cells, counted in
+reading order; a printed word takes a whole row of it.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: shapes in reading order, and perhaps a printed word or number in one row of cells."""
+    """What a picture shows: shapes in reading order, perhaps a word or number printed in one row of cells."""
 
     things: tuple[Thing, ...]
     text: str | None
@@ -168,7 +168,7 @@ class Scene:
         return self.text is not None and self.text.isdigit()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # What is in a scene
 
 
@@ -178,7 +178,7 @@ def is_held_out(thing: Thing) -> bool:
 
 
 def make_scene(seed: int, held_out: bool = False) -> Scene:
-    """The scene of a seed; with `held_out`, at least one thing is a combination held out of training, else none."""
+    """The scene of a seed; with `held_out`, at least one thing is a held-out combination, else none."""
     rng = random.Random(f"scene/{seed}")
     text = _make_text(rng) if rng.random() < 0.45 else None
     row = rng.randrange(3) if text else 0
@@ -215,11 +215,11 @@ def _make_text(rng: random.Random) -> str:
         return str(rng.randrange(10 ** rng.randrange(1, 4)))
     if kind < 0.65:
         return rng.choice(WORDS)
-    # Letters at random make the model spell instead of guess; O and I are left out, being 0 and 1 in some fonts.
+    # Letters at random make the model spell instead of guess; O and I look like 0 and 1 in some fonts.
     return "".join(rng.choices("ABCDEFGHJKLMNPQRSTUVWXYZ", k=rng.randrange(2, 6)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Drawing
 
 BACKGROUNDS = (
@@ -228,8 +228,8 @@ BACKGROUNDS = (
     (92, 160, 162), (180, 170, 210),
 )  # fmt: skip
 FONT_FILES = (
-    "DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSansMono-Bold.ttf", "DejaVuSerif.ttf", "DejaVuSerif-Bold.ttf",
-    "DejaVuSans-Oblique.ttf", "STIXGeneralBol.ttf", "cmb10.ttf", "cmss10.ttf",
+    "DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSansMono-Bold.ttf", "DejaVuSerif.ttf",
+    "DejaVuSerif-Bold.ttf", "DejaVuSans-Oblique.ttf", "STIXGeneralBol.ttf", "cmb10.ttf", "cmss10.ttf",
 )  # fmt: skip
 Labels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -324,11 +324,11 @@ def _background(rng: random.Random, width: int, height: int, used: list[tuple[in
 
 
 def render(scene: Scene, seed: int, patches: int = 8) -> tuple[Image.Image, Labels]:
-    """Draws a scene. Returns the picture (RGB, sides 160 to 300) and labels of its patches after padding to a square.
+    """Draws a scene: the picture (RGB, sides 127 to 300) and labels of its patches after padding to a square.
 
-    The labels, (patches * patches, 6) uint8, are 0 for none, else one more than the index of: shape, colour, size
-    (small, large), place in reading order, printed character, place of the character in its word. They are only a
-    help in training.
+    The labels, (patches * patches, 6) uint8, are 0 for none, else one more than the index of: shape, colour,
+    size (small, large), place in reading order, printed character, place of the character in its word. They
+    are only a help in training.
     """
     rng = random.Random(f"draw/{seed}")
     side = rng.randint(170, 300)
@@ -407,7 +407,7 @@ def _print(
     nearest = np.full(grid_x.shape, np.inf)
     for order, (char, advance) in enumerate(zip(scene.text, advances, strict=True)):
         draw.text((x, y - (top + bottom) / 2), char, 255, font)
-        # The layer is turned round the middle of the text: where this letter's middle goes, and what it covers.
+        # The layer is turned round the middle of the text: where this letter goes, and what it covers.
         u = x + advance / 2 - middle[0]
         at_x, at_y = middle[0] + c * u, middle[1] + s * u
         away_x, away_y = np.abs(grid_x - at_x), np.abs(grid_y - at_y)
@@ -426,7 +426,7 @@ def _noise(seed: int) -> np.ndarray[Any, np.dtype[np.int16]]:
     return np.random.default_rng(seed).normal(0, 6, (300, 300, 3)).astype(np.int16)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Conversations
 
 
@@ -521,9 +521,11 @@ class _Asker:
 
     def what(self) -> Turn:
         question = self.say(
-            ("What is in the picture?", "What do you see?", "What can you see in this image?", "What is there?",
-             "List everything in the picture.", "What does the image show?", "Name the things you see."),
-            ("图中有什么？", "你看到了什么？", "这张图片里有什么？", "画面里有哪些东西？", "列出图中的东西。", "图里都有什么？"),
+            ("What is in the picture?", "What do you see?", "What can you see in this image?",
+             "What is there?", "List everything in the picture.", "What does the image show?",
+             "Name the things you see."),
+            ("图中有什么？", "你看到了什么？", "这张图片里有什么？", "画面里有哪些东西？", "列出图中的东西。",
+             "图里都有什么？"),
         )  # fmt: skip
         return question, self.list_all()
 
@@ -538,7 +540,8 @@ class _Asker:
             ("Describe the picture.", "Describe this image in one or two sentences.",
              "Give a short description of the picture.", "Please describe the image.",
              "Describe the picture in detail."),
-            ("描述这张图片。", "请用一两句话描述这张图片。", "请简单描述一下这张图片。", "描述一下图中的内容。", "请详细描述这张图片。"),
+            ("描述这张图片。", "请用一两句话描述这张图片。", "请简单描述一下这张图片。",
+             "描述一下图中的内容。", "请详细描述这张图片。"),
         )  # fmt: skip
         scene, sentences = self.scene, []
         if scene.things:
@@ -578,7 +581,8 @@ class _Asker:
         return self.say(
             (f"What colour is the {name}?", f"What color is the {name}?", f"Which colour is the {name}?",
              f"Tell me the colour of the {name}.", f"The {name} is what colour?"),
-            (f"{name}是什么颜色的？", f"{name}是什么颜色？", f"图中的{name}是什么颜色的？", f"请问{name}是哪种颜色？"),
+            (f"{name}是什么颜色的？", f"{name}是什么颜色？", f"图中的{name}是什么颜色的？",
+             f"请问{name}是哪种颜色？"),
         )  # fmt: skip
 
     def colour_answer(self, name: str, thing: Thing) -> str:
@@ -612,7 +616,8 @@ class _Asker:
         return self.say(
             (f"What shape is the {colour} one?", f"Which shape is {colour}?", f"What is the {name}?",
              f"What kind of shape is {colour}?"),
-            (f"{name}是什么形状？", f"{name}是什么？", f"哪个形状是{COLOUR_ZH[colour]}的？", f"{name}是什么形状的？"),
+            (f"{name}是什么形状？", f"{name}是什么？", f"哪个形状是{COLOUR_ZH[colour]}的？",
+             f"{name}是什么形状的？"),
         )  # fmt: skip
 
     def shape_answer(self, thing: Thing) -> str:
@@ -646,7 +651,8 @@ class _Asker:
             return f"有{NUMBER_ZH[n]}个{name}。"
         if n == 1:
             return f"There is one {name}."
-        return f"There are {NUMBER_EN[n]} {colour + ' ' if colour else ''}{PLURAL[shape] if shape else 'shapes'}."
+        many = " ".join(w for w in (colour, PLURAL[shape] if shape else "shapes") if w)
+        return f"There are {NUMBER_EN[n]} {many}."
 
     def where(self) -> Turn | None:
         found = self.unique()
@@ -701,12 +707,12 @@ class _Asker:
                 (f"Where is the {name_a} compared with the {name_b}?",
                  f"Where is the {name_a} relative to the {name_b}?",
                  f"On which side of the {name_b} is the {name_a}?"),
-                (f"{name_a}在{name_b}的哪边？", f"{name_a}在{name_b}的什么方向？", f"相对于{name_b}，{name_a}在哪边？"),
+                (f"{name_a}在{name_b}的哪边？", f"{name_a}在{name_b}的什么方向？",
+                 f"相对于{name_b}，{name_a}在哪边？"),
             )  # fmt: skip
             direction = self.direction(a, b)
             if self.en:
-                tail = "" if direction.endswith("of") or " " not in direction else ""
-                return question, f"The {name_a} is {direction}{tail} the {name_b}."
+                return question, f"The {name_a} is {direction} the {name_b}."
             return question, f"{name_a}在{name_b}的{direction}。"
         bigger = self.rng.random() < 0.6
         if self.en:

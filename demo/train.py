@@ -1,8 +1,8 @@
-"""Trains the demo model from nothing: python -m demo.train --out FOLDER (resumes where FOLDER has a checkpoint).
+"""Trains the demo model from nothing: python -m demo.train --out FOLDER (goes on from a checkpoint there).
 
-First the vision tower alone learns to say what each patch shows; then the whole model learns to answer. Both use
-pictures drawn beforehand into FOLDER and questions written as they are needed. At the end the model lies in
-FOLDER/export in the layout of a published Yi-VL folder.
+First the vision tower alone learns to say what each patch shows; then the whole model learns to answer. Both
+use pictures drawn beforehand into FOLDER and questions written as they are needed. At the end the model lies
+in FOLDER/export in the layout of a published Yi-VL folder.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FAMILY_WEIGHTS = {
 }  # fmt: skip
 LABEL_CLASSES = (len(scenes.SHAPES) + 1, len(scenes.COLOURS) + 1, 3, 5, len(scenes.CHARACTERS) + 1, 6)
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Tokeniser
 
 
@@ -95,7 +95,7 @@ def train_tokenizer(vocab: int, seed: int) -> bytes:
     return out.getvalue()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Pictures
 
 
@@ -151,7 +151,7 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return (images * gain + noise * strength).clamp(0, 255)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Conversations
 
 
@@ -186,7 +186,7 @@ class Writer:
     def about(
         self, scene: scenes.Scene, rng: random.Random
     ) -> tuple[list[int], list[bool], list[int], list[int]]:
-        """As many conversations as fit in TEXT_TOKENS: ids, whose, place in the conversation, conversation number."""
+        """As many conversations as fit: ids, whether ours, places in the conversation, its number."""
         ids: list[int] = []
         ours: list[bool] = []
         places: list[int] = []
@@ -225,6 +225,7 @@ class Batches:
         self.pool, self.writer, self.size, self.seed = pool, writer, size, seed
 
     def __call__(self, step: int, with_text: bool) -> Batch:
+        """The batch of a step."""
         count = len(self.pool.pixels)
         per_epoch = count // self.size
         epoch, at = divmod(step, per_epoch)
@@ -246,12 +247,12 @@ class Batches:
         return Batch(images, labels, *(torch.from_numpy(a) for a in arrays))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Optimiser
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrix updates are made orthogonal (Jordan et al., 2024), for the matrices inside blocks.
+    """Momentum whose matrix updates are made orthogonal (Jordan et al., 2024), for matrices inside blocks.
 
     `pieces` gives for each parameter the rows of the matrices that it is made of.
     """
@@ -269,6 +270,8 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[0]
         by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
         for p, rows in zip(group["params"], self.pieces, strict=True):
+            if p.grad is None:  # the decoder, while the tower learns alone
+                continue
             state = self.state[p]
             if not state:
                 state["momentum"] = torch.zeros_like(p)
@@ -320,7 +323,7 @@ def make_optimisers(net: nn.Module, args: argparse.Namespace) -> list[torch.opti
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Learning
 
 
@@ -432,11 +435,7 @@ def train(args: argparse.Namespace) -> None:
             for optimiser in optimisers:
                 optimiser.zero_grad()
             loss.backward()
-            used = [p for p in learner.parameters() if p.grad is not None]
-            nn.utils.clip_grad_norm_(used, 1.0)
-            for p in learner.parameters():
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
+            nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
             for optimiser in optimisers:
                 optimiser.step()
             for key, value in now.items():

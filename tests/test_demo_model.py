@@ -36,7 +36,7 @@ def test_vision_tower_is_clip_up_to_the_last_block_but_one(folder: Path) -> None
     config = json.loads((folder / yivl.VIT_FOLDER / "config.json").read_text())
     tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**config)).eval()
     state = safetensors_torch.load_file(folder / yivl.VIT_FOLDER / "model.safetensors")
-    if not any(name.startswith("vision_model.") for name in tower.state_dict()):  # as newer releases name them
+    if not any(name.startswith("vision_model.") for name in tower.state_dict()):  # newer
         state = {name.removeprefix("vision_model."): value for name, value in state.items()}
     missing, unexpected = tower.load_state_dict(state, strict=False)
     assert not unexpected

@@ -94,8 +94,8 @@ def every_turn(scene: scenes.Scene, family: str, language: str) -> dict[str, str
          "There is a red star, a blue star, an orange moon and the word STOP."),
         ("what", "zh", "图中有什么？", "图中有一个红色的星形、一个蓝色的星形、一个橙色的月牙形和单词STOP。"),
         ("describe", "en", "Describe the picture.",
-         "There is a red star at the top left, a blue star at the top right and an orange moon in the centre. "
-         "The word STOP is written at the bottom."),
+         "There is a red star at the top left, a blue star at the top right and an orange moon in the centre."
+         " The word STOP is written at the bottom."),
         ("colour", "en", "What colour is the moon?", "The moon is orange."),
         ("shape", "zh", "蓝色的图形是什么？", "蓝色的图形是星形。"),
         ("count", "en", "How many stars are there?", "There are two stars."),
@@ -131,7 +131,7 @@ def test_nobody_is_asked_about_one_of_two_like_things() -> None:
 
 
 def test_labels_say_what_the_patches_show() -> None:
-    picture, labels = scenes.render(SCENE, 1)
+    _, labels = scenes.render(SCENE, 1)
     assert labels.shape == (64, 6)
     shapes = set(labels[:, 0]) - {0}
     assert shapes == {scenes.SHAPES.index(s) + 1 for s in ("star", "moon")}
