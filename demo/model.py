@@ -114,7 +114,7 @@ class VisionTower(nn.Module):
         cut = images.view(b, c, side, p, side, p).permute(0, 2, 4, 1, 3, 5).reshape(b, side * side, -1)
         patches = F.linear(cut, self.patch.weight.flatten(1))
         first = self.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
-        x = self.pre_ln(torch.cat([first, patches], 1) + self.position)
+        x = self.pre_ln(torch.cat([first, patches], 1) + self.position).to(patches.dtype)
         for block in self.blocks:
             x = block(x)
         return x[:, 1:]
@@ -217,7 +217,7 @@ class Decoder(nn.Module):
         if mask is None:
             mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()[None, None]
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -1e9).unsqueeze(1)
-        kept = []
+        x, kept = x.to(dtype), []
         for i, block in enumerate(self.blocks):
             x, kv = block(x, rope, mask, past[i] if past else None)
             kept.append(kv)

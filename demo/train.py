@@ -40,7 +40,8 @@ FAMILY_WEIGHTS = {
     "what": 1.0, "describe": 1.2, "colour": 1.0, "shape": 1.0, "count": 1.2, "where": 1.0, "compare": 1.4,
     "yesno": 1.2, "read": 1.6, "followup": 2.0, "absent": 1.3,
 }  # fmt: skip
-LABEL_CLASSES = (len(scenes.SHAPES) + 1, len(scenes.COLOURS) + 1, 3, 5, len(scenes.CHARACTERS) + 1, 6)
+# What a patch shows: shape, colour, size, place in reading order, character, its place, cell or row of text.
+LABEL_CLASSES = (len(scenes.SHAPES) + 1, len(scenes.COLOURS) + 1, 3, 5, len(scenes.CHARACTERS) + 1, 6, 13)
 
 # ----------------------------------------------------------------------------------------------------------
 # Tokeniser
@@ -211,7 +212,7 @@ class Batch:
     """Pictures, their labels, and conversations (letters as in model.py; -2 numbers padding)."""
 
     images: Tensor  # (B, 3, S, S)
-    labels: Tensor  # (B, N, 6)
+    labels: Tensor  # (B, N, 7)
     ids: Tensor  # (B, T)
     targets: Tensor  # (B, T), -100 where nothing is to be learnt
     places: Tensor  # (B, T)
@@ -233,7 +234,7 @@ class Batches:
         chosen = np.sort(order[at * self.size : (at + 1) * self.size])
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         images = yivl.normalise(augment(torch.from_numpy(self.pool.pixels[chosen]), generator))
-        labels = torch.from_numpy(self.pool.labels[chosen]).long()
+        labels = torch.from_numpy(np.stack([self.labels(int(i)) for i in chosen])).long()
         arrays = np.zeros((4, self.size, TEXT_TOKENS), np.int64)
         arrays[1], arrays[3] = -100, -2
         if with_text:
@@ -245,6 +246,13 @@ class Batches:
                 # A position learns the next token of its own conversation, where that is the model's.
                 arrays[1, row, : n - 1] = [t if o else -100 for t, o in zip(ids[1:], ours[1:], strict=True)]
         return Batch(images, labels, *(torch.from_numpy(a) for a in arrays))
+
+    def labels(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The drawing's labels of picture `index`, and a seventh: the cell of a thing or the row of the text."""
+        labels, scene = self.pool.labels[index], self.pool.scene(index)
+        cells = np.array([0, *(thing.cell + 1 for thing in scene.things)], np.uint8)[labels[:, 3]]
+        cells[labels[:, 4] > 0] = 10 + scene.row
+        return np.concatenate([labels, cells[:, None]], 1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -309,17 +317,22 @@ def make_optimisers(net: nn.Module, args: argparse.Namespace) -> list[torch.opti
     """Muon for the matrices of blocks and projector, AdamW for the rest."""
     sizes: yivl.Sizes = net.get_submodule("model").sizes  # type: ignore[assignment]
     rows = {ours: r for ours, (_, _, r) in yivl.published_names(sizes).items()}
-    matrices, pieces, others = [], [], []
+    matrices: list[nn.Parameter] = []
+    pieces: list[list[int]] = []
+    others: list[nn.Parameter] = []
+    embeddings: list[nn.Parameter] = []
     for name, p in net.named_parameters():
         ours = name.removeprefix("model.")
         if p.ndim == 2 and (".blocks." in name or "projector." in name):
             matrices.append(p)
             pieces.append(rows.get(ours) or [p.shape[0]])
         else:
-            others.append(p)
+            (embeddings if "embed.weight" in name else others).append(p)
     return [
         Muon(matrices, pieces, args.lr, 0.02),
         torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
+        # Few of the rows have a gradient at any step.
+        torch.optim.AdamW(embeddings, lr=3 * args.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
@@ -407,7 +420,7 @@ def train(args: argparse.Namespace) -> None:
             for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
                 optimiser.load_state_dict(state)
     log = (out / "log.txt").open("a", buffering=1)
-    base = [args.lr, args.adam_lr]
+    base = [args.lr, args.adam_lr, 3 * args.adam_lr]
 
     for phase in range(start_phase, len(phases)):
         name, total, size = phases[phase]
@@ -489,8 +502,8 @@ def main() -> None:
     parser.add_argument("--vision-batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=0.01, help="of the matrices (Muon)")
-    parser.add_argument("--adam-lr", type=float, default=0.002, help="of everything else (AdamW)")
+    parser.add_argument("--lr", type=float, default=0.02, help="of the matrices (Muon)")
+    parser.add_argument("--adam-lr", type=float, default=0.003, help="of everything else (AdamW)")
     parser.add_argument("--patch-weight", type=float, default=0.1)
     parser.add_argument(
         "--decay", type=float, default=0.4, help="share of the steps over which the rate falls"
