@@ -1,8 +1,8 @@
 """Pictures of coloured shapes and printed words, and conversations about them in English and Chinese.
 
 Everything follows from seeds. A `Scene` says what is in a picture; `render` draws it; `ask` writes a question
-of one family together with its only right answer. A picture is thought of as a 3 x 3 grid of cells, counted in
-reading order; a printed word takes a whole row of it.
+of one family together with its only right answer. A picture is thought of as a 3 x 3 grid of cells, counted
+in reading order; a printed word takes a whole row of it.
 """
 
 from __future__ import annotations

@@ -248,7 +248,7 @@ class Batches:
         return Batch(images, labels, *(torch.from_numpy(a) for a in arrays))
 
     def labels(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The drawing's labels of picture `index`, and a seventh: the cell of a thing or the row of the text."""
+        """The labels of picture `index`, and a seventh: the cell of a thing or the row of the text."""
         labels, scene = self.pool.labels[index], self.pool.scene(index)
         cells = np.array([0, *(thing.cell + 1 for thing in scene.things)], np.uint8)[labels[:, 3]]
         cells[labels[:, 4] > 0] = 10 + scene.row
