@@ -14,15 +14,12 @@ import multiprocessing
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-# Threads that spin while they wait for each other are slow where other programs share the cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import sentencepiece
@@ -218,12 +215,17 @@ class Batch:
     places: Tensor  # (B, T)
     numbers: Tensor  # (B, T)
 
+    def to(self, device: str) -> Batch:
+        """The same on a device."""
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
 
 class Batches:
     """The batch of each step, whatever came before: training can stop and go on."""
 
-    def __init__(self, pool: Pool, writer: Writer, size: int, seed: int) -> None:
+    def __init__(self, pool: Pool, writer: Writer, size: int, seed: int, rank: int, processes: int) -> None:
         self.pool, self.writer, self.size, self.seed = pool, writer, size, seed
+        self.rank, self.processes = rank, processes
 
     def __call__(self, step: int, with_text: bool) -> Batch:
         """The batch of a step."""
@@ -231,14 +233,14 @@ class Batches:
         per_epoch = count // self.size
         epoch, at = divmod(step, per_epoch)
         order = np.random.default_rng((self.seed, epoch)).permutation(count)
-        chosen = np.sort(order[at * self.size : (at + 1) * self.size])
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        chosen = np.sort(order[at * self.size : (at + 1) * self.size])[self.rank :: self.processes]
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 16 + self.rank)
         images = yivl.normalise(augment(torch.from_numpy(self.pool.pixels[chosen]), generator))
         labels = torch.from_numpy(np.stack([self.labels(int(i)) for i in chosen])).long()
-        arrays = np.zeros((4, self.size, TEXT_TOKENS), np.int64)
+        arrays = np.zeros((4, len(chosen), TEXT_TOKENS), np.int64)
         arrays[1], arrays[3] = -100, -2
         if with_text:
-            rng = random.Random(f"text/{self.seed}/{step}")
+            rng = random.Random(f"text/{self.seed}/{step}/{self.rank}")
             for row, index in enumerate(chosen):
                 ids, ours, places, numbers = self.writer.about(self.pool.scene(int(index)), rng)
                 n = len(ids)
@@ -313,29 +315,6 @@ def _orthogonal(x: Tensor) -> Tensor:
     return x.float()
 
 
-def make_optimisers(net: nn.Module, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of blocks and projector, AdamW for the rest."""
-    sizes: yivl.Sizes = net.get_submodule("model").sizes  # type: ignore[assignment]
-    rows = {ours: r for ours, (_, _, r) in yivl.published_names(sizes).items()}
-    matrices: list[nn.Parameter] = []
-    pieces: list[list[int]] = []
-    others: list[nn.Parameter] = []
-    embeddings: list[nn.Parameter] = []
-    for name, p in net.named_parameters():
-        ours = name.removeprefix("model.")
-        if p.ndim == 2 and (".blocks." in name or "projector." in name):
-            matrices.append(p)
-            pieces.append(rows.get(ours) or [p.shape[0]])
-        else:
-            (embeddings if "embed.weight" in name else others).append(p)
-    return [
-        Muon(matrices, pieces, args.lr, 0.02),
-        torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
-        # Few of the rows have a gradient at any step.
-        torch.optim.AdamW(embeddings, lr=3 * args.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Learning
 
@@ -386,10 +365,81 @@ class Learner(nn.Module):
         return F.cross_entropy(logits, targets), patch_loss, right, patch_right
 
 
+def make_optimisers(
+    learner: Learner, names: Sequence[str], args: argparse.Namespace
+) -> list[torch.optim.Optimizer]:
+    """For the named parameters: Muon for the matrices of blocks and projector, AdamW for the rest."""
+    rows = {ours: r for ours, (_, _, r) in yivl.published_names(learner.model.sizes).items()}
+    matrices: list[nn.Parameter] = []
+    pieces: list[list[int]] = []
+    others: list[nn.Parameter] = []
+    embeddings: list[nn.Parameter] = []
+    for name in names:
+        p = learner.get_parameter(name)
+        ours = name.removeprefix("model.")
+        if p.ndim == 2 and (".blocks." in name or "projector." in name):
+            matrices.append(p)
+            pieces.append(rows.get(ours) or [p.shape[0]])
+        else:
+            (embeddings if "embed.weight" in name else others).append(p)
+    return [
+        Muon(matrices, pieces, args.lr, 0.02),
+        torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
+        # Few of the rows have a gradient at any step.
+        *(
+            [torch.optim.AdamW(embeddings, lr=3 * args.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)]
+            if embeddings
+            else []
+        ),
+    ]
+
+
 def rate(step: int, total: int, decay: float) -> float:
     """Warm up over 60 steps, stay, and fall to nothing over the last `decay` share."""
     left = (total - step) / max(1, decay * total)
     return min(1.0, (step + 1) / 60, left)
+
+
+@dataclass
+class Team:
+    """Processes that learn together: weights and gradients lie in memory that all of them see.
+
+    On a busy machine two processes of one thread get more done than one process of two threads, which wait for
+    each other in every operation.
+    """
+
+    learner: Learner
+    gradients: Tensor  # (processes, parameters)
+    barrier: Any
+    size: int
+
+
+def split_parameters(learner: Learner, size: int) -> list[list[str]]:
+    """Names of the parameters that each process updates: about equal work, matrices being most of it."""
+    shares: list[list[str]] = [[] for _ in range(size)]
+    work = [0] * size
+    for name, p in sorted(learner.named_parameters(), key=lambda item: -item[1].numel()):
+        least = work.index(min(work))
+        shares[least].append(name)
+        work[least] += p.numel()
+    return shares
+
+
+def exchange(team: Team, rank: int) -> None:
+    """Replaces the gradients of this process's own parameters by their mean over all processes."""
+    mine = set(split_parameters(team.learner, team.size)[rank])
+    at = 0
+    slices = []
+    for name, p in team.learner.named_parameters():
+        if p.grad is not None:
+            team.gradients[rank, at : at + p.numel()] = p.grad.flatten()
+            if name in mine:
+                slices.append((p, at))
+        at += p.numel()
+    team.barrier.wait()
+    for p, at in slices:
+        p.grad = team.gradients[:, at : at + p.numel()].mean(0).view_as(p)
+    nn.utils.clip_grad_norm_([p for p, _ in slices], 1.0)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -397,44 +447,69 @@ def train(args: argparse.Namespace) -> None:
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    torch.set_num_threads(args.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = yivl.Sizes()
     spm = out / "tokenizer.model"
     if not spm.exists():
         spm.write_bytes(train_tokenizer(sizes.vocab, args.seed))
-    writer = Writer(spm.read_bytes())
+    make_pool(out, args.pictures, sizes.image, sizes.patches)
+    learner = Learner(sizes, Writer(spm.read_bytes()).prefix)
+    if (out / "checkpoint.pt").exists():
+        learner.load_state_dict(torch.load(out / "checkpoint.pt", weights_only=True)["learner"])
+    if torch.cuda.is_available():
+        team = Team(learner.to("cuda"), torch.zeros(1, 0), None, 1)
+        learn(0, team, args)
+    else:
+        context = torch.multiprocessing.get_context("spawn")
+        count = sum(p.numel() for p in learner.parameters())
+        gradients = torch.zeros(args.processes, count).share_memory_()
+        team = Team(learner.share_memory(), gradients, context.Barrier(args.processes), args.processes)
+        torch.multiprocessing.spawn(learn, (team, args), args.processes)
+    yivl.export_folder(learner.model, spm.read_bytes(), out / "export")
+
+
+def learn(rank: int, team: Team, args: argparse.Namespace) -> None:
+    """What each process does."""
+    out: Path = args.out
+    learner, device = team.learner, "cuda" if torch.cuda.is_available() else "cpu"
+    if team.size > 1:
+        torch.set_num_threads(1)
+    torch._inductor.config.compile_threads = 1
+    sizes = learner.model.sizes
+    writer = Writer((out / "tokenizer.model").read_bytes())
     pool = make_pool(out, args.pictures, sizes.image, sizes.patches)
-    learner = Learner(sizes, writer.prefix).to(device)
-    phases = [("vision", args.vision_steps, args.vision_batch), ("all", args.steps, args.batch)]
-    start_phase, start_step, elapsed = 0, 0, 0.0
     for block in [*learner.model.vision.blocks, *learner.model.decoder.blocks]:
         block.compile()  # four times as fast on a CPU: most operations are small and bound by memory
-    optimisers = make_optimisers(learner, args)
-    checkpoint = out / "checkpoint.pt"
+    mine = split_parameters(learner, team.size)[rank]
+    optimisers = make_optimisers(learner, mine, args)
+    checkpoint, state_file = out / "checkpoint.pt", out / f"optimiser-{rank}.pt"
+    start_phase, start_step, elapsed = 0, 0, 0.0
     if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        learner.load_state_dict(saved["learner"])
+        saved = torch.load(checkpoint, weights_only=True)
         start_phase, start_step, elapsed = saved["phase"], saved["step"], saved["elapsed"]
-        if "optimisers" in saved:
-            for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
+        states = torch.load(state_file, weights_only=True) if state_file.exists() else {}
+        if states.get("at") == (start_phase, start_step, team.size):
+            for optimiser, state in zip(optimisers, states["optimisers"], strict=True):
                 optimiser.load_state_dict(state)
     log = (out / "log.txt").open("a", buffering=1)
     base = [args.lr, args.adam_lr, 3 * args.adam_lr]
+    phases = [("vision", args.vision_steps, args.vision_batch), ("all", args.steps, args.batch)]
 
     for phase in range(start_phase, len(phases)):
         name, total, size = phases[phase]
         if phase != start_phase:
-            start_step = 0
-            optimisers = make_optimisers(learner, args)
-        batches = Batches(pool, writer, size, args.seed + phase)
+            start_step, elapsed = 0, 0.0
+            optimisers = make_optimisers(learner, mine, args)
+        batches = Batches(pool, writer, size, args.seed + phase, rank, team.size)
         sums: dict[str, float] = {}
-        began, last_save = time.monotonic() - elapsed, time.monotonic()
-        bar = tqdm(range(start_step, total), desc=name, initial=start_step, total=total, mininterval=10)
+        began, last_save = time.monotonic() - elapsed, start_step
+        steps = range(start_step, total)
+        bar = tqdm(steps, name, initial=start_step, total=total, mininterval=10, disable=rank > 0)
         for step, batch in zip(bar, _ahead(batches, start_step, total, name == "all"), strict=True):
-            for lr, optimiser in zip(base, optimisers, strict=True):
+            batch = batch.to(device)
+            for lr, optimiser in zip(base, optimisers, strict=False):
                 for group in optimiser.param_groups:
                     group["lr"] = lr * rate(step, total, args.decay)
+            learner.zero_grad()
             with torch.autocast(device, torch.bfloat16):
                 if name == "vision":
                     patch_loss, patch_right = learner.patch_loss(
@@ -445,35 +520,34 @@ def train(args: argparse.Namespace) -> None:
                     text_loss, patch_loss, right, patch_right = learner(batch)
                     loss = text_loss + args.patch_weight * patch_loss
                     now = {"text": text_loss, "patch": patch_loss, "right": right, "patch_right": patch_right}
-            for optimiser in optimisers:
-                optimiser.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+            if team.size > 1:
+                exchange(team, rank)
+            else:
+                nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
             for optimiser in optimisers:
                 optimiser.step()
+            if team.size > 1:
+                team.barrier.wait()
             for key, value in now.items():
                 sums[key] = sums.get(key, 0.0) + float(value.detach())
-            if (step + 1) % args.log_every == 0:
+            if (step + 1) % args.log_every == 0 and rank == 0:
                 line = " ".join(f"{k} {v / args.log_every:.4f}" for k, v in sums.items())
                 log.write(f"{name} {step + 1}/{total} {time.monotonic() - began:.0f}s {line}\n")
                 sums = {}
-            if time.monotonic() - last_save > args.save_every or step + 1 == total:
-                finished = step + 1 == total
-                _save(checkpoint, learner, optimisers, phase + finished, 0 if finished else step + 1, began)
-                last_save = time.monotonic()
-        elapsed = time.monotonic() - began
-    yivl.export_folder(learner.model, spm.read_bytes(), out / "export")
+            finished = step + 1 == total
+            if step + 1 - last_save == args.save_every or finished:
+                at = (phase + finished, 0 if finished else step + 1, team.size)
+                last_save = step + 1
+                _save(state_file, {"at": at, "optimisers": [o.state_dict() for o in optimisers]})
+                if rank == 0:
+                    state = {"learner": learner.state_dict(), "phase": at[0], "step": at[1]}
+                    _save(checkpoint, state | {"elapsed": time.monotonic() - began})
+                if team.size > 1:
+                    team.barrier.wait()
 
 
-def _save(path: Path, learner: Learner, optimisers: list[Any], phase: int, step: int, began: float) -> None:
-    state = {
-        "learner": learner.state_dict(),
-        "phase": phase,
-        "step": step,
-        "elapsed": time.monotonic() - began,
-    }
-    if step:
-        state["optimisers"] = [o.state_dict() for o in optimisers]
+def _save(path: Path, state: dict[str, Any]) -> None:
     torch.save(state, path.with_suffix(".new"))
     path.with_suffix(".new").replace(path)
 
@@ -496,7 +570,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints, log and export")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="on a CPU")
     parser.add_argument("--pictures", type=int, default=60_000)
     parser.add_argument("--vision-steps", type=int, default=2500)
     parser.add_argument("--vision-batch", type=int, default=64)
@@ -509,7 +583,7 @@ def main() -> None:
         "--decay", type=float, default=0.4, help="share of the steps over which the rate falls"
     )
     parser.add_argument("--log-every", type=int, default=20)
-    parser.add_argument("--save-every", type=float, default=120, help="seconds between checkpoints")
+    parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
     train(parser.parse_args())
 
 
