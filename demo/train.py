@@ -404,8 +404,8 @@ def rate(step: int, total: int, decay: float) -> float:
 class Team:
     """Processes that learn together: weights and gradients lie in memory that all of them see.
 
-    On a busy machine two processes of one thread get more done than one process of two threads, which wait for
-    each other in every operation.
+    On a busy machine two processes of one thread get more done than one process of two threads, which wait
+    for each other in every operation.
     """
 
     learner: Learner
