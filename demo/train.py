@@ -13,6 +13,8 @@ import json
 import multiprocessing
 import os
 import random
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -267,10 +269,8 @@ class Muon(torch.optim.Optimizer):
     `pieces` gives for each parameter the rows of the matrices that it is made of.
     """
 
-    def __init__(
-        self, matrices: list[nn.Parameter], pieces: list[list[int]], lr: float, weight_decay: float
-    ) -> None:
-        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
+    def __init__(self, matrices: list[nn.Parameter], pieces: list[list[int]], weight_decay: float) -> None:
+        super().__init__(matrices, {"lr": 0.0, "share": 1.0, "weight_decay": weight_decay})
         self.pieces = pieces
 
     @torch.no_grad()
@@ -365,10 +365,11 @@ class Learner(nn.Module):
         return F.cross_entropy(logits, targets), patch_loss, right, patch_right
 
 
-def make_optimisers(
-    learner: Learner, names: Sequence[str], args: argparse.Namespace
-) -> list[torch.optim.Optimizer]:
-    """For the named parameters: Muon for the matrices of blocks and projector, AdamW for the rest."""
+def make_optimisers(learner: Learner, names: Sequence[str]) -> list[torch.optim.Optimizer]:
+    """For the named parameters: Muon for the matrices of blocks and projector, AdamW for the rest.
+
+    `share` is what a group takes of the rate of its step.
+    """
     rows = {ours: r for ours, (_, _, r) in yivl.published_names(learner.model.sizes).items()}
     matrices: list[nn.Parameter] = []
     pieces: list[list[int]] = []
@@ -382,15 +383,14 @@ def make_optimisers(
             pieces.append(rows.get(ours) or [p.shape[0]])
         else:
             (embeddings if "embed.weight" in name else others).append(p)
+    adam = [
+        {"params": others, "share": 0.2},
+        # Few of the rows of the embedding have a gradient at any step.
+        {"params": embeddings, "share": 0.6},
+    ]
     return [
-        Muon(matrices, pieces, args.lr, 0.02),
-        torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
-        # Few of the rows have a gradient at any step.
-        *(
-            [torch.optim.AdamW(embeddings, lr=3 * args.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)]
-            if embeddings
-            else []
-        ),
+        Muon(matrices, pieces, weight_decay=0.02),
+        torch.optim.AdamW([g for g in adam if g["params"]], betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
@@ -463,7 +463,8 @@ def train(args: argparse.Namespace) -> None:
         count = sum(p.numel() for p in learner.parameters())
         gradients = torch.zeros(args.processes, count).share_memory_()
         team = Team(learner.share_memory(), gradients, context.Barrier(args.processes), args.processes)
-        torch.multiprocessing.spawn(learn, (team, args), args.processes)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and with it the processes
+        torch.multiprocessing.spawn(learn, (team, args), args.processes, daemon=True)
     yivl.export_folder(learner.model, spm.read_bytes(), out / "export")
 
 
@@ -480,7 +481,7 @@ def learn(rank: int, team: Team, args: argparse.Namespace) -> None:
     for block in [*learner.model.vision.blocks, *learner.model.decoder.blocks]:
         block.compile()  # four times as fast on a CPU: most operations are small and bound by memory
     mine = split_parameters(learner, team.size)[rank]
-    optimisers = make_optimisers(learner, mine, args)
+    optimisers = make_optimisers(learner, mine)
     checkpoint, state_file = out / "checkpoint.pt", out / f"optimiser-{rank}.pt"
     start_phase, start_step, elapsed = 0, 0, 0.0
     if checkpoint.exists():
@@ -491,14 +492,16 @@ def learn(rank: int, team: Team, args: argparse.Namespace) -> None:
             for optimiser, state in zip(optimisers, states["optimisers"], strict=True):
                 optimiser.load_state_dict(state)
     log = (out / "log.txt").open("a", buffering=1)
-    base = [args.lr, args.adam_lr, 3 * args.adam_lr]
-    phases = [("vision", args.vision_steps, args.vision_batch), ("all", args.steps, args.batch)]
+    phases = [
+        ("vision", args.vision_steps, args.vision_batch, args.vision_lr),
+        ("all", args.steps, args.batch, args.lr),
+    ]
 
     for phase in range(start_phase, len(phases)):
-        name, total, size = phases[phase]
+        name, total, size, lr = phases[phase]
         if phase != start_phase:
             start_step, elapsed = 0, 0.0
-            optimisers = make_optimisers(learner, mine, args)
+            optimisers = make_optimisers(learner, mine)
         batches = Batches(pool, writer, size, args.seed + phase, rank, team.size)
         sums: dict[str, float] = {}
         began, last_save = time.monotonic() - elapsed, start_step
@@ -506,9 +509,9 @@ def learn(rank: int, team: Team, args: argparse.Namespace) -> None:
         bar = tqdm(steps, name, initial=start_step, total=total, mininterval=10, disable=rank > 0)
         for step, batch in zip(bar, _ahead(batches, start_step, total, name == "all"), strict=True):
             batch = batch.to(device)
-            for lr, optimiser in zip(base, optimisers, strict=False):
+            for optimiser in optimisers:
                 for group in optimiser.param_groups:
-                    group["lr"] = lr * rate(step, total, args.decay)
+                    group["lr"] = lr * group["share"] * rate(step, total, args.decay)
             learner.zero_grad()
             with torch.autocast(device, torch.bfloat16):
                 if name == "vision":
@@ -576,9 +579,9 @@ def main() -> None:
     parser.add_argument("--vision-batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=0.02, help="of the matrices (Muon)")
-    parser.add_argument("--adam-lr", type=float, default=0.003, help="of everything else (AdamW)")
-    parser.add_argument("--patch-weight", type=float, default=0.1)
+    parser.add_argument("--vision-lr", type=float, default=0.02, help="while the tower learns alone")
+    parser.add_argument("--lr", type=float, default=0.008)
+    parser.add_argument("--patch-weight", type=float, default=0.3)
     parser.add_argument(
         "--decay", type=float, default=0.4, help="share of the steps over which the rate falls"
     )
