@@ -154,6 +154,7 @@ class DecoderBlock(nn.Module):
     def __init__(self, s: Sizes) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head = s.heads, s.kv_heads, s.width // s.heads
+        self.watched = False  # whether training wants to see where attention goes
         self.norm1, self.norm2 = RMSNorm(s.width), RMSNorm(s.width)
         self.qkv = nn.Linear(s.width, (s.heads + 2 * s.kv_heads) * self.head, bias=False)
         self.out = nn.Linear(s.width, s.width, bias=False)
@@ -162,8 +163,11 @@ class DecoderBlock(nn.Module):
 
     def forward(
         self, x: Tensor, rope: KeyValue, mask: Tensor, past: KeyValue | None
-    ) -> tuple[Tensor, KeyValue]:
-        """(B, T, D) and mask (B, 1, 1, T, S), added to the scores -> (B, T, D), its keys and values."""
+    ) -> tuple[Tensor, KeyValue, Tensor | None]:
+        """(B, T, D) and mask (B, 1, 1, T, S), added to the scores -> (B, T, D), its keys and values.
+
+        A watched block also gives its attention, (B, H, T, S).
+        """
         b, t, d = x.shape
         heads = self.qkv(self.norm1(x)).view(b, t, -1, self.head).transpose(1, 2)
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
@@ -178,7 +182,8 @@ class DecoderBlock(nn.Module):
         mixed = torch.bmm(weights, v.flatten(0, 1)).view(b, self.heads, t, self.head)
         x = x + self.out(mixed.transpose(1, 2).reshape(b, t, d))
         gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up), (k, v)
+        seen = weights.view(b, self.heads, t, -1) if self.watched else None
+        return x + self.down(F.silu(gate) * up), (k, v), seen
 
 
 def _rotate(x: Tensor, rope: KeyValue) -> Tensor:
@@ -207,8 +212,12 @@ class Decoder(nn.Module):
         positions: Tensor,
         mask: Tensor | None = None,
         past: Sequence[KeyValue] | None = None,
+        seen: list[Tensor] | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """(B, T, D), positions (B, T), mask (B, 1, T, S) true where seen -> (B, T, D), each block's KV."""
+        """(B, T, D), positions (B, T), mask (B, 1, T, S) true where seen -> (B, T, D), each block's KV.
+
+        `seen` receives the attention of watched blocks.
+        """
         angles = positions.unsqueeze(1).unsqueeze(-1).float() * self.frequencies
         dtype = (
             torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
@@ -219,8 +228,10 @@ class Decoder(nn.Module):
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -1e9).unsqueeze(1)
         x, kept = x.to(dtype), []
         for i, block in enumerate(self.blocks):
-            x, kv = block(x, rope, mask, past[i] if past else None)
+            x, kv, weights = block(x, rope, mask, past[i] if past else None)
             kept.append(kv)
+            if seen is not None and weights is not None:
+                seen.append(weights)
         return self.norm(x), kept
 
 

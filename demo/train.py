@@ -13,10 +13,11 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -35,6 +36,7 @@ from demo import scenes
 
 FIRST_SEED = 1_000_000  # of the pictures of training; evaluation uses seeds below
 TEXT_TOKENS = 192  # of conversations about one picture
+WATCHED = (1, 2)  # blocks of the decoder with heads that are told where to look
 FAMILY_WEIGHTS = {
     "what": 1.0, "describe": 1.2, "colour": 1.0, "shape": 1.0, "count": 1.2, "where": 1.0, "compare": 1.4,
     "yesno": 1.2, "read": 1.6, "followup": 2.0, "absent": 1.3,
@@ -155,6 +157,30 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
 # Conversations
 
 
+def _words(words: Iterable[str]) -> str:
+    return "|".join(sorted(words, key=len, reverse=True))
+
+
+# A thing by colour, shape or both; a place, which is not what follows "的" (the left of something).
+THING = re.compile(
+    rf"\b(?:({_words(scenes.COLOURS)}) )?({_words(scenes.SHAPES)})(?:e?s)?\b|\b({_words(scenes.COLOURS)})\b"
+    rf"|(?:({_words(scenes.COLOUR_ZH.values())})的)?({_words(scenes.SHAPE_ZH.values())})"
+    rf"|({_words(scenes.COLOUR_ZH.values())})"
+)
+PLACE = re.compile(
+    rf"({_words([*scenes.PLACE_EN, 'in the middle'])})|(?<![的左右])({_words(scenes.PLACE_ZH)})"
+)
+COLOUR_NUMBER = {
+    w: i + 1 for words in (scenes.COLOURS, scenes.COLOUR_ZH.values()) for i, w in enumerate(words)
+}
+SHAPE_NUMBER = {w: i + 1 for words in (scenes.SHAPES, scenes.SHAPE_ZH.values()) for i, w in enumerate(words)}
+PLACE_NUMBER = {w: i + 1 for words in (scenes.PLACE_EN, scenes.PLACE_ZH) for i, w in enumerate(words)}
+PLACE_NUMBER["in the middle"] = 5
+Words = tuple[
+    int, int, int, int
+]  # what a token speaks of: shape, colour, place; the character that comes next
+
+
 class Writer:
     """Turns conversations about a picture into token ids, in the form that inference sees."""
 
@@ -163,47 +189,72 @@ class Writer:
         self.prefix: list[int] = self.processor.encode(yivl.PREFIX)
         self.encode = lru_cache(maxsize=200_000)(self._encode)
 
-    def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self.processor.encode(text))
+    def _encode(self, text: str, printed: str = "") -> tuple[tuple[int, ...], tuple[Words, ...]]:
+        """Ids and what each speaks of; `printed` is the text in the picture."""
+        ids = self.processor.encode(text)
+        owner: list[int] = []  # of each character: its token
+        for i, token in enumerate(ids):
+            owner += [i] * (1 if self.processor.is_byte(token) else len(self.processor.id_to_piece(token)))
+        assert len(owner) == len(text), text
+        words = np.zeros((len(ids), 4), np.int64)
+        for match in THING.finditer(text):
+            colour, shape, colour_alone, zh_colour, zh_shape, zh_colour_alone = match.groups()
+            words[owner[match.end() - 1], :2] = (
+                SHAPE_NUMBER.get(shape or zh_shape, 0),
+                COLOUR_NUMBER.get(colour or colour_alone or zh_colour or zh_colour_alone, 0),
+            )
+        for match in PLACE.finditer(text):
+            words[owner[match.end() - 1], 2] = PLACE_NUMBER[match[0]]
+        at = text.rfind(printed) if printed else -1
+        if at > 0:
+            for i in range(len(printed)):
+                words[owner[at + i] - 1, 3] = i + 1
+        return tuple(ids), tuple(tuple(row) for row in words.tolist())
 
-    def conversation(self, turns: list[scenes.Turn], rng: random.Random) -> tuple[list[int], list[bool]]:
-        """Ids after the picture, and which of them the model should have written."""
+    def conversation(
+        self, turns: list[scenes.Turn], rng: random.Random, printed: str = ""
+    ) -> tuple[list[int], list[bool], list[Words]]:
+        """Ids after the picture, which of them the model should have written, and what they speak of."""
         ids: list[int] = []
         ours: list[bool] = []
+        words: list[Words] = []
         lead = "\n"
         for question, answer in turns:
             if rng.random() < 0.08:  # people write sloppily
                 question = (
                     question.rstrip("?？.。") if rng.random() < 0.5 else question[0].lower() + question[1:]
                 )
-            asked = self.encode(f"{lead}{question}\n{yivl.STOP} Assistant:")
-            written = self.encode(f" {answer}\n{yivl.STOP}")
+            asked, asked_words = self.encode(f"{lead}{question}\n{yivl.STOP} Assistant:")
+            written, written_words = self.encode(f" {answer}\n{yivl.STOP}", printed)
             ids += asked + written
+            words += asked_words + written_words
             ours += [False] * len(asked) + [True] * len(written)
             lead = " Human: "
-        return ids, ours
+        return ids, ours, words
 
     def about(
         self, scene: scenes.Scene, rng: random.Random
-    ) -> tuple[list[int], list[bool], list[int], list[int]]:
-        """As many conversations as fit: ids, whether ours, places in the conversation, its number."""
+    ) -> tuple[list[int], list[bool], list[int], list[int], list[Words]]:
+        """As many conversations as fit: ids, whether ours, places in the conversation, its number, words."""
         ids: list[int] = []
         ours: list[bool] = []
         places: list[int] = []
         numbers: list[int] = []
+        words: list[Words] = []
         families, weights = list(FAMILY_WEIGHTS), list(FAMILY_WEIGHTS.values())
         for number in range(16):
             turns = None
             while turns is None:
                 family = rng.choices(families, weights)[0]
                 turns = scenes.ask(scene, family, rng.choice(scenes.LANGUAGES), rng.getrandbits(40))
-            new, mine = self.conversation(turns, rng)
+            new, mine, spoken = self.conversation(turns, rng, scene.text or "")
             if len(ids) + len(new) <= TEXT_TOKENS:
                 ids += new
                 ours += mine
                 places += range(len(new))
                 numbers += [number] * len(new)
-        return ids, ours, places, numbers
+                words += spoken
+        return ids, ours, places, numbers, words
 
 
 @dataclass
@@ -216,6 +267,7 @@ class Batch:
     targets: Tensor  # (B, T), -100 where nothing is to be learnt
     places: Tensor  # (B, T)
     numbers: Tensor  # (B, T)
+    words: Tensor  # (B, T, 4)
 
     def to(self, device: str) -> Batch:
         """The same on a device."""
@@ -241,15 +293,17 @@ class Batches:
         labels = torch.from_numpy(np.stack([self.labels(int(i)) for i in chosen])).long()
         arrays = np.zeros((4, len(chosen), TEXT_TOKENS), np.int64)
         arrays[1], arrays[3] = -100, -2
+        words = np.zeros((len(chosen), TEXT_TOKENS, 4), np.int64)
         if with_text:
             rng = random.Random(f"text/{self.seed}/{step}/{self.rank}")
             for row, index in enumerate(chosen):
-                ids, ours, places, numbers = self.writer.about(self.pool.scene(int(index)), rng)
+                ids, ours, places, numbers, spoken = self.writer.about(self.pool.scene(int(index)), rng)
                 n = len(ids)
+                words[row, :n] = spoken
                 arrays[0, row, :n], arrays[2, row, :n], arrays[3, row, :n] = ids, places, numbers
                 # A position learns the next token of its own conversation, where that is the model's.
                 arrays[1, row, : n - 1] = [t if o else -100 for t, o in zip(ids[1:], ours[1:], strict=True)]
-        return Batch(images, labels, *(torch.from_numpy(a) for a in arrays))
+        return Batch(images, labels, *(torch.from_numpy(a) for a in (*arrays, words)))
 
     def labels(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The labels of picture `index`, and a seventh: the cell of a thing or the row of the text."""
@@ -325,6 +379,8 @@ class Learner(nn.Module):
     def __init__(self, sizes: yivl.Sizes, prefix: list[int]) -> None:
         super().__init__()
         self.model = yivl.YiVL(sizes)
+        for i in WATCHED:
+            self.model.decoder.blocks[i].watched = True
         self.look = nn.Sequential(
             nn.LayerNorm(sizes.vit_width), nn.Linear(sizes.vit_width, sum(LABEL_CLASSES))
         )
@@ -338,8 +394,36 @@ class Learner(nn.Module):
         right = torch.stack([g.argmax(-1) == labels[..., i] for i, g in enumerate(logits)]).all(0)
         return torch.stack(losses).sum(), right.float().mean()
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Text loss, patch loss, share of right tokens, share of right patches."""
+    def attention_loss(self, seen: list[Tensor], batch: Batch) -> Tensor:
+        """How far words are from looking at the patches that show what they speak of.
+
+        One head of the first watched block looks from a thing's name at the thing, one from a place's name at
+        what is there, one of the second block from before a printed character at that character. Where the
+        picture has nothing of the kind they look at the first token. Left alone, such heads take long to appear.
+        """
+        s, p = self.model.sizes, self.prefix.shape[1]
+        shape, colour, place, character = (w.unsqueeze(2) for w in batch.words.unbind(-1))  # (B, T, 1)
+        shapes, colours, _, _, _, characters, cells = (
+            g.unsqueeze(1) for g in batch.labels.unbind(-1)
+        )  # (B, 1, N)
+        thing = ((shape == 0) | (shapes == shape)) & ((colour == 0) | (colours == colour))
+        row = torch.where((place == 2) | (place == 5) | (place == 8), 10 + place // 3, -1)  # text fills a row
+        total, count = torch.zeros((), device=shape.device), 0
+        for weights, speaks, shown in (
+            (seen[0][:, 0], (shape + colour) > 0, thing),
+            (seen[0][:, 1], place > 0, (cells == place) | (cells == row)),
+            (seen[1][:, 0], character > 0, characters == character),
+        ):
+            b, t = speaks[..., 0].nonzero(as_tuple=True)
+            looks = weights[b, s.patches + t].float()  # (M, S)
+            target = shown[b, t]
+            there = (looks[:, p : p + s.patches] * target).sum(-1)
+            right = torch.where(target.any(-1), there, looks[:, 0])
+            total, count = total - (right + 1e-3).log().sum(), count + len(b)
+        return total / max(count, 1)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Text loss, patch loss, attention loss, share of right tokens, share of right patches."""
         s = self.model.sizes
         features = self.model.vision(batch.images)
         patch_loss, patch_right = self.patch_loss(features, batch.labels)
@@ -357,12 +441,14 @@ class Learner(nn.Module):
         seen = (numbers[:, None, :] == numbers[:, :, None]) | (numbers == -1)[:, None, :]
         seen &= torch.ones(t, t, dtype=torch.bool, device=x.device).tril()
         mask = torch.cat([seen.new_ones(b, t, p), seen], 2).unsqueeze(1)
-        hidden, _ = decoder(x, places, mask, past)
+        seen_by: list[Tensor] = []
+        hidden, _ = decoder(x, places, mask, past, seen_by)
         wanted = batch.targets >= 0
         logits = decoder.head(hidden[:, s.patches :][wanted]).float()
         targets = batch.targets[wanted]
         right = (logits.argmax(-1) == targets).float().mean()
-        return F.cross_entropy(logits, targets), patch_loss, right, patch_right
+        attention_loss = self.attention_loss(seen_by, batch)
+        return F.cross_entropy(logits, targets), patch_loss, attention_loss, right, patch_right
 
 
 def make_optimisers(learner: Learner, names: Sequence[str]) -> list[torch.optim.Optimizer]:
@@ -520,9 +606,10 @@ def learn(rank: int, team: Team, args: argparse.Namespace) -> None:
                     )
                     loss, now = patch_loss, {"patch": patch_loss, "patch_right": patch_right}
                 else:
-                    text_loss, patch_loss, right, patch_right = learner(batch)
-                    loss = text_loss + args.patch_weight * patch_loss
-                    now = {"text": text_loss, "patch": patch_loss, "right": right, "patch_right": patch_right}
+                    text_loss, patch_loss, look_loss, right, patch_right = learner(batch)
+                    loss = text_loss + args.patch_weight * patch_loss + args.look_weight * look_loss
+                    now = {"text": text_loss, "patch": patch_loss, "look": look_loss}
+                    now |= {"right": right, "patch_right": patch_right}
             loss.backward()
             if team.size > 1:
                 exchange(team, rank)
@@ -582,6 +669,7 @@ def main() -> None:
     parser.add_argument("--vision-lr", type=float, default=0.02, help="while the tower learns alone")
     parser.add_argument("--lr", type=float, default=0.008)
     parser.add_argument("--patch-weight", type=float, default=0.3)
+    parser.add_argument("--look-weight", type=float, default=0.2)
     parser.add_argument(
         "--decay", type=float, default=0.4, help="share of the steps over which the rate falls"
     )
