@@ -399,7 +399,7 @@ class Learner(nn.Module):
 
         One head of the first watched block looks from a thing's name at the thing, one from a place's name at
         what is there, one of the second block from before a printed character at that character. Where the
-        picture has nothing of the kind they look at the first token. Left alone, such heads take long to appear.
+        picture has nothing of the kind they look at the first token. Left alone, they take long to learn it.
         """
         s, p = self.model.sizes, self.prefix.shape[1]
         shape, colour, place, character = (w.unsqueeze(2) for w in batch.words.unbind(-1))  # (B, T, 1)
