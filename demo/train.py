@@ -388,11 +388,19 @@ class Learner(nn.Module):
         self.register_buffer("prefix", torch.tensor([prefix]), persistent=False)
 
     def patch_loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean loss of saying what patches show, and the share of patches with everything right."""
+        """Loss of saying what patches show, and the share right in all of those that show something.
+
+        Patches that show something count as much as all the others, which are many more.
+        """
         logits = self.look(features).float().split(LABEL_CLASSES, -1)
-        losses = [F.cross_entropy(g.flatten(0, 1), labels[..., i].flatten()) for i, g in enumerate(logits)]
+        total = torch.zeros((), device=labels.device)
+        for i, g in enumerate(logits):
+            loss = F.cross_entropy(g.mT, labels[..., i], reduction="none")
+            shows = (labels[..., i] > 0).float()
+            for part in (shows, 1 - shows):
+                total = total + 0.5 * (loss * part).sum() / part.sum().clamp(min=1)
         right = torch.stack([g.argmax(-1) == labels[..., i] for i, g in enumerate(logits)]).all(0)
-        return torch.stack(losses).sum(), right.float().mean()
+        return total, right[labels.any(-1)].float().mean()
 
     def attention_loss(self, seen: list[Tensor], batch: Batch) -> Tensor:
         """How far words are from looking at the patches that show what they speak of.
