@@ -133,6 +133,7 @@ MappedFile::MappedFile(const std::string& path) : path_(path) {
         }
     };
     // Without O_NONBLOCK a named pipe would wait for a writer.
+    if (path.find('\0') != std::string::npos) fail_file(path, "expected a path, found one with a null character");
     const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
     if (file.fd < 0) fail_file(path, "cannot open: " + system_message(errno));
     struct stat status{};

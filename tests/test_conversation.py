@@ -399,18 +399,37 @@ def test_closing_a_stream_leaves_the_model_usable(model, golden_image):
 
 def test_a_stream_closed_by_another_thread_ends_soon(model, golden_image):
     stream = ask(model, golden_image, FIRST, stream=True, max_tokens=600)
-    closed_at = []
-
-    def close():
-        closed_at.append(time.perf_counter())
-        stream.close()
-
-    timer = threading.Timer(0.05, close)
+    timer = threading.Timer(0.05, stream.close)
     timer.start()
     for _ in stream:
         pass
     timer.join()
     assert stream.result.finish_reason == "cancelled"
+
+
+def test_a_cancel_during_a_prefill_of_a_second_ends_it_within_100_ms(golden_f32):
+    model = Model(golden_f32)
+    waits = []
+    for i in range(3):  # another process may take the processor for longer
+        begun = threading.Event()
+        question = f"{i} " + "sky and sea " * 400
+        stream = ask(model, None, question, stream=True, on_progress=lambda *_, begun=begun: begun.set())
+        cancelled_at = []
+
+        def cancel(begun=begun, stream=stream, cancelled_at=cancelled_at):
+            begun.wait()
+            time.sleep(0.02)
+            cancelled_at.append(time.perf_counter())
+            stream.cancel()
+
+        canceller = threading.Thread(target=cancel)
+        canceller.start()
+        assert list(stream) == []
+        waits.append(time.perf_counter() - cancelled_at[0])
+        canceller.join()
+        assert stream.result.finish_reason == "cancelled"
+        assert stream.result.usage.completion_tokens == 0
+    assert min(waits) < 0.1
 
 
 @pytest.mark.parametrize("stage", ["image", "prefill", "decode"])

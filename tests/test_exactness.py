@@ -12,6 +12,7 @@ from weight_types import ALL_TYPES, retype
 from yivl_edge import Model, _core
 from yivl_edge.convert import convert
 
+GOLDEN = Path(__file__).parent / "data/golden"
 QUESTION = "What is this? 这是什么？"
 
 
@@ -44,6 +45,17 @@ def test_every_weight_type_computes_what_its_dequantised_weights_do(wide_f32, tm
     model = Model(path)
     expected = Twin(path).logits(model.prompt_ids(QUESTION), model.preprocess(golden_image))
     # Both compute in float32 with the same weights; 1e-3 leaves room for other summation orders only.
+    assert relative_l2(model.logits(golden_image, QUESTION), expected) <= 1e-3
+
+
+@pytest.mark.parametrize("type_name", ["f16", "bf16", "q8_0", "q4_0"])
+def test_a_pair_of_every_written_type_computes_what_its_dequantised_weights_do(
+    tmp_path, golden_image, type_name
+):
+    text, mmproj = tmp_path / "pair.gguf", tmp_path / "pair-mmproj.gguf"
+    convert(GOLDEN / "checkpoint", text, type=type_name, layout="pair")
+    model = Model(text, mmproj=mmproj)
+    expected = Twin(text, mmproj).logits(model.prompt_ids(QUESTION), model.preprocess(golden_image))
     assert relative_l2(model.logits(golden_image, QUESTION), expected) <= 1e-3
 
 

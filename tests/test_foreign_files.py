@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,15 @@ def test_a_text_model_given_as_mmproj_and_the_reverse_are_named(golden_pair):
 
 def test_a_path_is_taken_as_str_or_path(golden_f32: Path):
     assert Model(str(golden_f32)).config.decoder.n_layers == Model(golden_f32).config.decoder.n_layers == 3
+
+
+def test_a_path_that_is_no_utf8_opens_and_one_with_a_null_character_is_named(
+    golden_f32: Path, tmp_path: Path
+):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/m\xff.gguf")
+    with pytest.raises(ValueError, match=r"/m\\xff\.gguf: cannot open"):
+        Model(path)
+    os.symlink(golden_f32, path)
+    assert Model(path).config.decoder.n_layers == 3
+    with pytest.raises(ValueError, match="found one with a null character"):
+        Model(f"{golden_f32}\0")

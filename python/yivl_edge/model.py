@@ -250,8 +250,8 @@ class Model:
         n_threads = 0 if n_threads is None else _integer("n_threads", n_threads, 1, 1024)
         self._n_ctx = 0 if n_ctx is None else _integer("n_ctx", n_ctx, 1, 2**63 - 1)
         self._model = _core.Model.open(
-            os.fspath(path),
-            "" if mmproj is None else os.fspath(mmproj),
+            os.fsencode(path),
+            b"" if mmproj is None else os.fsencode(mmproj),
             n_threads,
             _core.Control(on_progress),
         )
