@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kMaxWidth = 1 << 20;
 constexpr int64_t kMaxLayers = 4096;
 constexpr int64_t kMaxContext = 1 << 24;
-constexpr int64_t kFormatVersion = 1;  // the newest that is read right
+constexpr int64_t kFormatVersion = 1;
 
 constexpr const char* kDefaultSystem =
     "This is a chat between an inquisitive human and an AI assistant. Assume the role of the AI assistant. Read all "
@@ -182,7 +182,10 @@ PromptConfig read_prompt(const GgufFile& file) {
 
 Config read_config(const GgufFile& text, const GgufFile* vision) {
     Config c;
-    if (text.has("yivl.format_version")) integer_in(text, "yivl.format_version", 1, kFormatVersion);
+    if (text.has("yivl.format_version") && text.integer("yivl.format_version") != kFormatVersion) {
+        text.fail("yivl.format_version: expected " + std::to_string(kFormatVersion) + ", found " +
+                  std::to_string(text.integer("yivl.format_version")) + "; a newer yivl-edge may read this file");
+    }
     if (text.has("general.name")) c.name = text.string("general.name");
     c.decoder = read_decoder(text);
     c.prompt = read_prompt(text);

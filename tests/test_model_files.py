@@ -292,6 +292,10 @@ def test_missing_or_mistyped_key_is_named(tmp_path: Path, name: str) -> None:
         ),
         ({"clip.projector_type": ("string", "ldp")}, "clip.projector_type: expected 'mlp', found 'ldp'"),
         (
+            {"yivl.format_version": ("uint32", 2)},
+            "yivl.format_version: expected 1, found 2; a newer yivl-edge may read this file",
+        ),
+        (
             {"yivl.vision.blocks_run": ("uint32", 3)},
             "yivl.vision.blocks_run: expected an integer from 1 to 2, found 3",
         ),
