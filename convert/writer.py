@@ -109,6 +109,8 @@ def _pad(file: Any) -> None:
 
 def _check_free_space(plans: Sequence[GgufPlan]) -> None:
     folder = plans[0].path.resolve().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"No such file or directory: {folder}, the output's folder")
     needed, free = sum(plan.data_bytes for plan in plans), shutil.disk_usage(folder).free
     if needed > free:
         reason = f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The sdist builds the wheel, the wheel needs numpy and pillow only, and its import is light.
+# The sdist holds the checkout and nothing else and builds the wheel; the wheel needs numpy and pillow only, and its import
+# is light.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
@@ -7,6 +8,9 @@ trap 'rm -rf "$work"' EXIT
 
 .venv/bin/python -m pip install --quiet build
 .venv/bin/python -m build --outdir "$work/dist" . >"$work/build.log" 2>&1 || { cat "$work/build.log"; exit 1; }
+tar tzf "$work"/dist/*.tar.gz | cut -d/ -f2- | grep -vx PKG-INFO | LC_ALL=C sort >"$work/sdist"
+git ls-files --cached --others --exclude-standard | LC_ALL=C sort | diff - "$work/sdist" ||
+  { echo "error: the sdist (>) differs from the checkout (<)" >&2; exit 1; }
 python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install --quiet "$work"/dist/*.whl
 cd "$work"
@@ -19,6 +23,20 @@ modules = subprocess.run(
 ).stdout.split()
 heavy = {"torch", "gguf", "transformers", "sentencepiece", "safetensors"} & set(modules)
 assert not heavy, f"import yivl_edge imports {heavy}"
+
+import resource
+
+
+def processor_seconds() -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", "import yivl_edge"], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+seconds = min(processor_seconds() for _ in range(3))
+assert seconds < 0.3, f"import yivl_edge takes {seconds:.2f} s"
+print(f"import yivl_edge: {seconds:.2f} s")
 
 import importlib.metadata as metadata
 

@@ -894,6 +894,11 @@ def test_failed_rename_of_the_second_half_takes_the_first_back(
     assert folder_state(out_folder) == before
 
 
+def test_output_folder_must_exist(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"No such file .*missing, the output's folder"):
+        convert(GOLDEN, tmp_path / "missing" / "out.gguf", type="q8_0")
+
+
 def test_output_must_not_be_a_folder(tmp_path: Path) -> None:
     (tmp_path / "out.gguf").mkdir()
     with pytest.raises(OSError, match="exists and is no plain file"):
