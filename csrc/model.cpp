@@ -172,8 +172,8 @@ void Session::embed_image(const Pixels& pixels, Ops& ops, Control& control) {
     embedded_pixels_ = pixels;
 }
 
-// Rows [0, positions.size()) of x: the table's rows of the ids, and the image's rows where the image stands. `first`
-// tells which of the image's rows come first.
+// Rows [0, positions.size()) of x: the table's rows of the ids, and the image's rows where the image stands, from
+// `first_image_row` on.
 void Session::embed(std::span<const int32_t> positions, int64_t first_image_row, Ops& ops) {
     const Mat x = decoder_.x.rows(static_cast<int64_t>(positions.size()));
     for (size_t i = 0; i < positions.size();) {

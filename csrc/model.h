@@ -94,11 +94,11 @@ public:
     // the picture if it is not the last one, and computes the positions that the cache lacks. A cancel ends the reply.
     std::optional<std::string> next(Control& control);
 
-    // Of the last reply begun.
-    FinishReason finish_reason() const { return reply_->finish; }
-    const std::string& text() const { return reply_->stream.text(); }
-    const Usage& usage() const { return reply_->usage; }
-    const Timings& timings() const { return reply_->timings; }
+    // Of the last reply begun; std::bad_optional_access before the first.
+    FinishReason finish_reason() const { return reply_.value().finish; }
+    const std::string& text() const { return reply_.value().stream.text(); }
+    const Usage& usage() const { return reply_.value().usage; }
+    const Timings& timings() const { return reply_.value().timings; }
 
     // Stage by stage.
     std::vector<float> vision_features(const Pixels& pixels, Control& control);  // (N, W)
