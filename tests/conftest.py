@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,9 @@ from yivl_edge.convert import convert
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = DATA / "golden"
+
+# A shell that runs the tests in the background has Ctrl-C ignored, and so would every program that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
