@@ -5,15 +5,52 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace yivl {
 
 namespace {
 
 constexpr std::array<std::string_view, 5> kNames{"amx", "avx512", "avx2", "neon", "portable"};
 
+#if defined(__x86_64__) && defined(__linux__)
+const Kernels& amx_kernels() {
+    static const Kernels kernels = [] {
+        Kernels k = kAvx512Kernels;
+        k.name = "amx";
+        k.bfloat = &kAmxBfloatKernels;
+        return k;
+    }();
+    return kernels;
+}
+
+// Whether the CPU has AMX tiles for bfloat16, the system saves them, and it lets this process use them: since they make
+// signal frames large, Linux wants to be asked.
+bool amx_permitted() {
+    unsigned a, b, c, d;
+    constexpr unsigned kTile = 1u << 24, kBfloat16 = 1u << 22;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTile) == 0 || (d & kBfloat16) == 0) return false;
+    constexpr unsigned kXsaveEnabled = 1u << 27;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & kXsaveEnabled) == 0) return false;
+    unsigned low, high;
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    constexpr unsigned kTileState = 3u << 17;
+    if ((low & kTileState) != kTileState) return false;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 // The tables in this build, best first.
 std::vector<const Kernels*> built_kernels() {
     return {
+#if defined(__x86_64__) && defined(__linux__)
+        &amx_kernels(),
+#endif
 #if defined(__x86_64__)
         &kAvx512Kernels,
         &kAvx2Kernels,
@@ -29,10 +66,12 @@ bool usable(const Kernels& kernels) {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (&kernels == &kAvx2Kernels) return avx2;
-    if (&kernels == &kAvx512Kernels) {
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    }
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (&kernels == &kAvx512Kernels) return avx512;
+#if defined(__linux__)
+    if (&kernels == &amx_kernels()) return avx512 && __builtin_cpu_supports("avx512bf16") && amx_permitted();
+#endif
 #endif
     return &kernels == &kPortableKernels;
 }

@@ -36,6 +36,43 @@ struct AttentionPiece {
     int64_t row_begin, row_end;  // the query rows of this piece
 };
 
+// x of a product whose operands are rounded to bfloat16, to be packed.
+struct BfloatPack {
+    const float* x;
+    int64_t x_stride;
+    int64_t n_tokens;
+    int64_t cols;
+    WeightType type;  // of the weights, which decides the order of columns
+};
+
+// A piece of such a product: some rows of the weights for all tokens.
+struct BfloatPiece {
+    float* y;  // token 0, first of the piece's outputs
+    int64_t y_stride;
+    const std::byte* x;  // packed
+    int64_t n_tokens;
+    WeightType type;
+    const std::byte* w;  // first row of the piece
+    int64_t row_bytes;
+    int64_t n_rows;
+    int64_t cols;
+    const float* bias;  // of the first row; null: none
+};
+
+// Linear with weights and x rounded to bfloat16 (nearest, ties to even) and float32 sums.
+struct BfloatKernels {
+    // Bytes of packed x, to be aligned to 64.
+    int64_t (*packed_bytes)(int64_t n_tokens, int64_t cols);
+    // Packs tokens [16 * group, 16 * group + 16).
+    void (*pack)(std::byte* dst, const BfloatPack& x, int64_t group);
+    // Bytes of scratch, aligned to 64, for a piece of n_rows.
+    int64_t (*scratch_bytes)(int64_t n_tokens, int64_t n_rows);
+    // `stop` is polled every few milliseconds; the output is not complete if it said true.
+    void (*linear)(const BfloatPiece& piece, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg);
+    // For benchmarks: `rounds` of multiply-adds on registers; returns how many operations that was.
+    int64_t (*multiply_add)(int64_t rounds);
+};
+
 struct Kernels {
     const char* name;
 
@@ -68,6 +105,9 @@ struct Kernels {
     // operations that was), and a read of n floats. `sink` keeps the compiler from leaving them out.
     int64_t (*multiply_add)(int64_t rounds, float* sink);
     void (*read)(const float* x, int64_t n, float* sink);
+
+    // For weights of any type but F32, in place of dequantize, dot and multiply; null: none.
+    const BfloatKernels* bfloat;
 };
 
 }  // namespace yivl
@@ -89,4 +129,5 @@ struct Kernels {
         .attention = space::attention,                 \
         .multiply_add = space::multiply_add,           \
         .read = space::read,                           \
+        .bfloat = nullptr,                             \
     }

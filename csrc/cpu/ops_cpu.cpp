@@ -22,6 +22,12 @@ constexpr int64_t kTokenBlock = 256;
 // With few rows of x the widened weights are used only once: keep them in the first-level cache.
 constexpr int64_t kFewTokens = 4;
 constexpr int64_t kFewRowBlock = 8;
+// The same for products in bfloat16: sums of so many rows and tokens wait in the second-level cache.
+constexpr int64_t kBfloatRowBlock = 128;
+constexpr int64_t kBfloatTokenBlock = 1152;
+constexpr int64_t kBfloatTokens = 16;  // that are packed together
+// Rows of one piece, at least.
+constexpr int64_t kBfloatRows = 32;
 // Query rows that share a packed block of keys.
 constexpr int64_t kQueryRows = 128;
 
@@ -29,6 +35,8 @@ constexpr int64_t kQueryRows = 128;
 // to a thread should not be smaller.
 constexpr int64_t kInlineWork = 1 << 16;
 constexpr int64_t kPieceWork = 1 << 17;
+// Multiply-adds in bfloat16 that take as long as one in float32.
+constexpr int64_t kBfloatSpeed = 16;
 // Multiply-adds that take as long as one transcendental function, or as one value read and written.
 constexpr int64_t kFunctionWork = 16;
 constexpr int64_t kCopyWork = 2;
@@ -44,6 +52,9 @@ public:
             size_ = n;
         }
         return data_.get();
+    }
+    std::byte* bytes(int64_t n) {
+        return reinterpret_cast<std::byte*>(floats(divide_up(n, static_cast<int64_t>(sizeof(float)))));
     }
 
 private:
@@ -69,6 +80,13 @@ public:
     void linear(Mat y, ConstMat x, const Weight& w, Vec bias) override {
         assert(x.cols == w.cols && y.cols == w.rows && y.rows == x.rows);
         assert(bias.empty() || static_cast<int64_t>(bias.size()) == w.rows);
+        if (kernels_.bfloat != nullptr && w.type != WeightType::F32) {
+            for (int64_t token = 0; token < x.rows; token += kBfloatTokenBlock) {
+                const int64_t n = std::min(kBfloatTokenBlock, x.rows - token);
+                linear_bfloat(*kernels_.bfloat, y.row_range(token, n), x.row_range(token, n), w, bias);
+            }
+            return;
+        }
         if (x.rows <= kFewTokens) {
             linear_block(y, Slabs{x.data, x.stride, kSlab}, x.rows, w, bias, kFewRowBlock);
             return;
@@ -238,6 +256,36 @@ private:
             }
         });
         return {to, kSlab, slab_step};
+    }
+
+    void linear_bfloat(const BfloatKernels& kernels, Mat y, ConstMat x, const Weight& w, Vec bias) {
+        const BfloatPack from{x.data, x.stride, x.rows, x.cols, w.type};
+        std::byte* packed = packed_.bytes(kernels.packed_bytes(x.rows, x.cols));
+        run(divide_up(x.rows, kBfloatTokens), kBfloatTokens * x.cols * kCopyWork,
+            [&](int64_t group, Scratch&) { kernels.pack(packed, from, group); });
+
+        // Several pieces for each thread, so that all end at about the same time.
+        const int64_t share = divide_up(w.rows, 8 * state_.pool.n_threads());
+        const int64_t row_block = std::min(divide_up(share, kBfloatRows) * kBfloatRows, kBfloatRowBlock);
+        const int64_t scratch_bytes = kernels.scratch_bytes(x.rows, row_block);
+        const auto cancelled = [](const void* control) { return static_cast<const Control*>(control)->cancelled(); };
+        run(divide_up(w.rows, std::max<int64_t>(row_block, 1)),
+            row_block * w.cols * (kCopyWork + x.rows / kBfloatSpeed), [&](int64_t item, Scratch& scratch) {
+                const int64_t row = item * row_block;
+                const BfloatPiece piece{
+                    .y = y.data + row,
+                    .y_stride = y.stride,
+                    .x = packed,
+                    .n_tokens = x.rows,
+                    .type = w.type,
+                    .w = w.data + row * w.row_bytes(),
+                    .row_bytes = w.row_bytes(),
+                    .n_rows = std::min(row_block, w.rows - row),
+                    .cols = w.cols,
+                    .bias = bias.empty() ? nullptr : bias.data() + row,
+                };
+                kernels.linear(piece, scratch.bytes(scratch_bytes), cancelled, &control_);
+            });
     }
 
     void linear_block(Mat y, const Slabs& x, int64_t n_tokens, const Weight& w, Vec bias, int64_t row_block) {

@@ -1,0 +1,593 @@
+// Matrix products on AMX tiles, in bfloat16 with float32 sums. What is not a product with packed weights is computed by
+// the AVX-512 kernels.
+//
+// A tile of weights is 16 rows of 32 columns, a tile of x is 16 pairs of columns of up to 16 tokens, and an accumulator
+// holds 16 weight rows by 16 tokens. Every output is summed over all columns, 32 at a time, in one such accumulator:
+// storing it and loading it again changes nothing, so blocks may be cut to suit the caches.
+#include "cpu/isa.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include "cpu/dequant.h"
+#include "cpu/kernels.h"
+#include "cpu/target_region.h"
+
+#if !defined(__clang__)
+// The undefined lanes that GCC's own intrinsics start from (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+YIVL_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
+#define YIVL_TARGET_LAMBDA \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")))
+
+namespace yivl::amx {
+
+#include "cpu/kernels_bytes_x86.h"
+
+namespace {
+
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kTileCols = 32;
+constexpr int64_t kTileBytes = 1024;
+constexpr int64_t kTileTokens = 16;
+
+// Columns that are unpacked at a time: few enough for the first-level cache, weights and x together.
+constexpr int64_t kChunk = 256;
+constexpr int64_t kChunkSteps = kChunk / kTileCols;
+// Weight rows that are unpacked at a time for few tokens: two accumulators, since one alone would wait for itself.
+constexpr int64_t kFewRows = 2 * kTileRows;
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- tiles: 0 to 3 accumulators, 4 and 5 weights, 6 and 7 tokens ----
+
+// GCC 12's own intrinsics do not say which memory they read: stores to it could be left out.
+template <int tile>
+YIVL_INLINE void load_tile(const void* p, int64_t stride) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(tile) : "memory");
+}
+template <int tile>
+YIVL_INLINE void store_tile(void* p, int64_t stride) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "i"(tile) : "memory");
+}
+template <int tile>
+YIVL_INLINE void zero_tile() {
+    asm volatile("tilezero %%tmm%c0" : : "i"(tile));
+}
+template <int sums, int weights, int tokens>
+YIVL_INLINE void multiply_tiles() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(weights), "i"(tokens));
+}
+
+// The tiles of a thread, set up for `n_tokens` at a time. They are released at the end: the system need not save them,
+// and a core without live tiles runs other code faster.
+class Tiles {
+public:
+    explicit Tiles(int64_t n_tokens) {
+        struct alignas(64) Config {
+            uint8_t palette = 1;
+            uint8_t start_row = 0;
+            uint8_t reserved[14] = {};
+            uint16_t row_bytes[16] = {};
+            uint8_t rows[16] = {};
+        } config;
+        for (int tile = 0; tile < 8; ++tile) {
+            const bool weights = tile == 4 || tile == 5;
+            config.row_bytes[tile] = static_cast<uint16_t>(weights ? 64 : n_tokens * 4);
+            config.rows[tile] = kTileRows;
+        }
+        asm volatile("ldtilecfg %0" : : "m"(config));
+    }
+    ~Tiles() { asm volatile("tilerelease"); }
+    Tiles(const Tiles&) = delete;
+    Tiles& operator=(const Tiles&) = delete;
+};
+
+// ---- weights to bfloat16 ----
+
+// Rounds to nearest, ties to even; the first 16 are the low half.
+YIVL_INLINE __m512i to_bfloats(__m512 first, __m512 second) {
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+}
+
+YIVL_INLINE __m512 steps_from(float first) {
+    const __m512 steps = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_add_ps(steps, _mm512_set1_ps(first));
+}
+YIVL_INLINE __m512 from_i8(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+YIVL_INLINE __m512 from_half(const std::byte* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+// Four-bit types look their values up in a table made for each block. Shifting whole words brings out the columns in
+// another order, all even ones before all odd ones; x is packed in the same order.
+bool even_columns_first(WeightType type) {
+    return type == WeightType::Q4_0 || type == WeightType::Q4_K || type == WeightType::Q5_K;
+}
+YIVL_INLINE __m512i evens_then_odds() {
+    alignas(64) static constexpr uint16_t kOrder[32] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                                        1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+    return _mm512_load_si512(kOrder);
+}
+
+YIVL_INLINE __m512i words(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
+    const auto four = [](uint64_t n) YIVL_TARGET_LAMBDA { return static_cast<int64_t>(n * 0x0001000100010001u); };
+    return _mm512_setr_epi64(four(a), four(a), four(b), four(b), four(c), four(c), four(d), four(d));
+}
+YIVL_INLINE __m512i low_nibbles(__m512i a) { return _mm512_and_si512(a, _mm512_set1_epi16(15)); }
+// The low nibbles, plus 16: the second half of a table.
+YIVL_INLINE __m512i low_nibbles_16(__m512i a) {
+    return _mm512_ternarylogic_epi64(a, _mm512_set1_epi16(15), _mm512_set1_epi16(16), 0xea);
+}
+
+// The scales of up to 16 blocks as floats; the rest 0.
+template <class Block>
+YIVL_INLINE void read_scales(const Block* blocks, int64_t n, float* scales) {
+    alignas(32) half_bits halves[16] = {};
+    for (int64_t j = 0; j < n; ++j) halves[j] = blocks[j].d;
+    _mm512_store_ps(scales, from_half(reinterpret_cast<const std::byte*>(halves)));
+}
+
+// unpack(src, n, dst): n <= kChunk weights of a row. 32 of them are a row of a tile, and make 64 bytes at dst; the next
+// 32 are a row of the next tile.
+typedef void (*Unpack)(WeightType type, const std::byte* src, int64_t n, std::byte* dst);
+
+YIVL_INLINE void put_row(std::byte* dst, int64_t step, __m512i v) { _mm512_store_si512(dst + step * kTileBytes, v); }
+
+void unpack_q4_0(WeightType, const std::byte* src, int64_t n, std::byte* dst) {
+    const BlockQ4_0* blocks = reinterpret_cast<const BlockQ4_0*>(src);
+    const int64_t n_blocks = n / kBlock;
+    alignas(64) float scales[16];
+    read_scales(blocks, n_blocks, scales);
+    const __m512i shifts = words(0, 4, 8, 12);
+    const __m512 steps = steps_from(-8);
+    const auto nibbles = [&](int64_t j) YIVL_TARGET_LAMBDA {
+        const __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i*>(blocks[j].qs));
+        return _mm512_srlv_epi16(_mm512_broadcast_i32x4(q), shifts);
+    };
+    for (int64_t j = 0; j < n_blocks; j += 2) {
+        const __m512i table = to_bfloats(_mm512_mul_ps(steps, _mm512_set1_ps(scales[j])),
+                                         _mm512_mul_ps(steps, _mm512_set1_ps(scales[j + 1])));
+        put_row(dst, j, _mm512_permutexvar_epi16(low_nibbles(nibbles(j)), table));
+        if (j + 1 < n_blocks) put_row(dst, j + 1, _mm512_permutexvar_epi16(low_nibbles_16(nibbles(j + 1)), table));
+    }
+}
+
+void unpack_q8_0(WeightType, const std::byte* src, int64_t n, std::byte* dst) {
+    const BlockQ8_0* blocks = reinterpret_cast<const BlockQ8_0*>(src);
+    const int64_t n_blocks = n / kBlock;
+    alignas(64) float scales[16];
+    read_scales(blocks, n_blocks, scales);
+    for (int64_t j = 0; j < n_blocks; ++j) {
+        const __m512 d = _mm512_set1_ps(scales[j]);
+        const int8_t* q = blocks[j].qs;
+        put_row(dst, j, to_bfloats(_mm512_mul_ps(from_i8(q), d), _mm512_mul_ps(from_i8(q + 16), d)));
+    }
+}
+
+// Scales and minima of the 8 groups of a Q4_K or Q5_K block: six bits each in the file.
+struct Groups {
+    float scale[8];
+    float minimum[8];
+};
+
+template <class Block>
+YIVL_INLINE void read_groups(const Block& b, Groups& groups) {
+    uint32_t w[3];
+    __builtin_memcpy(w, b.scales, sizeof(w));
+    const uint32_t six_bits[4] = {w[0] & 0x3f3f3f3f, (w[2] & 0x0f0f0f0f) | ((w[0] >> 6 & 0x03030303) << 4),  //
+                                  w[1] & 0x3f3f3f3f, (w[2] >> 4 & 0x0f0f0f0f) | ((w[1] >> 6 & 0x03030303) << 4)};
+    alignas(16) int8_t q[16];
+    __builtin_memcpy(q, six_bits, sizeof(q));
+    const __m512 d = _mm512_insertf32x8(_mm512_set1_ps(half_to_float(b.d)), _mm256_set1_ps(half_to_float(b.dmin)), 1);
+    _mm512_storeu_ps(&groups.scale[0], _mm512_mul_ps(from_i8(q), d));
+    YIVL_IN_MEMORY(groups);
+}
+
+YIVL_INLINE __m512 scaled(__m512 steps, const Groups& groups, int g) {
+    return _mm512_fmsub_ps(steps, _mm512_set1_ps(groups.scale[g]), _mm512_set1_ps(groups.minimum[g]));
+}
+
+void unpack_q4_k(WeightType, const std::byte* src, int64_t n, std::byte* dst) {
+    const __m512i even_groups = words(0, 0, 8, 8), odd_groups = words(4, 4, 12, 12);
+    const __m512 steps = steps_from(0);
+    for (; n > 0; n -= kSuperBlock, src += sizeof(BlockQ4_K), dst += 8 * kTileBytes) {
+        const BlockQ4_K& b = *reinterpret_cast<const BlockQ4_K*>(src);
+        Groups groups;
+        read_groups(b, groups);
+        YIVL_UNROLL
+        for (int g = 0; g < 8; g += 2) {
+            const __m512i table = to_bfloats(scaled(steps, groups, g), scaled(steps, groups, g + 1));
+            const __m512i q = _mm512_broadcast_i64x4(bytes(b.qs + g * 16));
+            put_row(dst, g, _mm512_permutexvar_epi16(low_nibbles(_mm512_srlv_epi16(q, even_groups)), table));
+            put_row(dst, g + 1, _mm512_permutexvar_epi16(low_nibbles_16(_mm512_srlv_epi16(q, odd_groups)), table));
+        }
+    }
+}
+
+void unpack_q5_k(WeightType, const std::byte* src, int64_t n, std::byte* dst) {
+    const __m512i even_groups = words(0, 0, 8, 8), odd_groups = words(4, 4, 12, 12);
+    const __m512 low_steps = steps_from(0), high_steps = steps_from(16);
+    for (; n > 0; n -= kSuperBlock, src += sizeof(BlockQ5_K), dst += 8 * kTileBytes) {
+        const BlockQ5_K& b = *reinterpret_cast<const BlockQ5_K*>(src);
+        Groups groups;
+        read_groups(b, groups);
+        // Bit 4 + g is the fifth bit of group g's value.
+        const __m512i fifth = _mm512_slli_epi16(_mm512_srlv_epi16(_mm512_broadcast_i64x4(bytes(b.qh)), even_groups), 4);
+        YIVL_UNROLL
+        for (int g = 0; g < 8; ++g) {
+            const __m512i table = to_bfloats(scaled(low_steps, groups, g), scaled(high_steps, groups, g));
+            const __m512i q = _mm512_broadcast_i64x4(bytes(b.qs + g / 2 * 32));
+            const __m512i low = _mm512_srlv_epi16(q, g % 2 == 0 ? even_groups : odd_groups);
+            const __m512i high = _mm512_srli_epi16(fifth, static_cast<unsigned>(g));
+            // Four bits of `low` and the rest of `high`: a look-up reads the low five.
+            put_row(dst, g,
+                    _mm512_permutexvar_epi16(_mm512_ternarylogic_epi64(_mm512_set1_epi16(15), low, high, 0xca), table));
+        }
+    }
+}
+
+void unpack_q6_k(WeightType, const std::byte* src, int64_t n, std::byte* dst) {
+    for (; n > 0; n -= kSuperBlock, src += sizeof(BlockQ6_K), dst += 8 * kTileBytes) {
+        const BlockQ6_K& b = *reinterpret_cast<const BlockQ6_K*>(src);
+        alignas(64) float scales[16];
+        _mm512_store_ps(scales, _mm512_mul_ps(from_i8(b.scales), _mm512_set1_ps(half_to_float(b.d))));
+        YIVL_IN_MEMORY(scales);
+        YIVL_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const B low = bytes(b.ql + half * 64), next = bytes(b.ql + half * 64 + 32), high = bytes(b.qh + half * 32);
+            alignas(32) int8_t q[128];
+            put(q, minus(either(both(low, 15), both(left<4>(high), 48)), 32));
+            put(q + 32, minus(either(both(next, 15), both(left<2>(high), 48)), 32));
+            put(q + 64, minus(either(both(right<4>(low), 15), both(high, 48)), 32));
+            put(q + 96, minus(either(both(right<4>(next), 15), both(right<2>(high), 48)), 32));
+            YIVL_UNROLL
+            for (int g = 0; g < 4; ++g) {
+                const float* scale = scales + half * 8 + g * 2;
+                put_row(dst, half * 4 + g,
+                        to_bfloats(_mm512_mul_ps(from_i8(q + g * 32), _mm512_set1_ps(scale[0])),
+                                   _mm512_mul_ps(from_i8(q + g * 32 + 16), _mm512_set1_ps(scale[1]))));
+            }
+        }
+    }
+}
+
+// 32 values, of which the first n are read and the rest are 0.
+YIVL_INLINE __mmask32 first(int64_t n) { return n >= 32 ? ~__mmask32{0} : (__mmask32{1} << n) - 1; }
+
+void unpack_f16(WeightType, const std::byte* src, int64_t n, std::byte* dst) {
+    for (int64_t i = 0; i < n; i += kTileCols) {
+        const __m512i halves = _mm512_maskz_loadu_epi16(first(n - i), src + i * 2);
+        put_row(dst, i / kTileCols,
+                to_bfloats(_mm512_cvtph_ps(_mm512_castsi512_si256(halves)),
+                           _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))));
+    }
+}
+
+void unpack_bf16(WeightType, const std::byte* src, int64_t n, std::byte* dst) {
+    for (int64_t i = 0; i < n; i += kTileCols) {
+        put_row(dst, i / kTileCols, _mm512_maskz_loadu_epi16(first(n - i), src + i * 2));
+    }
+}
+
+YIVL_INLINE __m512i bfloats_of(const float* x, int64_t n) {
+    const __mmask32 mask = first(n);
+    return to_bfloats(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), x),
+                      _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), x + 16));
+}
+
+void unpack_any(WeightType type, const std::byte* src, int64_t n, std::byte* dst) {
+    float values[kChunk];
+    dequantize_row(type, src, values, n);
+    const bool reorder = even_columns_first(type);
+    for (int64_t i = 0; i < n; i += kTileCols) {
+        __m512i v = bfloats_of(values + i, n - i);
+        if (reorder) v = _mm512_permutexvar_epi16(evens_then_odds(), v);
+        put_row(dst, i / kTileCols, v);
+    }
+}
+
+// A file may place its blocks at odd addresses, which nobody who writes files does.
+Unpack unpacker(WeightType type, const std::byte* src) {
+    if (reinterpret_cast<uintptr_t>(src) % alignof(half_bits) != 0) return unpack_any;
+    switch (type) {
+        case WeightType::F16: return unpack_f16;
+        case WeightType::BF16: return unpack_bf16;
+        case WeightType::Q8_0: return unpack_q8_0;
+        case WeightType::Q4_0: return unpack_q4_0;
+        case WeightType::Q4_K: return unpack_q4_k;
+        case WeightType::Q5_K: return unpack_q5_k;
+        case WeightType::Q6_K: return unpack_q6_k;
+        default: return unpack_any;
+    }
+}
+
+// ---- x, packed: a tile for each 16 tokens and 32 columns; with fewer than 16 tokens in all, narrower tiles ----
+
+YIVL_INLINE void transpose(__m512i (&r)[16]) {
+    __m512i t[16];
+    YIVL_UNROLL
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    YIVL_UNROLL
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    YIVL_UNROLL
+    for (int j = 0; j < 4; ++j) {
+        t[j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88);
+        t[4 + j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+        t[8 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+        t[12 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+    }
+    YIVL_UNROLL
+    for (int j = 0; j < 4; ++j) {
+        r[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
+        r[4 + j] = _mm512_shuffle_i32x4(t[4 + j], t[12 + j], 0x88);
+        r[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
+        r[12 + j] = _mm512_shuffle_i32x4(t[4 + j], t[12 + j], 0xdd);
+    }
+}
+
+int64_t packed_bytes(int64_t n_tokens, int64_t cols) {
+    const int64_t steps = divide_up(cols, kTileCols);
+    if (n_tokens < kTileTokens) return steps * n_tokens * 64;
+    return divide_up(n_tokens, kTileTokens) * steps * kTileBytes;
+}
+
+void pack_few(std::byte* dst, const BfloatPack& p) {
+    const int64_t n = p.n_tokens;
+    const __m512i order = evens_then_odds();
+    const __m512i places = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                              _mm512_set1_epi32(static_cast<int>(n)));
+    const bool reorder = even_columns_first(p.type);
+    for (int64_t col = 0; col < p.cols; col += kTileCols, dst += n * 64) {
+        for (int64_t t = 0; t < n; ++t) {
+            __m512i v = bfloats_of(p.x + t * p.x_stride + col, p.cols - col);
+            if (reorder) v = _mm512_permutexvar_epi16(order, v);
+            _mm512_i32scatter_epi32(dst + t * 4, places, v, 4);
+        }
+    }
+}
+
+void pack(std::byte* dst, const BfloatPack& p, int64_t group) {
+    if (p.n_tokens < kTileTokens) return pack_few(dst, p);
+    const int64_t token = group * kTileTokens;
+    const int64_t n = min64(kTileTokens, p.n_tokens - token);
+    dst += group * divide_up(p.cols, kTileCols) * kTileBytes;
+    const __m512i order = evens_then_odds();
+    const bool reorder = even_columns_first(p.type);
+    for (int64_t col = 0; col < p.cols; col += kTileCols, dst += kTileBytes) {
+        __m512i r[16];
+        YIVL_UNROLL
+        for (int t = 0; t < 16; ++t) {
+            r[t] = t < n ? bfloats_of(p.x + (token + t) * p.x_stride + col, p.cols - col) : _mm512_setzero_si512();
+            if (reorder) r[t] = _mm512_permutexvar_epi16(order, r[t]);
+        }
+        transpose(r);
+        YIVL_UNROLL
+        for (int i = 0; i < 16; ++i) _mm512_store_si512(dst + i * 64, r[i]);
+    }
+}
+
+// ---- products ----
+
+// y[t][row] = sums + bias for n_rows <= 16 rows and n_tokens <= 16 tokens; `sums` is an accumulator as stored.
+void put_sums(const BfloatPiece& p, const std::byte* sums, int64_t row, int64_t n_rows, int64_t token,
+              int64_t n_tokens) {
+    __m512i r[16];
+    YIVL_UNROLL
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(sums + i * 64);
+    transpose(r);
+    const __mmask16 mask = static_cast<__mmask16>(first(n_rows));
+    const __m512 bias = p.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, p.bias + row);
+    float* y = p.y + token * p.y_stride + row;
+    YIVL_UNROLL
+    for (int t = 0; t < 16; ++t) {
+        if (t < n_tokens) {
+            const __m512 sum = _mm512_castsi512_ps(r[t]);
+            _mm512_mask_storeu_ps(y + t * p.y_stride, mask, p.bias == nullptr ? sum : _mm512_add_ps(sum, bias));
+        }
+    }
+}
+
+// Columns [col, col + n) of n_rows rows, as tiles: kChunkSteps tiles side by side, then the next 16 rows. Tile rows
+// beyond n_rows keep what they held: they only make sums that nobody reads.
+struct Weights {
+    WeightType type;
+    const std::byte* data;
+    int64_t row_bytes;
+    Unpack unpack;
+    int64_t block, block_bytes;
+
+    explicit Weights(const BfloatPiece& p)
+        : type(p.type),
+          data(p.w),
+          row_bytes(p.row_bytes),
+          unpack(unpacker(p.type, p.w)),
+          block(type_info(p.type).block),
+          block_bytes(type_info(p.type).bytes) {}
+
+    YIVL_INLINE void rows(int64_t row, int64_t n_rows, int64_t col, int64_t n, std::byte* dst) const {
+        const std::byte* src = data + row * row_bytes + col / block * block_bytes;
+        for (int64_t r = 0; r < n_rows; ++r) unpack(type, src + r * row_bytes, n, dst + r * 64);
+    }
+};
+
+// Few tokens: memory sets the pace. Weights are unpacked into one buffer while the tiles are fed from the other, which
+// has left the store queue by then.
+void linear_few(const BfloatPiece& p, std::byte* scratch) {
+    const Tiles tiles(p.n_tokens);
+    const Weights weights(p);
+    constexpr int64_t kBuffer = 2 * kChunkSteps * kTileBytes;
+    constexpr int64_t kRowsPerStep = kFewRows / kChunkSteps;
+    const int64_t steps = divide_up(p.cols, kTileCols);
+    const int64_t n_chunks = divide_up(steps, kChunkSteps);
+    std::byte* const sums = scratch + 2 * kBuffer;
+    for (int64_t row = 0; row < p.n_rows; row += kFewRows) {
+        const int64_t n_rows = min64(kFewRows, p.n_rows - row);
+        zero_tile<0>();
+        zero_tile<1>();
+        for (int64_t chunk = 0; chunk <= n_chunks; ++chunk) {
+            std::byte* const filling = scratch + chunk % 2 * kBuffer;
+            const std::byte* const full = scratch + (chunk + 1) % 2 * kBuffer;
+            const int64_t col = chunk * kChunk;
+            for (int64_t i = 0; i < kChunkSteps; ++i) {
+                const int64_t r = i * kRowsPerStep;
+                if (chunk < n_chunks && r < n_rows) {
+                    weights.rows(row + r, min64(kRowsPerStep, n_rows - r), col, min64(kChunk, p.cols - col),
+                                 filling + r / kTileRows * (kChunkSteps * kTileBytes) + r % kTileRows * 64);
+                }
+                const int64_t step = (chunk - 1) * kChunkSteps + i;
+                if (chunk > 0 && step < steps) {
+                    load_tile<6>(p.x + step * p.n_tokens * 64, p.n_tokens * 4);
+                    load_tile<4>(full + i * kTileBytes, 64);
+                    load_tile<5>(full + (kChunkSteps + i) * kTileBytes, 64);
+                    multiply_tiles<0, 4, 6>();
+                    multiply_tiles<1, 5, 6>();
+                }
+            }
+        }
+        store_tile<0>(sums, 64);
+        store_tile<1>(sums + kTileBytes, 64);
+        put_sums(p, sums, row, min64(kTileRows, n_rows), 0, p.n_tokens);
+        if (n_rows > kTileRows) put_sums(p, sums + kTileBytes, row + kTileRows, n_rows - kTileRows, 0, p.n_tokens);
+    }
+}
+
+// R x T tiles of sums (1 or 2 each) over `steps` tiles of weights and x.
+template <int R, int T>
+void multiply_block(std::byte* const (&sums)[2][2], bool begin, const std::byte* w, int64_t w_step, const std::byte* x,
+                    int64_t x_step, int64_t steps) {
+    const auto load_sums = [&]<int r, int t>() YIVL_TARGET_LAMBDA {
+        if constexpr (r < R && t < T) begin ? zero_tile<r * 2 + t>() : load_tile<r * 2 + t>(sums[r][t], 64);
+    };
+    const auto store_sums = [&]<int r, int t>() YIVL_TARGET_LAMBDA {
+        if constexpr (r < R && t < T) store_tile<r * 2 + t>(sums[r][t], 64);
+    };
+    load_sums.template operator()<0, 0>();
+    load_sums.template operator()<0, 1>();
+    load_sums.template operator()<1, 0>();
+    load_sums.template operator()<1, 1>();
+    for (int64_t i = 0; i < steps; ++i) {
+        load_tile<4>(w + i * kTileBytes, 64);
+        load_tile<6>(x + i * kTileBytes, 64);
+        multiply_tiles<0, 4, 6>();
+        if constexpr (T == 2) {
+            load_tile<7>(x + x_step + i * kTileBytes, 64);
+            multiply_tiles<1, 4, 7>();
+        }
+        if constexpr (R == 2) {
+            load_tile<5>(w + w_step + i * kTileBytes, 64);
+            multiply_tiles<2, 5, 6>();
+            if constexpr (T == 2) multiply_tiles<3, 5, 7>();
+        }
+    }
+    store_sums.template operator()<0, 0>();
+    store_sums.template operator()<0, 1>();
+    store_sums.template operator()<1, 0>();
+    store_sums.template operator()<1, 1>();
+}
+
+// Many tokens: a chunk of weights is unpacked once for all of them; the sums wait in the second-level cache.
+void linear_many(const BfloatPiece& p, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
+    const Tiles tiles(kTileTokens);
+    const Weights weights(p);
+    const int64_t steps = divide_up(p.cols, kTileCols);
+    const int64_t row_tiles = divide_up(p.n_rows, kTileRows), token_tiles = divide_up(p.n_tokens, kTileTokens);
+    constexpr int64_t kRowTiles = kChunkSteps * kTileBytes;
+    std::byte* const sums = scratch + row_tiles * kRowTiles;
+    const auto sums_of = [=](int64_t row_tile, int64_t token_tile)
+                             YIVL_TARGET_LAMBDA { return sums + (token_tile * row_tiles + row_tile) * kTileBytes; };
+    for (int64_t step = 0; step < steps; step += kChunkSteps) {
+        if (stop(stop_arg)) return;
+        const int64_t n_steps = min64(kChunkSteps, steps - step);
+        const int64_t col = step * kTileCols;
+        for (int64_t r = 0; r < row_tiles; ++r) {
+            weights.rows(r * kTileRows, min64(kTileRows, p.n_rows - r * kTileRows), col, min64(kChunk, p.cols - col),
+                         scratch + r * kRowTiles);
+        }
+        for (int64_t t = 0; t < token_tiles; t += 2) {
+            const std::byte* x = p.x + (t * steps + step) * kTileBytes;
+            for (int64_t r = 0; r < row_tiles; r += 2) {
+                const bool two_rows = r + 1 < row_tiles, two_tokens = t + 1 < token_tiles;
+                std::byte* const places[2][2] = {{sums_of(r, t), sums_of(r, t + 1)},
+                                                 {sums_of(r + 1, t), sums_of(r + 1, t + 1)}};
+                const auto multiply = two_rows ? (two_tokens ? multiply_block<2, 2> : multiply_block<2, 1>)
+                                               : (two_tokens ? multiply_block<1, 2> : multiply_block<1, 1>);
+                multiply(places, step == 0, scratch + r * kRowTiles, kRowTiles, x, steps * kTileBytes, n_steps);
+            }
+        }
+    }
+    for (int64_t t = 0; t < token_tiles; ++t) {
+        for (int64_t r = 0; r < row_tiles; ++r) {
+            put_sums(p, sums_of(r, t), r * kTileRows, min64(kTileRows, p.n_rows - r * kTileRows), t * kTileTokens,
+                     min64(kTileTokens, p.n_tokens - t * kTileTokens));
+        }
+    }
+}
+
+int64_t scratch_bytes(int64_t n_tokens, int64_t n_rows) {
+    if (n_tokens < kTileTokens) return (4 * kChunkSteps + 2) * kTileBytes;
+    return divide_up(n_rows, kTileRows) * (kChunkSteps + divide_up(n_tokens, kTileTokens)) * kTileBytes;
+}
+
+void linear(const BfloatPiece& piece, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
+    if (piece.n_tokens < kTileTokens) {
+        linear_few(piece, scratch);
+    } else {
+        linear_many(piece, scratch, stop, stop_arg);
+    }
+}
+
+int64_t multiply_add(int64_t rounds) {
+    const Tiles tiles(kTileTokens);
+    alignas(64) static constexpr std::byte kZeros[kTileBytes] = {};
+    load_tile<4>(kZeros, 64);
+    load_tile<5>(kZeros, 64);
+    load_tile<6>(kZeros, 64);
+    load_tile<7>(kZeros, 64);
+    zero_tile<0>();
+    zero_tile<1>();
+    zero_tile<2>();
+    zero_tile<3>();
+    for (int64_t i = 0; i < rounds; ++i) {
+        multiply_tiles<0, 4, 6>();
+        multiply_tiles<1, 4, 7>();
+        multiply_tiles<2, 5, 6>();
+        multiply_tiles<3, 5, 7>();
+    }
+    return rounds * 4 * kTileRows * kTileTokens * kTileCols * 2;
+}
+
+}  // namespace
+
+}  // namespace yivl::amx
+
+YIVL_TARGET_END
+
+namespace yivl {
+
+const BfloatKernels kAmxBfloatKernels = {
+    .packed_bytes = amx::packed_bytes,
+    .pack = amx::pack,
+    .scratch_bytes = amx::scratch_bytes,
+    .linear = amx::linear,
+    .multiply_add = amx::multiply_add,
+};
+
+}  // namespace yivl
+
+#endif
