@@ -126,6 +126,24 @@ def random_weights(qtype: GGMLQuantizationType, rows: int, cols: int, seed: int)
     return data, dequantize(data, qtype)
 
 
+def to_bfloat(values: Array) -> Array:
+    """Rounded to bfloat16, to nearest, ties to even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
+    bits = (bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))) & np.uint64(0xFFFF0000)
+    return bits.astype(np.uint32).view(np.float32)
+
+
+def product(isa: str, x: Array, w: Array) -> tuple[Array, Array]:
+    """x w^T for weights that are not F32, and the sums of the products' sizes.
+
+    AMX multiplies bfloat16 numbers: both operands are rounded first, and their products are exact in float32.
+    """
+    if isa == "amx":
+        x, w = to_bfloat(x), to_bfloat(w)
+    wide_x, wide_w = x.astype(np.float64), w.astype(np.float64)
+    return wide_x @ wide_w.T, np.abs(wide_x) @ np.abs(wide_w.T)
+
+
 @pytest.mark.parametrize("qtype", QUANTISED + RANDOM_BYTES, ids=lambda t: t.name)
 def test_linear_with_every_weight_type(isa: str, qtype: GGMLQuantizationType) -> None:
     ops = _core.KernelOps(isa, 2)
@@ -136,7 +154,61 @@ def test_linear_with_every_weight_type(isa: str, qtype: GGMLQuantizationType) ->
         y = np.zeros((tokens, rows), np.float32)
         ops.linear(y, x, data.reshape(-1), qtype.value)
         # The weights are exactly the dequantised ones, so only the sums round: sqrt(1280) * EPS = 2e-6.
-        assert relative_error(y, x.astype(np.float64) @ w.T.astype(np.float64)) < 2e-6
+        assert relative_error(y, product(isa, x, w)[0]) < 2e-6
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="this CPU has no AMX")
+class TestBfloatTiles:
+    """Linear on AMX against exact sums of rounded operands."""
+
+    def check(self, qtype: GGMLQuantizationType, rows: int, tokens: int, cols: int) -> None:
+        data, w = random_weights(qtype, rows, cols, rows)
+        x, bias = normal(tokens, tokens, cols), normal(3, rows)
+        y = strided(np.full((tokens, rows), np.nan, np.float32))
+        _core.KernelOps("amx", 2).linear(y, strided(x), data.reshape(-1), qtype.value, bias)
+        exact, sizes = product("amx", x, w)
+        # Each step of 32 columns adds 16 products twice and those two sums (17 roundings), then its sum goes
+        # to the accumulator; the bias is added last. A rounding is at most EPS of a partial sum, which never
+        # exceeds the sum of sizes.
+        roundings = 17 + -(-cols // 32) + 1
+        assert np.all(np.abs(y - (exact + bias)) <= roundings * EPS * (sizes + np.abs(bias)))
+
+    @pytest.mark.parametrize("rows", [0, 1, 2, 15, 16, 17, 31, 32, 33, 40, 300])
+    def test_rows_and_tokens(self, rows: int) -> None:
+        for tokens in (1, 2, 3, 5, 15, 16, 17, 31, 32, 33, 47, 48, 49, 70):
+            self.check(GGMLQuantizationType.Q4_0, rows, tokens, 96)
+
+    @pytest.mark.parametrize("cols", [1, 2, 20, 31, 32, 33, 100, 256, 257, 588, 2048, 2049, 2304])
+    @pytest.mark.parametrize(
+        "qtype", [GGMLQuantizationType.F16, GGMLQuantizationType.BF16], ids=lambda t: t.name
+    )
+    def test_columns_of_half_precision(self, qtype: GGMLQuantizationType, cols: int) -> None:
+        for rows, tokens in ((1, 1), (17, 3), (40, 16), (33, 33)):
+            self.check(qtype, rows, tokens, cols)
+
+    @pytest.mark.parametrize("blocks", [1, 2, 3, 7, 9, 10, 17])
+    @pytest.mark.parametrize("qtype", QUANTISED[1:-1] + RANDOM_BYTES, ids=lambda t: t.name)
+    def test_whole_blocks(self, qtype: GGMLQuantizationType, blocks: int) -> None:
+        for rows, tokens in ((1, 1), (35, 2), (33, 33)):
+            self.check(qtype, rows, tokens, blocks * GGML_QUANT_SIZES[qtype][0])
+
+    def test_weights_at_an_odd_address(self) -> None:
+        for qtype in QUANTISED + RANDOM_BYTES:
+            data, _ = random_weights(qtype, 33, 512, 1)
+            padded = np.zeros(data.size + 1, np.uint8)
+            padded[1:] = data.reshape(-1)
+            x = normal(2, 20, 512)
+            results = []
+            for weights in (data.reshape(-1), padded[1:]):
+                y = np.zeros((20, 33), np.float32)
+                _core.KernelOps("amx", 1).linear(y, x, weights, qtype.value)
+                results.append(y)
+            assert np.array_equal(*results), qtype.name
+
+    def test_float32_weights_stay_exact(self) -> None:
+        x, w = normal(1, 20, 1100), normal(2, 45, 1100)
+        exact = linear(_core.KernelOps("avx512", 1), x, w)
+        assert np.array_equal(linear(_core.KernelOps("amx", 1), x, w), exact)
 
 
 # ---- norms, activations ----
@@ -337,12 +409,27 @@ def test_linear_does_not_depend_on_threads_or_chunks(isa: str, qtype: GGMLQuanti
             assert np.array_equal(y, whole), (threads, chunk)
 
 
-def test_linear_does_not_depend_on_neighbouring_weight_rows(isa: str) -> None:
+@pytest.mark.parametrize("tokens", [1, 9, 40])
+@pytest.mark.parametrize(
+    "qtype",
+    [GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.Q4_0],
+    ids=lambda t: t.name,
+)
+def test_linear_does_not_depend_on_neighbouring_weight_rows(
+    isa: str, qtype: GGMLQuantizationType, tokens: int
+) -> None:
     ops = _core.KernelOps(isa, 2)
-    x, w = normal(1, 9, 1100), normal(2, 45, 1100)
-    whole = linear(ops, x, w)
+    x = normal(1, tokens, 1120)
+    w = quantize(normal(2, 45, 1120), qtype).view(np.uint8).reshape(45, -1)
+
+    def rows(begin: int, end: int) -> Array:
+        y = np.zeros((tokens, end - begin), np.float32)
+        ops.linear(y, x, w[begin:end].reshape(-1), qtype.value)
+        return y
+
+    whole = rows(0, 45)
     for begin, end in ((0, 1), (3, 5), (1, 8), (10, 45)):
-        assert np.array_equal(linear(ops, x, w[begin:end]), whole[:, begin:end])
+        assert np.array_equal(rows(begin, end), whole[:, begin:end])
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 1, 128), (4, 2, 80), (2, 2, 64)])

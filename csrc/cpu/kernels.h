@@ -66,7 +66,7 @@ struct BfloatKernels {
     // Packs tokens [16 * group, 16 * group + 16).
     void (*pack)(std::byte* dst, const BfloatPack& x, int64_t group);
     // Bytes of scratch, aligned to 64, for a piece of n_rows.
-    int64_t (*scratch_bytes)(int64_t n_tokens, int64_t n_rows);
+    int64_t (*scratch_bytes)(int64_t n_tokens, int64_t n_rows, int64_t cols);
     // `stop` is polled every few milliseconds; the output is not complete if it said true.
     void (*linear)(const BfloatPiece& piece, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg);
     // For benchmarks: `rounds` of multiply-adds on registers; returns how many operations that was.

@@ -35,14 +35,25 @@ constexpr int64_t kTileCols = 32;
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kTileTokens = 16;
 
-// Columns that are unpacked at a time: few enough for the first-level cache, weights and x together.
+// Columns that are unpacked at a time. Few tokens: both buffers stay in the first-level cache. Many: sums are stored
+// and loaded once for each such slab, and a slab of all rows of a piece stays in the second-level cache.
 constexpr int64_t kChunk = 256;
 constexpr int64_t kChunkSteps = kChunk / kTileCols;
+constexpr int64_t kSlabSteps = 2048 / kTileCols;
+// Tiles that an unpacking function makes of one row, at most.
+constexpr int64_t kUnpackSteps = 16;
 // Weight rows that are unpacked at a time for few tokens: two accumulators, since one alone would wait for itself.
 constexpr int64_t kFewRows = 2 * kTileRows;
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Even slabs of whole super-blocks.
+int64_t slab_steps(int64_t cols) {
+    const int64_t steps = divide_up(cols, kTileCols);
+    const int64_t slabs = divide_up(steps, kSlabSteps);
+    return slabs <= 1 ? steps : divide_up(divide_up(steps, slabs), kChunkSteps) * kChunkSteps;
+}
 
 // ---- tiles: 0 to 3 accumulators, 4 and 5 weights, 6 and 7 tokens ----
 
@@ -64,29 +75,24 @@ YIVL_INLINE void multiply_tiles() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(weights), "i"(tokens));
 }
 
-// The tiles of a thread, set up for `n_tokens` at a time. They are released at the end: the system need not save them,
-// and a core without live tiles runs other code faster.
-class Tiles {
-public:
-    explicit Tiles(int64_t n_tokens) {
-        struct alignas(64) Config {
-            uint8_t palette = 1;
-            uint8_t start_row = 0;
-            uint8_t reserved[14] = {};
-            uint16_t row_bytes[16] = {};
-            uint8_t rows[16] = {};
-        } config;
-        for (int tile = 0; tile < 8; ++tile) {
-            const bool weights = tile == 4 || tile == 5;
-            config.row_bytes[tile] = static_cast<uint16_t>(weights ? 64 : n_tokens * 4);
-            config.rows[tile] = kTileRows;
-        }
-        asm volatile("ldtilecfg %0" : : "m"(config));
+// Sets up the calling thread's tiles for `n_tokens` at a time.
+void begin_tiles(int64_t n_tokens) {
+    struct alignas(64) Config {
+        uint8_t palette = 1;
+        uint8_t start_row = 0;
+        uint8_t reserved[14] = {};
+        uint16_t row_bytes[16] = {};
+        uint8_t rows[16] = {};
+    } config;
+    for (int tile = 0; tile < 8; ++tile) {
+        const bool weights = tile == 4 || tile == 5;
+        config.row_bytes[tile] = static_cast<uint16_t>(weights ? 64 : n_tokens * 4);
+        config.rows[tile] = kTileRows;
     }
-    ~Tiles() { asm volatile("tilerelease"); }
-    Tiles(const Tiles&) = delete;
-    Tiles& operator=(const Tiles&) = delete;
-};
+    asm volatile("ldtilecfg %0" : : "m"(config));
+}
+// Without live tiles the system has nothing to save, and the core runs other code faster.
+void end_tiles() { asm volatile("tilerelease"); }
 
 // ---- weights to bfloat16 ----
 
@@ -135,8 +141,8 @@ YIVL_INLINE void read_scales(const Block* blocks, int64_t n, float* scales) {
     _mm512_store_ps(scales, from_half(reinterpret_cast<const std::byte*>(halves)));
 }
 
-// unpack(src, n, dst): n <= kChunk weights of a row. 32 of them are a row of a tile, and make 64 bytes at dst; the next
-// 32 are a row of the next tile.
+// unpack(src, n, dst): n <= kUnpackSteps * 32 weights of a row. 32 of them are a row of a tile, and make 64 bytes at
+// dst; the next 32 are a row of the next tile.
 typedef void (*Unpack)(WeightType type, const std::byte* src, int64_t n, std::byte* dst);
 
 YIVL_INLINE void put_row(std::byte* dst, int64_t step, __m512i v) { _mm512_store_si512(dst + step * kTileBytes, v); }
@@ -284,7 +290,7 @@ YIVL_INLINE __m512i bfloats_of(const float* x, int64_t n) {
 }
 
 void unpack_any(WeightType type, const std::byte* src, int64_t n, std::byte* dst) {
-    float values[kChunk];
+    float values[kUnpackSteps * kTileCols];
     dequantize_row(type, src, values, n);
     const bool reorder = even_columns_first(type);
     for (int64_t i = 0; i < n; i += kTileCols) {
@@ -398,7 +404,8 @@ void put_sums(const BfloatPiece& p, const std::byte* sums, int64_t row, int64_t 
     for (int t = 0; t < 16; ++t) {
         if (t < n_tokens) {
             const __m512 sum = _mm512_castsi512_ps(r[t]);
-            _mm512_mask_storeu_ps(y + t * p.y_stride, mask, p.bias == nullptr ? sum : _mm512_add_ps(sum, bias));
+            const __m512 out = p.bias == nullptr ? sum : _mm512_add_ps(sum, bias);
+            _mm512_mask_storeu_ps(y + t * p.y_stride, mask, out);
         }
     }
 }
@@ -429,7 +436,6 @@ struct Weights {
 // Few tokens: memory sets the pace. Weights are unpacked into one buffer while the tiles are fed from the other, which
 // has left the store queue by then.
 void linear_few(const BfloatPiece& p, std::byte* scratch) {
-    const Tiles tiles(p.n_tokens);
     const Weights weights(p);
     constexpr int64_t kBuffer = 2 * kChunkSteps * kTileBytes;
     constexpr int64_t kRowsPerStep = kFewRows / kChunkSteps;
@@ -469,13 +475,15 @@ void linear_few(const BfloatPiece& p, std::byte* scratch) {
 
 // R x T tiles of sums (1 or 2 each) over `steps` tiles of weights and x.
 template <int R, int T>
-void multiply_block(std::byte* const (&sums)[2][2], bool begin, const std::byte* w, int64_t w_step, const std::byte* x,
-                    int64_t x_step, int64_t steps) {
-    const auto load_sums = [&]<int r, int t>() YIVL_TARGET_LAMBDA {
-        if constexpr (r < R && t < T) begin ? zero_tile<r * 2 + t>() : load_tile<r * 2 + t>(sums[r][t], 64);
+void multiply_block(std::byte* to, const std::byte* from, int64_t token_step, const std::byte* w, int64_t w_step,
+                    const std::byte* x, int64_t x_step, int64_t steps) {
+    const auto load_sums = [=]<int r, int t>() YIVL_TARGET_LAMBDA {
+        if constexpr (r < R && t < T) {
+            from == nullptr ? zero_tile<r * 2 + t>() : load_tile<r * 2 + t>(from + r * kTileBytes + t * token_step, 64);
+        }
     };
-    const auto store_sums = [&]<int r, int t>() YIVL_TARGET_LAMBDA {
-        if constexpr (r < R && t < T) store_tile<r * 2 + t>(sums[r][t], 64);
+    const auto store_sums = [=]<int r, int t>() YIVL_TARGET_LAMBDA {
+        if constexpr (r < R && t < T) store_tile<r * 2 + t>(to + r * kTileBytes + t * token_step, 64);
     };
     load_sums.template operator()<0, 0>();
     load_sums.template operator()<0, 1>();
@@ -501,59 +509,72 @@ void multiply_block(std::byte* const (&sums)[2][2], bool begin, const std::byte*
     store_sums.template operator()<1, 1>();
 }
 
-// Many tokens: a chunk of weights is unpacked once for all of them; the sums wait in the second-level cache.
+// Many tokens: a slab of weights is unpacked once for all of them; with more than one slab the sums wait in memory.
 void linear_many(const BfloatPiece& p, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
-    const Tiles tiles(kTileTokens);
     const Weights weights(p);
     const int64_t steps = divide_up(p.cols, kTileCols);
+    const int64_t slab = slab_steps(p.cols);
     const int64_t row_tiles = divide_up(p.n_rows, kTileRows), token_tiles = divide_up(p.n_tokens, kTileTokens);
-    constexpr int64_t kRowTiles = kChunkSteps * kTileBytes;
-    std::byte* const sums = scratch + row_tiles * kRowTiles;
-    const auto sums_of = [=](int64_t row_tile, int64_t token_tile)
-                             YIVL_TARGET_LAMBDA { return sums + (token_tile * row_tiles + row_tile) * kTileBytes; };
-    for (int64_t step = 0; step < steps; step += kChunkSteps) {
+    const int64_t row_tile_bytes = slab * kTileBytes;
+    // Sums of 16 tokens lie side by side. Those that are complete are soon read, so they share one place.
+    const int64_t token_step = row_tiles * kTileBytes;
+    std::byte* const complete = scratch + row_tiles * row_tile_bytes;
+    std::byte* const waiting = complete + 2 * token_step;
+    for (int64_t step = 0; step < steps; step += slab) {
         if (stop(stop_arg)) return;
-        const int64_t n_steps = min64(kChunkSteps, steps - step);
-        const int64_t col = step * kTileCols;
+        const int64_t n_steps = min64(slab, steps - step);
+        const bool last = step + n_steps == steps;
         for (int64_t r = 0; r < row_tiles; ++r) {
-            weights.rows(r * kTileRows, min64(kTileRows, p.n_rows - r * kTileRows), col, min64(kChunk, p.cols - col),
-                         scratch + r * kRowTiles);
+            for (int64_t i = 0; i < n_steps; i += kUnpackSteps) {
+                const int64_t col = (step + i) * kTileCols;
+                weights.rows(r * kTileRows, min64(kTileRows, p.n_rows - r * kTileRows), col,
+                             min64(kUnpackSteps * kTileCols, p.cols - col),
+                             scratch + r * row_tile_bytes + i * kTileBytes);
+            }
         }
         for (int64_t t = 0; t < token_tiles; t += 2) {
             const std::byte* x = p.x + (t * steps + step) * kTileBytes;
+            std::byte* const from = step == 0 ? nullptr : waiting + t * token_step;
+            std::byte* const to = last ? complete : waiting + t * token_step;
             for (int64_t r = 0; r < row_tiles; r += 2) {
                 const bool two_rows = r + 1 < row_tiles, two_tokens = t + 1 < token_tiles;
-                std::byte* const places[2][2] = {{sums_of(r, t), sums_of(r, t + 1)},
-                                                 {sums_of(r + 1, t), sums_of(r + 1, t + 1)}};
                 const auto multiply = two_rows ? (two_tokens ? multiply_block<2, 2> : multiply_block<2, 1>)
                                                : (two_tokens ? multiply_block<1, 2> : multiply_block<1, 1>);
-                multiply(places, step == 0, scratch + r * kRowTiles, kRowTiles, x, steps * kTileBytes, n_steps);
+                multiply(to + r * kTileBytes, from == nullptr ? nullptr : from + r * kTileBytes, token_step,
+                         scratch + r * row_tile_bytes, row_tile_bytes, x, steps * kTileBytes, n_steps);
+            }
+            if (!last) continue;
+            // All rows of 16 tokens together: each token's row of y lies in a page of its own.
+            for (int64_t i = 0; i < 2 && t + i < token_tiles; ++i) {
+                const int64_t token = (t + i) * kTileTokens;
+                for (int64_t r = 0; r < row_tiles; ++r) {
+                    put_sums(p, complete + i * token_step + r * kTileBytes, r * kTileRows,
+                             min64(kTileRows, p.n_rows - r * kTileRows), token, min64(kTileTokens, p.n_tokens - token));
+                }
             }
         }
     }
-    for (int64_t t = 0; t < token_tiles; ++t) {
-        for (int64_t r = 0; r < row_tiles; ++r) {
-            put_sums(p, sums_of(r, t), r * kTileRows, min64(kTileRows, p.n_rows - r * kTileRows), t * kTileTokens,
-                     min64(kTileTokens, p.n_tokens - t * kTileTokens));
-        }
-    }
 }
 
-int64_t scratch_bytes(int64_t n_tokens, int64_t n_rows) {
+int64_t scratch_bytes(int64_t n_tokens, int64_t n_rows, int64_t cols) {
     if (n_tokens < kTileTokens) return (4 * kChunkSteps + 2) * kTileBytes;
-    return divide_up(n_rows, kTileRows) * (kChunkSteps + divide_up(n_tokens, kTileTokens)) * kTileBytes;
+    const int64_t slab = slab_steps(cols);
+    const int64_t waiting = slab * kTileCols < cols ? divide_up(n_tokens, kTileTokens) : 0;
+    return divide_up(n_rows, kTileRows) * (slab + 2 + waiting) * kTileBytes;
 }
 
 void linear(const BfloatPiece& piece, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
+    begin_tiles(min64(piece.n_tokens, kTileTokens));
     if (piece.n_tokens < kTileTokens) {
         linear_few(piece, scratch);
     } else {
         linear_many(piece, scratch, stop, stop_arg);
     }
+    end_tiles();
 }
 
 int64_t multiply_add(int64_t rounds) {
-    const Tiles tiles(kTileTokens);
+    begin_tiles(kTileTokens);
     alignas(64) static constexpr std::byte kZeros[kTileBytes] = {};
     load_tile<4>(kZeros, 64);
     load_tile<5>(kZeros, 64);
@@ -569,6 +590,7 @@ int64_t multiply_add(int64_t rounds) {
         multiply_tiles<2, 5, 6>();
         multiply_tiles<3, 5, 7>();
     }
+    end_tiles();
     return rounds * 4 * kTileRows * kTileTokens * kTileCols * 2;
 }
 

@@ -23,7 +23,7 @@ constexpr int64_t kTokenBlock = 256;
 constexpr int64_t kFewTokens = 4;
 constexpr int64_t kFewRowBlock = 8;
 // The same for products in bfloat16: sums of so many rows and tokens wait in the second-level cache.
-constexpr int64_t kBfloatRowBlock = 128;
+constexpr int64_t kBfloatRowBlock = 256;
 constexpr int64_t kBfloatTokenBlock = 1152;
 constexpr int64_t kBfloatTokens = 16;  // that are packed together
 // Rows of one piece, at least.
@@ -267,7 +267,7 @@ private:
         // Several pieces for each thread, so that all end at about the same time.
         const int64_t share = divide_up(w.rows, 8 * state_.pool.n_threads());
         const int64_t row_block = std::min(divide_up(share, kBfloatRows) * kBfloatRows, kBfloatRowBlock);
-        const int64_t scratch_bytes = kernels.scratch_bytes(x.rows, row_block);
+        const int64_t scratch_bytes = kernels.scratch_bytes(x.rows, row_block, w.cols);
         const auto cancelled = [](const void* control) { return static_cast<const Control*>(control)->cancelled(); };
         run(divide_up(w.rows, std::max<int64_t>(row_block, 1)),
             row_block * w.cols * (kCopyWork + x.rows / kBfloatSpeed), [&](int64_t item, Scratch& scratch) {
