@@ -1,4 +1,4 @@
-"""Every stage against what the reference implementation recorded (F32 file, any number of threads)."""
+"""Every stage against what the reference implementation recorded (F32 file, every instruction set and thread count)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,19 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3])
+ISAS = _core.available_isas()
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(ISAS[0], 1), (ISAS[0], 3), *((isa, 2) for isa in ISAS)],
+    ids=lambda param: f"{param[0]}-{param[1]}",
+)
 def model(request: pytest.FixtureRequest, golden_f32: Path) -> Model:
-    return Model(golden_f32, n_threads=request.param)
+    isa, n_threads = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("YIVL_ISA", isa)
+        return Model(golden_f32, n_threads=n_threads)
 
 
 @pytest.mark.parametrize("turn", [0, 1])

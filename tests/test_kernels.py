@@ -173,7 +173,7 @@ class TestBfloatTiles:
         roundings = 17 + -(-cols // 32) + 1
         assert np.all(np.abs(y - (exact + bias)) <= roundings * EPS * (sizes + np.abs(bias)))
 
-    @pytest.mark.parametrize("rows", [0, 1, 2, 15, 16, 17, 31, 32, 33, 40, 300])
+    @pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 31, 32, 33, 40, 300])
     def test_rows_and_tokens(self, rows: int) -> None:
         for tokens in (1, 2, 3, 5, 15, 16, 17, 31, 32, 33, 47, 48, 49, 70):
             self.check(GGMLQuantizationType.Q4_0, rows, tokens, 96)
@@ -204,6 +204,14 @@ class TestBfloatTiles:
                 _core.KernelOps("amx", 1).linear(y, x, weights, qtype.value)
                 results.append(y)
             assert np.array_equal(*results), qtype.name
+
+    def test_no_rows(self) -> None:
+        for rows, tokens in ((0, 3), (3, 0), (0, 40)):
+            w = normal(1, rows, 64).astype(np.float16)
+            y = np.zeros((tokens, rows), np.float32)
+            _core.KernelOps("amx", 2).linear(
+                y, normal(2, tokens, 64), as_bytes(w), GGMLQuantizationType.F16.value
+            )
 
     def test_float32_weights_stay_exact(self) -> None:
         x, w = normal(1, 20, 1100), normal(2, 45, 1100)

@@ -528,7 +528,7 @@ void linear_many(const BfloatPiece& p, std::byte* scratch, bool (*stop)(const vo
             for (int64_t i = 0; i < n_steps; i += kUnpackSteps) {
                 const int64_t col = (step + i) * kTileCols;
                 weights.rows(r * kTileRows, min64(kTileRows, p.n_rows - r * kTileRows), col,
-                             min64(kUnpackSteps * kTileCols, p.cols - col),
+                             min64(min64(kUnpackSteps, n_steps - i) * kTileCols, p.cols - col),
                              scratch + r * row_tile_bytes + i * kTileBytes);
             }
         }
