@@ -133,45 +133,78 @@ YIVL_INLINE __m512i low_nibbles_16(__m512i a) {
     return _mm512_ternarylogic_epi64(a, _mm512_set1_epi16(15), _mm512_set1_epi16(16), 0xea);
 }
 
-// The scales of up to 16 blocks as floats; the rest 0.
-template <class Block>
-YIVL_INLINE void read_scales(const Block* blocks, int64_t n, float* scales) {
-    alignas(32) half_bits halves[16] = {};
-    for (int64_t j = 0; j < n; ++j) halves[j] = blocks[j].d;
-    _mm512_store_ps(scales, from_half(reinterpret_cast<const std::byte*>(halves)));
+// Small integers are brought together in general registers: a wide load would have to wait until every narrow store
+// before it has left for the cache, and everything after it with it.
+YIVL_INLINE __m128i two_words(uint64_t a, uint64_t b) {
+    return _mm_set_epi64x(static_cast<int64_t>(b), static_cast<int64_t>(a));
 }
 
-// unpack(src, n, dst): n <= kUnpackSteps * 32 weights of a row. 32 of them are a row of a tile, and make 64 bytes at
-// dst; the next 32 are a row of the next tile.
-typedef void (*Unpack)(WeightType type, const std::byte* src, int64_t n, std::byte* dst);
+// The scales of n <= 8 blocks as floats; the rest 0.
+template <class Block>
+YIVL_INLINE void read_scales(const Block* blocks, int64_t n, float (&scales)[8]) {
+    const auto half = [=](int64_t j) YIVL_TARGET_LAMBDA {
+        uint64_t d = j < n ? blocks[j].d : 0;
+        asm("" : "+r"(d));  // GCC would do this with shuffles, which are what unpacking is short of
+        return d;
+    };
+    const auto four = [=](int64_t j) YIVL_TARGET_LAMBDA {
+        return half(j) | half(j + 1) << 16 | half(j + 2) << 32 | half(j + 3) << 48;
+    };
+    _mm256_storeu_ps(scales, _mm256_cvtph_ps(two_words(four(0), four(4))));
+    YIVL_IN_MEMORY(scales);
+}
+
+// blocks_8(blocks, n, dst) for every 8 blocks of a row, n a constant but for the last.
+template <class Block, void (*blocks_8)(const Block*, int64_t, std::byte*)>
+YIVL_INLINE void row_of_blocks(const std::byte* src, int64_t n, std::byte* dst) {
+    const Block* blocks = reinterpret_cast<const Block*>(src);
+    for (n /= kBlock; n >= 8; n -= 8, blocks += 8, dst += 8 * kTileBytes) blocks_8(blocks, 8, dst);
+    if (n > 0) blocks_8(blocks, n, dst);
+}
+
+// n <= kUnpackSteps * 32 weights of each of some rows. 32 of them become a row of a tile, 64 bytes at dst; the next 32
+// are the same row of the next tile.
+struct Rows {
+    WeightType type;
+    const std::byte* src;
+    int64_t row_bytes;
+    int64_t n_rows;
+    int64_t n;
+    std::byte* dst;
+};
+typedef void (*Unpack)(const Rows& rows);
+
+// one_row(src, n, dst) for each.
+template <void (*one_row)(const std::byte*, int64_t, std::byte*)>
+void unpack_rows(const Rows& rows) {
+    for (int64_t r = 0; r < rows.n_rows; ++r) one_row(rows.src + r * rows.row_bytes, rows.n, rows.dst + r * 64);
+}
 
 YIVL_INLINE void put_row(std::byte* dst, int64_t step, __m512i v) { _mm512_store_si512(dst + step * kTileBytes, v); }
 
-void unpack_q4_0(WeightType, const std::byte* src, int64_t n, std::byte* dst) {
-    const BlockQ4_0* blocks = reinterpret_cast<const BlockQ4_0*>(src);
-    const int64_t n_blocks = n / kBlock;
-    alignas(64) float scales[16];
-    read_scales(blocks, n_blocks, scales);
+YIVL_INLINE void blocks_q4_0(const BlockQ4_0* blocks, int64_t n, std::byte* dst) {
+    float scales[8];
+    read_scales(blocks, n, scales);
     const __m512i shifts = words(0, 4, 8, 12);
     const __m512 steps = steps_from(-8);
     const auto nibbles = [&](int64_t j) YIVL_TARGET_LAMBDA {
         const __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i*>(blocks[j].qs));
         return _mm512_srlv_epi16(_mm512_broadcast_i32x4(q), shifts);
     };
-    for (int64_t j = 0; j < n_blocks; j += 2) {
+    YIVL_UNROLL
+    for (int64_t j = 0; j < n; j += 2) {
         const __m512i table = to_bfloats(_mm512_mul_ps(steps, _mm512_set1_ps(scales[j])),
                                          _mm512_mul_ps(steps, _mm512_set1_ps(scales[j + 1])));
         put_row(dst, j, _mm512_permutexvar_epi16(low_nibbles(nibbles(j)), table));
-        if (j + 1 < n_blocks) put_row(dst, j + 1, _mm512_permutexvar_epi16(low_nibbles_16(nibbles(j + 1)), table));
+        if (j + 1 < n) put_row(dst, j + 1, _mm512_permutexvar_epi16(low_nibbles_16(nibbles(j + 1)), table));
     }
 }
 
-void unpack_q8_0(WeightType, const std::byte* src, int64_t n, std::byte* dst) {
-    const BlockQ8_0* blocks = reinterpret_cast<const BlockQ8_0*>(src);
-    const int64_t n_blocks = n / kBlock;
-    alignas(64) float scales[16];
-    read_scales(blocks, n_blocks, scales);
-    for (int64_t j = 0; j < n_blocks; ++j) {
+YIVL_INLINE void blocks_q8_0(const BlockQ8_0* blocks, int64_t n, std::byte* dst) {
+    float scales[8];
+    read_scales(blocks, n, scales);
+    YIVL_UNROLL
+    for (int64_t j = 0; j < n; ++j) {
         const __m512 d = _mm512_set1_ps(scales[j]);
         const int8_t* q = blocks[j].qs;
         put_row(dst, j, to_bfloats(_mm512_mul_ps(from_i8(q), d), _mm512_mul_ps(from_i8(q + 16), d)));
@@ -188,12 +221,17 @@ template <class Block>
 YIVL_INLINE void read_groups(const Block& b, Groups& groups) {
     uint32_t w[3];
     __builtin_memcpy(w, b.scales, sizeof(w));
-    const uint32_t six_bits[4] = {w[0] & 0x3f3f3f3f, (w[2] & 0x0f0f0f0f) | ((w[0] >> 6 & 0x03030303) << 4),  //
-                                  w[1] & 0x3f3f3f3f, (w[2] >> 4 & 0x0f0f0f0f) | ((w[1] >> 6 & 0x03030303) << 4)};
-    alignas(16) int8_t q[16];
-    __builtin_memcpy(q, six_bits, sizeof(q));
-    const __m512 d = _mm512_insertf32x8(_mm512_set1_ps(half_to_float(b.d)), _mm256_set1_ps(half_to_float(b.dmin)), 1);
-    _mm512_storeu_ps(&groups.scale[0], _mm512_mul_ps(from_i8(q), d));
+    const uint64_t scale = (w[0] & 0x3f3f3f3f) | uint64_t{(w[2] & 0x0f0f0f0f) | (w[0] >> 6 & 0x03030303) << 4} << 32;
+    const uint64_t minimum = (w[1] & 0x3f3f3f3f) | uint64_t{(w[2] >> 4 & 0x0f0f0f0f) | (w[1] >> 6 & 0x03030303) << 4}
+                                                       << 32;
+    const __m512 q = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(two_words(scale, minimum)));
+    // d eight times, dmin eight times.
+    uint32_t halves;
+    __builtin_memcpy(&halves, &b.d, sizeof(halves));
+    const __m512 both_halves = _mm512_castps128_ps512(_mm_cvtph_ps(_mm_cvtsi32_si128(static_cast<int>(halves))));
+    const __m512 d =
+        _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), both_halves);
+    _mm512_storeu_ps(&groups.scale[0], _mm512_mul_ps(q, d));
     YIVL_IN_MEMORY(groups);
 }
 
@@ -201,7 +239,7 @@ YIVL_INLINE __m512 scaled(__m512 steps, const Groups& groups, int g) {
     return _mm512_fmsub_ps(steps, _mm512_set1_ps(groups.scale[g]), _mm512_set1_ps(groups.minimum[g]));
 }
 
-void unpack_q4_k(WeightType, const std::byte* src, int64_t n, std::byte* dst) {
+YIVL_INLINE void row_q4_k(const std::byte* src, int64_t n, std::byte* dst) {
     const __m512i even_groups = words(0, 0, 8, 8), odd_groups = words(4, 4, 12, 12);
     const __m512 steps = steps_from(0);
     for (; n > 0; n -= kSuperBlock, src += sizeof(BlockQ4_K), dst += 8 * kTileBytes) {
@@ -218,7 +256,7 @@ void unpack_q4_k(WeightType, const std::byte* src, int64_t n, std::byte* dst) {
     }
 }
 
-void unpack_q5_k(WeightType, const std::byte* src, int64_t n, std::byte* dst) {
+YIVL_INLINE void row_q5_k(const std::byte* src, int64_t n, std::byte* dst) {
     const __m512i even_groups = words(0, 0, 8, 8), odd_groups = words(4, 4, 12, 12);
     const __m512 low_steps = steps_from(0), high_steps = steps_from(16);
     for (; n > 0; n -= kSuperBlock, src += sizeof(BlockQ5_K), dst += 8 * kTileBytes) {
@@ -240,7 +278,7 @@ void unpack_q5_k(WeightType, const std::byte* src, int64_t n, std::byte* dst) {
     }
 }
 
-void unpack_q6_k(WeightType, const std::byte* src, int64_t n, std::byte* dst) {
+YIVL_INLINE void row_q6_k(const std::byte* src, int64_t n, std::byte* dst) {
     for (; n > 0; n -= kSuperBlock, src += sizeof(BlockQ6_K), dst += 8 * kTileBytes) {
         const BlockQ6_K& b = *reinterpret_cast<const BlockQ6_K*>(src);
         alignas(64) float scales[16];
@@ -268,19 +306,22 @@ void unpack_q6_k(WeightType, const std::byte* src, int64_t n, std::byte* dst) {
 // 32 values, of which the first n are read and the rest are 0.
 YIVL_INLINE __mmask32 first(int64_t n) { return n >= 32 ? ~__mmask32{0} : (__mmask32{1} << n) - 1; }
 
-void unpack_f16(WeightType, const std::byte* src, int64_t n, std::byte* dst) {
-    for (int64_t i = 0; i < n; i += kTileCols) {
-        const __m512i halves = _mm512_maskz_loadu_epi16(first(n - i), src + i * 2);
-        put_row(dst, i / kTileCols,
-                to_bfloats(_mm512_cvtph_ps(_mm512_castsi512_si256(halves)),
-                           _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))));
+YIVL_INLINE void row_f16(const std::byte* src, int64_t n, std::byte* dst) {
+    for (; n >= kTileCols; n -= kTileCols, src += kTileCols * 2, dst += kTileBytes) {
+        put_row(dst, 0, to_bfloats(from_half(src), from_half(src + 32)));
+    }
+    if (n > 0) {
+        alignas(64) std::byte rest[64];
+        _mm512_store_si512(rest, _mm512_maskz_loadu_epi16(first(n), src));
+        put_row(dst, 0, to_bfloats(from_half(rest), from_half(rest + 32)));
     }
 }
 
-void unpack_bf16(WeightType, const std::byte* src, int64_t n, std::byte* dst) {
-    for (int64_t i = 0; i < n; i += kTileCols) {
-        put_row(dst, i / kTileCols, _mm512_maskz_loadu_epi16(first(n - i), src + i * 2));
+YIVL_INLINE void row_bf16(const std::byte* src, int64_t n, std::byte* dst) {
+    for (; n >= kTileCols; n -= kTileCols, src += kTileCols * 2, dst += kTileBytes) {
+        put_row(dst, 0, _mm512_loadu_si512(src));
     }
+    if (n > 0) put_row(dst, 0, _mm512_maskz_loadu_epi16(first(n), src));
 }
 
 YIVL_INLINE __m512i bfloats_of(const float* x, int64_t n) {
@@ -289,14 +330,16 @@ YIVL_INLINE __m512i bfloats_of(const float* x, int64_t n) {
                       _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), x + 16));
 }
 
-void unpack_any(WeightType type, const std::byte* src, int64_t n, std::byte* dst) {
-    float values[kUnpackSteps * kTileCols];
-    dequantize_row(type, src, values, n);
-    const bool reorder = even_columns_first(type);
-    for (int64_t i = 0; i < n; i += kTileCols) {
-        __m512i v = bfloats_of(values + i, n - i);
-        if (reorder) v = _mm512_permutexvar_epi16(evens_then_odds(), v);
-        put_row(dst, i / kTileCols, v);
+void unpack_any(const Rows& rows) {
+    const bool reorder = even_columns_first(rows.type);
+    for (int64_t r = 0; r < rows.n_rows; ++r) {
+        float values[kUnpackSteps * kTileCols];
+        dequantize_row(rows.type, rows.src + r * rows.row_bytes, values, rows.n);
+        for (int64_t i = 0; i < rows.n; i += kTileCols) {
+            __m512i v = bfloats_of(values + i, rows.n - i);
+            if (reorder) v = _mm512_permutexvar_epi16(evens_then_odds(), v);
+            put_row(rows.dst + r * 64, i / kTileCols, v);
+        }
     }
 }
 
@@ -304,13 +347,13 @@ void unpack_any(WeightType type, const std::byte* src, int64_t n, std::byte* dst
 Unpack unpacker(WeightType type, const std::byte* src) {
     if (reinterpret_cast<uintptr_t>(src) % alignof(half_bits) != 0) return unpack_any;
     switch (type) {
-        case WeightType::F16: return unpack_f16;
-        case WeightType::BF16: return unpack_bf16;
-        case WeightType::Q8_0: return unpack_q8_0;
-        case WeightType::Q4_0: return unpack_q4_0;
-        case WeightType::Q4_K: return unpack_q4_k;
-        case WeightType::Q5_K: return unpack_q5_k;
-        case WeightType::Q6_K: return unpack_q6_k;
+        case WeightType::F16: return unpack_rows<row_f16>;
+        case WeightType::BF16: return unpack_rows<row_bf16>;
+        case WeightType::Q8_0: return unpack_rows<row_of_blocks<BlockQ8_0, blocks_q8_0>>;
+        case WeightType::Q4_0: return unpack_rows<row_of_blocks<BlockQ4_0, blocks_q4_0>>;
+        case WeightType::Q4_K: return unpack_rows<row_q4_k>;
+        case WeightType::Q5_K: return unpack_rows<row_q5_k>;
+        case WeightType::Q6_K: return unpack_rows<row_q6_k>;
         default: return unpack_any;
     }
 }
@@ -427,9 +470,15 @@ struct Weights {
           block(type_info(p.type).block),
           block_bytes(type_info(p.type).bytes) {}
 
+    YIVL_INLINE void prefetch_rows(int64_t row, int64_t n_rows, int64_t col, int64_t n) const {
+        const std::byte* src = data + row * row_bytes + col / block * block_bytes;
+        for (int64_t r = 0; r < n_rows; ++r, src += row_bytes) {
+            for (int64_t i = 0; i < n / block * block_bytes; i += 64) prefetch(src + i);
+        }
+    }
     YIVL_INLINE void rows(int64_t row, int64_t n_rows, int64_t col, int64_t n, std::byte* dst) const {
         const std::byte* src = data + row * row_bytes + col / block * block_bytes;
-        for (int64_t r = 0; r < n_rows; ++r) unpack(type, src + r * row_bytes, n, dst + r * 64);
+        unpack({type, src, row_bytes, n_rows, n, dst});
     }
 };
 
@@ -453,6 +502,8 @@ void linear_few(const BfloatPiece& p, std::byte* scratch) {
             for (int64_t i = 0; i < kChunkSteps; ++i) {
                 const int64_t r = i * kRowsPerStep;
                 if (chunk < n_chunks && r < n_rows) {
+                    // What the next rows will need: the hardware does not follow so many rows at once.
+                    if (row + kFewRows < p.n_rows) weights.prefetch_rows(row + r + kFewRows, kRowsPerStep, col, kChunk);
                     weights.rows(row + r, min64(kRowsPerStep, n_rows - r), col, min64(kChunk, p.cols - col),
                                  filling + r / kTileRows * (kChunkSteps * kTileBytes) + r % kTileRows * 64);
                 }
