@@ -56,7 +56,8 @@ class Result:
 class Ceilings:
     """What the machine can do, by the same threads with the same instruction set."""
 
-    tflops: float
+    tflops: float  # float32
+    bfloat_tflops: float  # bfloat16 with float32 sums; 0 where the instruction set has none
     gigabytes_per_second: float
 
 
@@ -108,18 +109,28 @@ class Benchmark:
         arithmetic = min(self._measure(lambda: ceilings.multiply_add(rounds), 5 * self.repeats))
         memory = np.ones(1 << 27, np.float32)
         reading = min(self._measure(lambda: ceilings.read(memory), self.repeats))
-        return Ceilings(operations / arithmetic / 1e12, memory.nbytes / reading / 1e9)
+        bfloat = 0.0
+        if operations_bfloat := ceilings.bfloat_multiply_add(rounds):
+            seconds = self._measure(lambda: ceilings.bfloat_multiply_add(rounds), 5 * self.repeats)
+            bfloat = operations_bfloat / min(seconds) / 1e12
+        return Ceilings(operations / arithmetic / 1e12, bfloat, memory.nbytes / reading / 1e9)
 
-    def _add(self, name: str, seconds: list[float], operations: float, moved: float) -> None:
+    def _add(
+        self, name: str, seconds: list[float], operations: float, moved: float, tflops_ceiling: float
+    ) -> None:
         median = statistics.median(seconds)
         tflops, rate = operations / median / 1e12, moved / median / 1e9
         shares = {
-            "arithmetic": tflops / self.ceilings.tflops,
+            "arithmetic": tflops / tflops_ceiling,
             "memory": rate / self.ceilings.gigabytes_per_second,
         }
         bound = max(shares, key=lambda key: shares[key])
         spread = (max(seconds) - min(seconds)) / median
         self.results.append(Result(name, median, spread, tflops, rate, shares[bound], bound))
+
+    def _linear_ceiling(self, name: str) -> float:
+        """TFLOP/s that a product with such weights can reach."""
+        return self.ceilings.tflops if name == "F32" else self.ceilings.bfloat_tflops or self.ceilings.tflops
 
     def prefill(self, name: str, tokens: int, cols: int, rows: int) -> None:
         """Time a matrix product for many tokens."""
@@ -128,7 +139,9 @@ class Benchmark:
         y = np.zeros((tokens, rows), np.float32)
         kind = GGMLQuantizationType[name].value
         seconds = self._measure(lambda: self.ops.linear(y, x, weights, kind), self.repeats)
-        self._add(f"linear {name}, {tokens} tokens", seconds, 2.0 * tokens * cols * rows, weights.nbytes)
+        label = f"linear {name}, {tokens} x {cols} x {rows}"
+        ceiling = self._linear_ceiling(name)
+        self._add(label, seconds, 2.0 * tokens * cols * rows, weights.nbytes, ceiling)
 
     def decode(self, name: str, cols: int, megabytes: int) -> None:
         """Time one token against weights that no cache holds."""
@@ -139,7 +152,8 @@ class Benchmark:
         y = np.zeros((1, rows), np.float32)
         kind = GGMLQuantizationType[name].value
         seconds = self._measure(lambda: self.ops.linear(y, x, weights, kind), self.repeats)
-        self._add(f"linear {name}, 1 token", seconds, 2.0 * cols * rows, weights.nbytes)
+        ceiling = self._linear_ceiling(name)
+        self._add(f"linear {name}, 1 token", seconds, 2.0 * cols * rows, weights.nbytes, ceiling)
 
     def attention(
         self, name: str, tokens: int, keys: int, heads: int, kv_heads: int, head_dim: int, causal: bool
@@ -153,11 +167,14 @@ class Benchmark:
         seconds = self._measure(
             lambda: self.ops.attention(out, q, k, k, heads, kv_heads, causal), self.repeats
         )
-        self._add(f"attention, {name}", seconds, 4.0 * pairs * heads * head_dim, 2.0 * k.nbytes)
+        operations = 4.0 * pairs * heads * head_dim
+        self._add(f"attention, {name}", seconds, operations, 2.0 * k.nbytes, self.ceilings.tflops)
 
     def print(self) -> None:
         """Print ceilings and results as a table."""
         print(f"{self.isa}, {self.threads} threads: at most {self.ceilings.tflops:.3f} TFLOP/s, ", end="")
+        if self.ceilings.bfloat_tflops:
+            print(f"{self.ceilings.bfloat_tflops:.3f} in bfloat16, ", end="")
         print(f"{self.ceilings.gigabytes_per_second:.1f} GB/s")
         print(f"{'':34}{'ms':>10}{'spread':>8}{'TFLOP/s':>9}{'GB/s':>7}{'share':>7}")
         for r in self.results:
@@ -186,6 +203,8 @@ def main() -> None:
     bench = Benchmark(args.isa, args.threads, args.repeats)
     for name in _PREFILL_TYPES:
         bench.prefill(name, args.tokens, 4096, 4096)
+    for cols, rows in ((1280, 1280), (1280, 5120), (5120, 1280)):
+        bench.prefill("F16", 1025, cols, rows)
     for name in _DECODE_TYPES:
         bench.decode(name, 4096, args.megabytes)
     bench.attention("image encoder", 1025, 1025, 16, 16, 80, causal=False)

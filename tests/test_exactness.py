@@ -40,12 +40,24 @@ def pixels(golden_image: Path, golden_model: Model) -> np.ndarray:
     return golden_model.preprocess(golden_image)
 
 
-def tolerance(isa: str, kind: GGMLQuantizationType) -> float:
+def tolerance(isa: str, type_name: str) -> float:
     """Relative L2 error of logits that an instruction set may make with weights of a type."""
     # In float32 with the same weights, 1e-3 leaves room for other summation orders only. AMX rounds both operands of
     # a product to bfloat16, whose 8 bits of significand put each off by up to 2^-9; over a sum these errors average
     # out, and 4e-3 is what remains of them in these logits.
-    return 2e-2 if isa == "amx" and kind != GGMLQuantizationType.F32 else 1e-3
+    return 2e-2 if isa == "amx" and type_name.lower() != "f32" else 1e-3
+
+
+def check_logits_on_every_isa(
+    monkeypatch: pytest.MonkeyPatch, image: Path, type_name: str, text: Path, mmproj: Path | None = None
+) -> None:
+    expected = None
+    for isa in _core.available_isas():
+        monkeypatch.setenv("YIVL_ISA", isa)
+        model = Model(text, mmproj=mmproj)
+        if expected is None:
+            expected = Twin(text, mmproj).logits(model.prompt_ids(QUESTION), model.preprocess(image))
+        assert relative_l2(model.logits(image, QUESTION), expected) <= tolerance(isa, type_name), isa
 
 
 @pytest.mark.parametrize("kind", ALL_TYPES, ids=lambda kind: kind.name)
@@ -53,24 +65,16 @@ def test_every_weight_type_computes_what_its_dequantised_weights_do(
     wide_f32, tmp_path, golden_image, kind, monkeypatch
 ):
     path = retype(wide_f32, tmp_path / f"{kind.name}.gguf", kind)
-    expected = None
-    for isa in _core.available_isas():
-        monkeypatch.setenv("YIVL_ISA", isa)
-        model = Model(path)
-        if expected is None:
-            expected = Twin(path).logits(model.prompt_ids(QUESTION), model.preprocess(golden_image))
-        assert relative_l2(model.logits(golden_image, QUESTION), expected) <= tolerance(isa, kind), isa
+    check_logits_on_every_isa(monkeypatch, golden_image, kind.name, path)
 
 
 @pytest.mark.parametrize("type_name", ["f16", "bf16", "q8_0", "q4_0"])
 def test_a_pair_of_every_written_type_computes_what_its_dequantised_weights_do(
-    tmp_path, golden_image, type_name
+    tmp_path, golden_image, type_name, monkeypatch
 ):
     text, mmproj = tmp_path / "pair.gguf", tmp_path / "pair-mmproj.gguf"
     convert(GOLDEN / "checkpoint", text, type=type_name, layout="pair")
-    model = Model(text, mmproj=mmproj)
-    expected = Twin(text, mmproj).logits(model.prompt_ids(QUESTION), model.preprocess(golden_image))
-    assert relative_l2(model.logits(golden_image, QUESTION), expected) <= 1e-3
+    check_logits_on_every_isa(monkeypatch, golden_image, type_name, text, mmproj)
 
 
 def test_pair_and_single_layout_give_the_same_logits(golden_f32, golden_pair, golden_image):
