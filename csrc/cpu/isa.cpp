@@ -70,7 +70,10 @@ bool usable(const Kernels& kernels) {
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (&kernels == &kAvx512Kernels) return avx512;
 #if defined(__linux__)
-    if (&kernels == &amx_kernels()) return avx512 && __builtin_cpu_supports("avx512bf16") && amx_permitted();
+    if (&kernels == &amx_kernels()) {
+        return avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16") &&
+               amx_permitted();
+    }
 #endif
 #endif
     return &kernels == &kPortableKernels;

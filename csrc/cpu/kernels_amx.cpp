@@ -20,9 +20,10 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-YIVL_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
-#define YIVL_TARGET_LAMBDA \
-    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")))
+YIVL_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,amx-tile,amx-bf16")
+#define YIVL_TARGET_LAMBDA                                                                                       \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,amx-tile,amx-" \
+                          "bf16")))
 
 namespace yivl::amx {
 
@@ -112,7 +113,7 @@ YIVL_INLINE __m512 from_half(const std::byte* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
-// Four-bit types look their values up in a table made for each block. Shifting whole words brings out the columns in
+// Four-bit types look their values up in a table made for each block. What finds the indices takes the columns in
 // another order, all even ones before all odd ones; x is packed in the same order.
 bool even_columns_first(WeightType type) {
     return type == WeightType::Q4_0 || type == WeightType::Q4_K || type == WeightType::Q5_K;
@@ -123,14 +124,24 @@ YIVL_INLINE __m512i evens_then_odds() {
     return _mm512_load_si512(kOrder);
 }
 
-YIVL_INLINE __m512i words(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
-    const auto four = [](uint64_t n) YIVL_TARGET_LAMBDA { return static_cast<int64_t>(n * 0x0001000100010001u); };
-    return _mm512_setr_epi64(four(a), four(a), four(b), four(b), four(c), four(c), four(d), four(d));
+// Where the integers of a block lie, for _mm512_multishift_epi64_epi8: bit `low` of each even byte for the first 16
+// columns, of each odd byte for the others, and the bits above it, twice each since a look-up takes bytes. Every second
+// 8 bytes of the first half come from `other` bits further, where 32 columns lie in 16 bytes.
+YIVL_INLINE __m512i bits_from(int low, int other) {
+    const auto fields = [low](int bit) YIVL_TARGET_LAMBDA {
+        uint64_t n = 0;
+        for (int i = 0; i < 8; ++i) n |= static_cast<uint64_t>((low + bit + i / 2 * 16) & 63) << (i * 8);
+        return static_cast<int64_t>(n);
+    };
+    const int64_t a = fields(0), b = fields(other), c = fields(8), d = fields(8 + other);
+    return _mm512_setr_epi64(a, a, b, b, c, c, d, d);
 }
-YIVL_INLINE __m512i low_nibbles(__m512i a) { return _mm512_and_si512(a, _mm512_set1_epi16(15)); }
-// The low nibbles, plus 16: the second half of a table.
-YIVL_INLINE __m512i low_nibbles_16(__m512i a) {
-    return _mm512_ternarylogic_epi64(a, _mm512_set1_epi16(15), _mm512_set1_epi16(16), 0xea);
+// Bytes 2 * i and 2 * i + 1 for the index i in bits 1 to 4; plus 32 for the second half of a table.
+YIVL_INLINE __m512i entries(__m512i bits) {
+    return _mm512_ternarylogic_epi64(bits, _mm512_set1_epi8(0x1e), _mm512_set1_epi16(0x0100), 0xea);
+}
+YIVL_INLINE __m512i second_entries(__m512i bits) {
+    return _mm512_ternarylogic_epi64(bits, _mm512_set1_epi8(0x1e), _mm512_set1_epi16(0x2120), 0xea);
 }
 
 // Small integers are brought together in general registers: a wide load would have to wait until every narrow store
@@ -185,18 +196,18 @@ YIVL_INLINE void put_row(std::byte* dst, int64_t step, __m512i v) { _mm512_store
 YIVL_INLINE void blocks_q4_0(const BlockQ4_0* blocks, int64_t n, std::byte* dst) {
     float scales[8];
     read_scales(blocks, n, scales);
-    const __m512i shifts = words(0, 4, 8, 12);
+    const __m512i places = bits_from(-1, 4);
     const __m512 steps = steps_from(-8);
     const auto nibbles = [&](int64_t j) YIVL_TARGET_LAMBDA {
         const __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i*>(blocks[j].qs));
-        return _mm512_srlv_epi16(_mm512_broadcast_i32x4(q), shifts);
+        return _mm512_multishift_epi64_epi8(places, _mm512_broadcast_i32x4(q));
     };
     YIVL_UNROLL
     for (int64_t j = 0; j < n; j += 2) {
         const __m512i table = to_bfloats(_mm512_mul_ps(steps, _mm512_set1_ps(scales[j])),
                                          _mm512_mul_ps(steps, _mm512_set1_ps(scales[j + 1])));
-        put_row(dst, j, _mm512_permutexvar_epi16(low_nibbles(nibbles(j)), table));
-        if (j + 1 < n) put_row(dst, j + 1, _mm512_permutexvar_epi16(low_nibbles_16(nibbles(j + 1)), table));
+        put_row(dst, j, _mm512_permutexvar_epi8(entries(nibbles(j)), table));
+        if (j + 1 < n) put_row(dst, j + 1, _mm512_permutexvar_epi8(second_entries(nibbles(j + 1)), table));
     }
 }
 
@@ -240,7 +251,7 @@ YIVL_INLINE __m512 scaled(__m512 steps, const Groups& groups, int g) {
 }
 
 YIVL_INLINE void row_q4_k(const std::byte* src, int64_t n, std::byte* dst) {
-    const __m512i even_groups = words(0, 0, 8, 8), odd_groups = words(4, 4, 12, 12);
+    const __m512i even_groups = bits_from(-1, 0), odd_groups = bits_from(3, 0);
     const __m512 steps = steps_from(0);
     for (; n > 0; n -= kSuperBlock, src += sizeof(BlockQ4_K), dst += 8 * kTileBytes) {
         const BlockQ4_K& b = *reinterpret_cast<const BlockQ4_K*>(src);
@@ -250,30 +261,33 @@ YIVL_INLINE void row_q4_k(const std::byte* src, int64_t n, std::byte* dst) {
         for (int g = 0; g < 8; g += 2) {
             const __m512i table = to_bfloats(scaled(steps, groups, g), scaled(steps, groups, g + 1));
             const __m512i q = _mm512_broadcast_i64x4(bytes(b.qs + g * 16));
-            put_row(dst, g, _mm512_permutexvar_epi16(low_nibbles(_mm512_srlv_epi16(q, even_groups)), table));
-            put_row(dst, g + 1, _mm512_permutexvar_epi16(low_nibbles_16(_mm512_srlv_epi16(q, odd_groups)), table));
+            put_row(dst, g, _mm512_permutexvar_epi8(entries(_mm512_multishift_epi64_epi8(even_groups, q)), table));
+            put_row(dst, g + 1,
+                    _mm512_permutexvar_epi8(second_entries(_mm512_multishift_epi64_epi8(odd_groups, q)), table));
         }
     }
 }
 
 YIVL_INLINE void row_q5_k(const std::byte* src, int64_t n, std::byte* dst) {
-    const __m512i even_groups = words(0, 0, 8, 8), odd_groups = words(4, 4, 12, 12);
+    const __m512i even_groups = bits_from(-1, 0), odd_groups = bits_from(3, 0);
     const __m512 low_steps = steps_from(0), high_steps = steps_from(16);
     for (; n > 0; n -= kSuperBlock, src += sizeof(BlockQ5_K), dst += 8 * kTileBytes) {
         const BlockQ5_K& b = *reinterpret_cast<const BlockQ5_K*>(src);
         Groups groups;
         read_groups(b, groups);
-        // Bit 4 + g is the fifth bit of group g's value.
-        const __m512i fifth = _mm512_slli_epi16(_mm512_srlv_epi16(_mm512_broadcast_i64x4(bytes(b.qh)), even_groups), 4);
+        const __m512i fifth = _mm512_broadcast_i64x4(bytes(b.qh));
         YIVL_UNROLL
         for (int g = 0; g < 8; ++g) {
             const __m512i table = to_bfloats(scaled(low_steps, groups, g), scaled(high_steps, groups, g));
             const __m512i q = _mm512_broadcast_i64x4(bytes(b.qs + g / 2 * 32));
-            const __m512i low = _mm512_srlv_epi16(q, g % 2 == 0 ? even_groups : odd_groups);
-            const __m512i high = _mm512_srli_epi16(fifth, static_cast<unsigned>(g));
-            // Four bits of `low` and the rest of `high`: a look-up reads the low five.
-            put_row(dst, g,
-                    _mm512_permutexvar_epi16(_mm512_ternarylogic_epi64(_mm512_set1_epi16(15), low, high, 0xca), table));
+            const __m512i low = _mm512_multishift_epi64_epi8(g % 2 == 0 ? even_groups : odd_groups, q);
+            // Bit g of each byte becomes bit 5.
+            const __m512i high = _mm512_multishift_epi64_epi8(bits_from(g - 5, 0), fifth);
+            const __m512i choice = _mm512_ternarylogic_epi64(_mm512_set1_epi8(0x20), high, low, 0xca);
+            put_row(
+                dst, g,
+                _mm512_permutexvar_epi8(
+                    _mm512_ternarylogic_epi64(choice, _mm512_set1_epi8(0x3e), _mm512_set1_epi16(0x0100), 0xea), table));
         }
     }
 }
