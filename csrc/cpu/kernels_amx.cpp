@@ -21,9 +21,10 @@
 #endif
 
 YIVL_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,amx-tile,amx-bf16")
-#define YIVL_TARGET_LAMBDA                                                                                       \
-    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,amx-tile,amx-" \
-                          "bf16")))
+#define YIVL_TARGET_LAMBDA                                                                            \
+    __attribute__((                                                                                   \
+        target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,amx-tile,amx-" \
+               "bf16")))
 
 namespace yivl::amx {
 
@@ -516,8 +517,13 @@ void linear_few(const BfloatPiece& p, std::byte* scratch) {
             for (int64_t i = 0; i < kChunkSteps; ++i) {
                 const int64_t r = i * kRowsPerStep;
                 if (chunk < n_chunks && r < n_rows) {
-                    // What the next rows will need: the hardware does not follow so many rows at once.
-                    if (row + kFewRows < p.n_rows) weights.prefetch_rows(row + r + kFewRows, kRowsPerStep, col, kChunk);
+                    // The hardware does not follow so many rows at once.
+                    const int64_t ahead = chunk + min64(2, n_chunks);
+                    const int64_t next = row + r + (ahead < n_chunks ? 0 : kFewRows);
+                    if (next < p.n_rows) {
+                        const int64_t n_next = min64(kRowsPerStep, p.n_rows - next);
+                        weights.prefetch_rows(next, n_next, ahead % n_chunks * kChunk, kChunk);
+                    }
                     weights.rows(row + r, min64(kRowsPerStep, n_rows - r), col, min64(kChunk, p.cols - col),
                                  filling + r / kTileRows * (kChunkSteps * kTileBytes) + r % kTileRows * 64);
                 }
