@@ -171,10 +171,11 @@ class _Bench:
         """The picture with one pixel changed, so that nothing is kept from the last run."""
         from yivl_edge.image import load_image
 
-        if self.args.image is not None:
-            picture = load_image(self.args.image).copy()
-        else:
-            picture = self.random.integers(0, 256, (448, 448, 3), dtype=np.uint8)
+        picture: NDArray[np.uint8] = (
+            self.random.integers(0, 256, (448, 448, 3), dtype=np.uint8)
+            if self.args.image is None
+            else load_image(self.args.image).copy()
+        )
         height, width = picture.shape[:2]
         picture[height // 2, width // 2, :3] = self.random.integers(0, 256, 3, dtype=np.uint8)
         return picture
