@@ -366,12 +366,37 @@ def render(scene: Scene, seed: int, patches: int = 8) -> tuple[Image.Image, Labe
         )
     if scene.text:
         _print(image, scene, rng, ink, labels, grid_x, grid_y)
-    if rng.random() < 0.4:
-        noise = _noise(rng.randrange(16))[:height, :width]
-        strength = rng.choice((1, 1, 2))
-        pixels = np.asarray(image).astype(np.int16) + noise * strength
-        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    return image, labels
+    return _speckle(image, rng), labels
+
+
+def render_page(seed: int, patches: int = 8) -> tuple[Image.Image, Labels]:
+    """Draws three rows of letters and digits, to learn reading from, and labels as `render` does.
+
+    A seventh label is 10 and more for the row.
+    """
+    rng = random.Random(f"page/{seed}")
+    side = rng.randint(170, 300)
+    ink = _jitter(rng, rng.choice(tuple(COLOURS.values())), 10) if rng.random() < 0.6 else (20, 20, 20)
+    image = _background(rng, side, side, [ink])
+    labels: Labels = np.zeros((patches * patches, 7), np.uint8)
+    grid_x, grid_y = (g.ravel() for g in np.meshgrid(*[(np.arange(patches) + 0.5) * side / patches] * 2))
+    for row in range(3):
+        text = "".join(rng.choices(CHARACTERS, k=rng.randrange(2, 6)))
+        if rng.random() < 0.3:
+            text = text[:3] if text.isdigit() else str(rng.randrange(1000))
+        part: Labels = np.zeros((patches * patches, 6), np.uint8)
+        _print(image, Scene((), text, row), rng, ink, part, grid_x, grid_y)
+        shows = part[:, 4] > 0
+        labels[shows, :6], labels[shows, 6] = part[shows], 10 + row
+    return _speckle(image, rng), labels
+
+
+def _speckle(image: Image.Image, rng: random.Random) -> Image.Image:
+    if rng.random() >= 0.4:
+        return image
+    noise = _noise(rng.randrange(16))[: image.height, : image.width]
+    pixels = np.asarray(image).astype(np.int16) + noise * rng.choice((1, 1, 2))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def _print(

@@ -103,40 +103,54 @@ def train_tokenizer(vocab: int, seed: int) -> bytes:
 
 @dataclass
 class Pool:
-    """Pictures drawn beforehand: pixels (count, S, S, 3), labels (count, N, 6) and scenes, by index."""
+    """Pictures drawn beforehand: pixels (count, S, S, 3), labels (count, N, 6) and scenes, by index.
+
+    A quarter as many pages of letters, with seven labels, are there to learn reading from.
+    """
 
     pixels: np.ndarray[Any, np.dtype[np.uint8]]
     labels: np.ndarray[Any, np.dtype[np.uint8]]
+    page_pixels: np.ndarray[Any, np.dtype[np.uint8]]
+    page_labels: np.ndarray[Any, np.dtype[np.uint8]]
 
     def scene(self, index: int) -> scenes.Scene:
         """What picture `index` shows."""
         return scenes.make_scene(FIRST_SEED + index)
 
 
-def _draw(job: tuple[Path, int, int, int]) -> int:
-    folder, start, end, size = job
-    pixels = np.load(folder / "pixels.npy", mmap_mode="r+")
-    labels = np.load(folder / "labels.npy", mmap_mode="r+")
+def _draw(job: tuple[Path, str, int, int, int]) -> int:
+    folder, kind, start, end, size = job
+    pixels = np.load(folder / f"{kind}pixels.npy", mmap_mode="r+")
+    labels = np.load(folder / f"{kind}labels.npy", mmap_mode="r+")
     for i in range(start, end):
-        image, labels[i] = scenes.render(scenes.make_scene(FIRST_SEED + i), FIRST_SEED + i)
+        if kind:
+            image, labels[i] = scenes.render_page(FIRST_SEED + i)
+        else:
+            image, labels[i] = scenes.render(scenes.make_scene(FIRST_SEED + i), FIRST_SEED + i)
         pixels[i] = yivl.preprocess(image, size)
     return end - start
 
 
 def make_pool(folder: Path, count: int, size: int, patches: int) -> Pool:
     """Draws the pictures of training, once, with one process per core (two at most)."""
-    done = folder / "pool.json"
-    key = {"count": count, "size": size}
-    if not done.exists() or json.loads(done.read_text()) != key:
-        for name, shape in (("pixels", (count, size, size, 3)), ("labels", (count, patches, 6))):
-            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.uint8, shape).flush()
-        jobs = [(folder, i, min(i + 500, count), size) for i in range(0, count, 500)]
-        workers = min(2, os.cpu_count() or 1)
-        with multiprocessing.Pool(workers) as pool, tqdm(total=count, desc="pictures", mininterval=5) as bar:
-            for drawn in pool.imap_unordered(_draw, jobs):
-                bar.update(drawn)
-        done.write_text(json.dumps(key))
-    return Pool(np.load(folder / "pixels.npy", mmap_mode="r"), np.load(folder / "labels.npy", mmap_mode="r"))
+    arrays = []
+    for kind, number, columns in (("", count, 6), ("page-", count // 4, 7)):
+        done = folder / f"{kind}pool.json"
+        key = {"count": number, "size": size}
+        if not done.exists() or json.loads(done.read_text()) != key:
+            for name, shape in (("pixels", (number, size, size, 3)), ("labels", (number, patches, columns))):
+                np.lib.format.open_memmap(folder / f"{kind}{name}.npy", "w+", np.uint8, shape).flush()
+            jobs = [(folder, kind, i, min(i + 500, number), size) for i in range(0, number, 500)]
+            workers = min(2, os.cpu_count() or 1)
+            with (
+                multiprocessing.Pool(workers) as pool,
+                tqdm(total=number, desc=f"{kind}pictures", mininterval=5) as bar,
+            ):
+                for drawn in pool.imap_unordered(_draw, jobs):
+                    bar.update(drawn)
+            done.write_text(json.dumps(key))
+        arrays += [np.load(folder / f"{kind}{name}.npy", mmap_mode="r") for name in ("pixels", "labels")]
+    return Pool(*arrays)
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
@@ -259,10 +273,13 @@ class Writer:
 
 @dataclass
 class Batch:
-    """Pictures, their labels, and conversations (letters as in model.py; -2 numbers padding)."""
+    """Pictures, their labels, and conversations (letters as in model.py; -2 numbers padding).
 
-    images: Tensor  # (B, 3, S, S)
-    labels: Tensor  # (B, N, 7)
+    Pages follow the B pictures: P of them, half of B.
+    """
+
+    images: Tensor  # (B + P, 3, S, S)
+    labels: Tensor  # (B + P, N, 7)
     ids: Tensor  # (B, T)
     targets: Tensor  # (B, T), -100 where nothing is to be learnt
     places: Tensor  # (B, T)
@@ -289,8 +306,13 @@ class Batches:
         order = np.random.default_rng((self.seed, epoch)).permutation(count)
         chosen = np.sort(order[at * self.size : (at + 1) * self.size])[self.rank :: self.processes]
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 16 + self.rank)
-        images = yivl.normalise(augment(torch.from_numpy(self.pool.pixels[chosen]), generator))
-        labels = torch.from_numpy(np.stack([self.labels(int(i)) for i in chosen])).long()
+        pages = np.random.default_rng((self.seed, step, self.rank)).integers(
+            0, len(self.pool.page_pixels), len(chosen) // 2
+        )
+        pixels = np.concatenate([self.pool.pixels[chosen], self.pool.page_pixels[pages]])
+        images = yivl.normalise(augment(torch.from_numpy(pixels), generator))
+        shown = [*(self.labels(int(i)) for i in chosen), *self.pool.page_labels[pages]]
+        labels = torch.from_numpy(np.stack(shown)).long()
         arrays = np.zeros((4, len(chosen), TEXT_TOKENS), np.int64)
         arrays[1], arrays[3] = -100, -2
         words = np.zeros((len(chosen), TEXT_TOKENS, 4), np.int64)
@@ -411,9 +433,8 @@ class Learner(nn.Module):
         """
         s, p = self.model.sizes, self.prefix.shape[1]
         shape, colour, place, character = (w.unsqueeze(2) for w in batch.words.unbind(-1))  # (B, T, 1)
-        shapes, colours, _, _, _, characters, cells = (
-            g.unsqueeze(1) for g in batch.labels.unbind(-1)
-        )  # (B, 1, N)
+        labels = batch.labels[: len(batch.ids)].unsqueeze(1)
+        shapes, colours, _, _, _, characters, cells = labels.unbind(-1)  # (B, 1, N)
         thing = ((shape == 0) | (shapes == shape)) & ((colour == 0) | (colours == colour))
         row = torch.where((place == 2) | (place == 5) | (place == 8), 10 + place // 3, -1)  # text fills a row
         total, count = torch.zeros((), device=shape.device), 0
@@ -439,7 +460,8 @@ class Learner(nn.Module):
         # All conversations begin with the same system text: its keys and values are made once for the batch.
         p = self.prefix.shape[1]
         _, past = decoder(decoder.embed(self.prefix), torch.arange(p, device=features.device)[None])
-        x = torch.cat([self.model.projector(features), decoder.embed(batch.ids)], 1)
+        rows = self.model.projector(features[: len(batch.ids)])
+        x = torch.cat([rows, decoder.embed(batch.ids)], 1)
         b, t = len(x), x.shape[1]
         image_numbers = batch.numbers.new_full((b, s.patches), -1)
         numbers = torch.cat([image_numbers, batch.numbers], 1)
