@@ -24,7 +24,7 @@ SAMPLES: dict[str, tuple[Scene, int]] = {
         ),
         4,
     ),
-    "stop": (Scene((Thing("cross", "white", 0, True), Thing("circle", "red", 2, True)), "STOP", 2), 15),
+    "stop": (Scene((Thing("cross", "white", 0, True), Thing("circle", "red", 2, True)), "STOP", 2), 6),
     "number": (Scene((Thing("heart", "purple", 8, True),), "42", 1), 21),
     "three-stars": (
         Scene(
@@ -39,7 +39,7 @@ SAMPLES: dict[str, tuple[Scene, int]] = {
         ),
         3,
     ),
-    "cafe": (Scene((), "CAFE", 0), 8),
+    "cafe": (Scene((), "CAFE", 0), 11),
     "empty": (Scene((), None, 0), 5),
 }
 
