@@ -19,7 +19,7 @@ from typing import Literal, Protocol, SupportsIndex, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from yivl_edge import _core
+from yivl_edge import _core, data
 from yivl_edge.image import DEFAULT_MAX_PIXELS, ImageSource, load_image
 from yivl_edge.messages import Messages, checked_text, normalise
 
@@ -258,6 +258,23 @@ class Model:
         self._max_image_pixels = max_image_pixels
         self._lock = threading.Lock()
         self._idle: list[_core.Session] = [_core.Session(self._model, self._n_ctx)]
+
+    @classmethod
+    def demo(
+        cls,
+        *,
+        n_ctx: int | None = None,
+        n_threads: int | None = None,
+        max_image_pixels: int = DEFAULT_MAX_PIXELS,
+    ) -> Model:
+        """The small model that comes with the package, for drawings of shapes, short words and numbers.
+
+        Args:
+            n_ctx: As for `Model`.
+            n_threads: As for `Model`.
+            max_image_pixels: As for `Model`.
+        """
+        return cls(data.MODEL, n_ctx=n_ctx, n_threads=n_threads, max_image_pixels=max_image_pixels)
 
     @property
     def config(self) -> _core.Config:

@@ -1,4 +1,4 @@
-"""The command line: ``yivl-edge chat|inspect|bench|convert``."""
+"""The command line: ``yivl-edge chat|demo|inspect|bench|convert``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from yivl_edge.cli import bench, chat, inspect
+from yivl_edge.cli import bench, chat, demo, inspect
 
 _DESCRIPTION = "Talk with 01.AI's Yi-VL vision-language models about pictures, on this machine."
 _EXAMPLE = """\
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     chat.add_parser(commands)
+    demo.add_parser(commands)
     inspect.add_parser(commands)
     bench.add_parser(commands)
     # Only for the list in --help: its arguments are parsed where they are defined.

@@ -35,8 +35,8 @@ _HELP = """\
 Ctrl-C stops the answer being given. A question may begin with a slash if a space stands before it."""
 
 
-class _Args(argparse.Namespace):
-    """The options of this command."""
+class Options(argparse.Namespace):
+    """What a conversation can be told."""
 
     model: str
     mmproj: str | None
@@ -70,6 +70,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--mmproj", metavar="FILE", help="of a pair, the file with the vision tower")
     parser.add_argument("--image", metavar="PICTURE", help="the picture to talk about")
     parser.add_argument("--prompt", metavar="TEXT", help="ask this one question and exit; or pipe it in")
+    add_options(parser)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what every conversation can be told: how answers are chosen, memory and threads."""
     parser.add_argument("--system", metavar="TEXT", help="takes the place of the model's system text")
     parser.add_argument("--timings", action="store_true", help="after each answer, print how long it took")
 
@@ -137,7 +142,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
 
 
-def run(args: _Args) -> int:
+def run(args: Options) -> int:
     """One question if there is one on the command line or in a pipe, a conversation otherwise."""
     question = _question(args)
     progress = Progress()
@@ -152,16 +157,16 @@ def run(args: _Args) -> int:
         )
     finally:
         progress.wipe()
-    conversation = _Conversation(model, args)
+    conversation = Conversation(model, args)
     if args.image is not None:
         conversation.show(args.image)
     if question is None:
-        return _converse(conversation)
-    return 0 if conversation.ask(question) else _INTERRUPTED
+        return converse(conversation)
+    return 0 if conversation.ask(question) else INTERRUPTED
 
 
 # As after Ctrl-C anywhere else.
-_INTERRUPTED = 130
+INTERRUPTED = 130
 
 
 def _text(name: str, text: str) -> str:
@@ -174,7 +179,7 @@ def _text(name: str, text: str) -> str:
     return text
 
 
-def _question(args: _Args) -> str | None:
+def _question(args: Options) -> str | None:
     """The one question to be answered; None for a conversation on the terminal."""
     question = args.prompt
     if question is None:
@@ -189,10 +194,10 @@ def _question(args: _Args) -> str | None:
     return _text("question", question)
 
 
-class _Conversation:
+class Conversation:
     """What has been said about one picture, and how to go on."""
 
-    def __init__(self, model: Model, args: _Args) -> None:
+    def __init__(self, model: Model, args: Options) -> None:
         self._model = model
         self._args = args
         self._n_ctx = args.n_ctx or model.config.decoder.context_length
@@ -301,7 +306,7 @@ def _print_timings(result: ChatResult) -> None:
     note("; ".join(parts))
 
 
-def _converse(conversation: _Conversation) -> int:
+def converse(conversation: Conversation) -> int:
     """Reads questions and commands until /exit or Ctrl-D."""
     _enable_line_editing()
     note("ask away; /help lists what else you can type")
@@ -327,7 +332,7 @@ def _converse(conversation: _Conversation) -> int:
             note("stopped")
 
 
-def _obey(line: str, conversation: _Conversation) -> bool:
+def _obey(line: str, conversation: Conversation) -> bool:
     """Does what a line that begins with a slash says; False at the end of the conversation."""
     command, _, argument = line.strip().partition(" ")
     argument = argument.strip()
