@@ -13,8 +13,10 @@ TORCH := torch==2.13.0
 .PHONY: demo test lint format fuzz tsan clean
 
 demo: out/golden-q8_0.gguf
-	@echo "== Asking about the photograph $(GOLDEN)/image.png (random weights: the answer is noise)"
+	@echo "== Asking the converted file about the photograph $(GOLDEN)/image.png (random weights: the answer is noise)"
 	@$(BIN)/yivl-edge chat $< --image $(GOLDEN)/image.png --prompt "What is in this picture?" --max-tokens 24 --seed 1 --timings
+	@echo "== Asking the small trained model that comes with the package about a sample picture"
+	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/yivl-edge demo; else $(BIN)/yivl-edge demo --once; fi
 
 test: $(VENV)/.test
 	@echo "== Running the tests"

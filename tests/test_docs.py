@@ -64,8 +64,10 @@ def test_the_c_plus_plus_example_fits_the_headers():
 
 
 def commands() -> list[str]:
+    """Those that end by themselves: without a question, chat and demo talk with a person."""
     lines = "".join(blocks(DOCS / "command-line.md", "sh")).splitlines()
-    return [line for line in lines if "|" not in line and ("--prompt" in line or " chat " not in line)]
+    talk = re.compile(r"yivl-edge (chat(?!.*--prompt)|demo(?!.*--once))")
+    return [line for line in lines if "|" not in line and not talk.match(line)]
 
 
 @pytest.mark.parametrize("command", commands())
@@ -77,9 +79,9 @@ def test_the_commands_of_the_command_line_page_run(folder, command):
     assert main(arguments) == 0
 
 
-def test_every_option_of_chat_and_inspect_is_documented(capfd):
+def test_every_option_is_documented(capfd):
     page = (DOCS / "command-line.md").read_text(encoding="utf-8")
-    for command in ("chat", "inspect"):
+    for command in ("chat", "demo", "inspect", "bench"):
         assert main([command, "--help"]) == 0
         for option in re.findall(r"^  (--[a-z-]+)", capfd.readouterr().out, re.MULTILINE):
             assert f"`{option}" in page, option

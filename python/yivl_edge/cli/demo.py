@@ -20,7 +20,7 @@ The model is small and knows drawings of coloured shapes, and short printed word
 It shows how the engine behaves; the published Yi-VL models are what sees photographs.
 """
 
-# What --once asks, one after the other.
+# What --once asks, each for itself.
 _QUESTIONS = ("What is in the picture?", "图中有几个图形？", "Is there a star in the picture?")
 
 
@@ -62,6 +62,7 @@ def run(args: _Args) -> int:
     if not args.once:
         return converse(conversation)
     for question in _QUESTIONS:
+        conversation.reset()
         print(f"> {question}", flush=True)
         if not conversation.ask(question):
             return INTERRUPTED
