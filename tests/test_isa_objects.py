@@ -10,9 +10,9 @@ BUILD = Path(__file__).parents[1] / "build"
 
 
 def kernel_objects() -> list[Path]:
-    """The objects of the most recent build tree that has any."""
-    found = sorted(BUILD.glob("**/csrc/cpu/kernels_*.o"), key=lambda path: path.stat().st_mtime)
-    return sorted(path for path in found if path.parent == found[-1].parent)
+    """The objects of the most recent build of the Python module; builds of test programs may carry sanitizers."""
+    modules = sorted(BUILD.glob("*/_core*.so"), key=lambda path: path.stat().st_mtime)
+    return sorted(modules[-1].parent.glob("**/csrc/cpu/kernels_*.o")) if modules else []
 
 
 def symbols(path: Path) -> dict[str, str]:
