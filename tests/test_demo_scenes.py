@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -10,8 +9,6 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-if importlib.util.find_spec("matplotlib") is None:
-    pytest.skip("the demo draws with matplotlib's fonts", allow_module_level=True)
 
 from demo import scenes
 
