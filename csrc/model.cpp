@@ -193,10 +193,9 @@ void Session::embed(std::span<const int32_t> positions, int64_t first_image_row,
     }
 }
 
-void Session::prefill(std::span<const int32_t> positions, int64_t first, const Pixels& pixels, Control& control,
-                      const std::function<void(int64_t, int64_t, Ops&)>& on_batch) {
+void Session::prefill(std::span<const int32_t> positions, int64_t first, const Pixels& pixels, Ops& ops,
+                      Control& control, const std::function<void(int64_t, int64_t)>& on_batch) {
     const DecoderConfig& c = model_->config().decoder;
-    const std::unique_ptr<Ops> ops = model_->backend().ops(control);
     const int64_t total = static_cast<int64_t>(positions.size());
     const int64_t image_begin = std::ranges::find(positions, kImageId) - positions.begin();
 
@@ -204,13 +203,13 @@ void Session::prefill(std::span<const int32_t> positions, int64_t first, const P
     for (int64_t begin = first; begin < total;) {
         const int64_t T = std::min(decoder_.batch, total - begin);
         const std::span<const int32_t> batch = positions.subspan(begin, T);
-        embed(batch, std::max<int64_t>(begin - image_begin, 0), *ops);
-        decoder_forward(model_->weights().decoder, c, decoder_, T, begin, *ops, [&](int64_t layers) {
+        embed(batch, std::max<int64_t>(begin - image_begin, 0), ops);
+        decoder_forward(model_->weights().decoder, c, decoder_, T, begin, ops, [&](int64_t layers) {
             const double done = static_cast<double>(begin - first) +
                                 static_cast<double>(T) * static_cast<double>(layers) / static_cast<double>(c.n_layers);
             control.progress(Stage::prefill, done / static_cast<double>(total - first));
         });
-        on_batch(T, begin, *ops);
+        on_batch(T, begin);
         if (std::ranges::find(batch, kImageId) != batch.end()) cached_pixels_ = pixels;
         positions_.insert(positions_.end(), batch.begin(), batch.end());
         begin += T;
@@ -238,15 +237,16 @@ void Session::read_prompt(Control& control) {
     Reply& r = *reply_;
     const int64_t cached = std::min(matching_prefix(r.prompt, r.pixels), r.usage.prompt_tokens - 1);
     r.usage.cached_tokens = cached;
+    const std::unique_ptr<Ops> ops = model_->backend().ops(control);
     if (std::find(r.prompt.begin() + cached, r.prompt.end(), kImageId) != r.prompt.end()) {
         const Timer timer(r.timings.image);
-        embed_image(r.pixels, *model_->backend().ops(control), control);
+        embed_image(r.pixels, *ops, control);
     }
     const Timer timer(r.timings.prefill);
-    prefill(r.prompt, cached, r.pixels, control, [&](int64_t T, int64_t first, Ops& ops) {
+    prefill(r.prompt, cached, r.pixels, *ops, control, [&](int64_t T, int64_t first) {
         if (first + T < r.usage.prompt_tokens) return;
         decoder_logits(model_->weights().decoder, model_->config().decoder, decoder_, T - 1, decoder_.logits.view(),
-                       ops);
+                       *ops);
     });
 }
 
@@ -322,16 +322,22 @@ std::vector<float> Session::encode_image(const Pixels& pixels, Control& control)
     return {embeddings.data, embeddings.data + embeddings.rows * embeddings.cols};
 }
 
-std::vector<float> Session::logits(std::span<const int32_t> ids, const Pixels& pixels, Control& control) {
+std::vector<float> Session::logits(std::span<const int32_t> ids, const Pixels& pixels, Control& control,
+                                   ActivationStatistics* statistics) {
     model_->check_ids(ids, 0, decoder_.n_ctx);
     check_pixels(ids, pixels);
     const DecoderConfig& c = model_->config().decoder;
     const std::vector<int32_t> positions = expand(ids);
-    if (pixels != nullptr) embed_image(pixels, *model_->backend().ops(control), control);
+    std::unique_ptr<Ops> ops = model_->backend().ops(control);
+    if (statistics != nullptr) {
+        ops = record_activations(std::move(ops), *statistics);
+        embedded_pixels_.reset();
+    }
+    if (pixels != nullptr) embed_image(pixels, *ops, control);
     std::vector<float> result(positions.size() * static_cast<size_t>(c.vocab_size));
-    prefill(positions, 0, pixels, control, [&](int64_t T, int64_t first, Ops& ops) {
+    prefill(positions, 0, pixels, *ops, control, [&](int64_t T, int64_t first) {
         decoder_logits(model_->weights().decoder, c, decoder_, 0, Mat(&result[first * c.vocab_size], T, c.vocab_size),
-                       ops);
+                       *ops);
     });
     return result;
 }

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "activations.h"
 #include "config.h"
 #include "prompt.h"
 #include "sampler.h"
@@ -103,8 +104,10 @@ public:
     // Stage by stage.
     std::vector<float> vision_features(const Pixels& pixels, Control& control);  // (N, W)
     std::vector<float> encode_image(const Pixels& pixels, Control& control);     // (N, D)
-    // (T, V), one row per position, image rows included; nothing is taken from the cache.
-    std::vector<float> logits(std::span<const int32_t> ids, const Pixels& pixels, Control& control);
+    // (T, V), one row per position, image rows included; nothing is taken from the cache. With `statistics`, the
+    // picture is encoded in any case, and all that is computed is added to them.
+    std::vector<float> logits(std::span<const int32_t> ids, const Pixels& pixels, Control& control,
+                              ActivationStatistics* statistics = nullptr);
 
 private:
     // A reply on its way.
@@ -127,8 +130,8 @@ private:
     void embed(std::span<const int32_t> positions, int64_t first_image_row, Ops& ops);
     void forget_from(int64_t position);
     // Computes positions [first, end) of `positions` in batches; `on_batch` sees each (row count, first position).
-    void prefill(std::span<const int32_t> positions, int64_t first, const Pixels& pixels, Control& control,
-                 const std::function<void(int64_t, int64_t, Ops&)>& on_batch);
+    void prefill(std::span<const int32_t> positions, int64_t first, const Pixels& pixels, Ops& ops, Control& control,
+                 const std::function<void(int64_t, int64_t)>& on_batch);
     void read_prompt(Control& control);
     void decode_step(Control& control);
 

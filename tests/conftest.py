@@ -38,6 +38,14 @@ def golden_f32(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def golden_q4_0(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden checkpoint as one Q4_0 file."""
+    path = tmp_path_factory.mktemp("golden-q4_0") / "golden-q4_0.gguf"
+    convert(GOLDEN / "checkpoint", path, type="q4_0")
+    return path
+
+
+@pytest.fixture(scope="session")
 def golden_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The golden checkpoint as an F32 pair: (text model, mmproj)."""
     path = tmp_path_factory.mktemp("golden-pair") / "golden.gguf"

@@ -23,14 +23,18 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch, golden_f32, golden_pair, golden_image):
+def folder(tmp_path, monkeypatch, golden_f32, golden_q4_0, golden_pair, golden_image):
     """A folder with the files that the examples name."""
     monkeypatch.chdir(tmp_path)
     Path("model.gguf").symlink_to(golden_f32)
     Path("text.gguf").symlink_to(golden_pair[0])
     Path("text-mmproj.gguf").symlink_to(golden_pair[1])
     Path("Yi-VL-6B").symlink_to(ROOT / "tests" / "data" / "golden" / "checkpoint")
+    Path("model-q4_0.gguf").symlink_to(golden_q4_0)
     Image.open(golden_image).convert("RGB").save("photo.jpg")
+    Path("photos").mkdir()
+    Path("photos/photo.jpg").symlink_to(tmp_path / "photo.jpg")
+    Path("questions.txt").write_text("What is this?\n", encoding="utf-8")
     return tmp_path
 
 
@@ -81,7 +85,7 @@ def test_the_commands_of_the_command_line_page_run(folder, command):
 
 def test_every_option_is_documented(capfd):
     page = (DOCS / "command-line.md").read_text(encoding="utf-8")
-    for command in ("chat", "demo", "inspect", "bench"):
+    for command in ("chat", "demo", "inspect", "bench", "imatrix", "compare"):
         assert main([command, "--help"]) == 0
-        for option in re.findall(r"^  (--[a-z-]+)", capfd.readouterr().out, re.MULTILINE):
+        for option in re.findall(r"^  (?:-o [^,]*, )?(--[a-z-]+)", capfd.readouterr().out, re.MULTILINE):
             assert f"`{option}" in page, option

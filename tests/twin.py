@@ -59,6 +59,8 @@ class Twin:
             num_key_value_heads=n_kv,
             rms_norm_eps=f["llama.attention.layer_norm_rms_epsilon"],
             max_position_embeddings=f["llama.context_length"],
+            # transformers 4 reads the first, transformers 5 the second.
+            rope_theta=f["llama.rope.freq_base"],
             rope_parameters={"rope_type": "default", "rope_theta": f["llama.rope.freq_base"]},
             tie_word_embeddings=False,
             attn_implementation="eager",

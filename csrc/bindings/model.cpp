@@ -151,11 +151,34 @@ void bind_session(py::module_& m) {
                  return compute_rows([&, picture = to_pixels(pixels)] { return s.encode_image(picture, control); },
                                      s.model().config().decoder.width);
              })
-        .def("logits", [](Session& s, const std::vector<int32_t>& ids, const std::optional<FloatArray>& pixels,
-                          PyControl& control) {
-            return compute_rows([&, picture = to_pixels(pixels)] { return s.logits(ids, picture, control); },
-                                s.model().config().decoder.vocab_size);
-        });
+        .def(
+            "logits",
+            [](Session& s, const std::vector<int32_t>& ids, const std::optional<FloatArray>& pixels, PyControl& control,
+               ActivationStatistics* statistics) {
+                return compute_rows(
+                    [&, picture = to_pixels(pixels)] { return s.logits(ids, picture, control, statistics); },
+                    s.model().config().decoder.vocab_size);
+            },
+            py::arg("ids"), py::arg("pixels"), py::arg("control"), py::arg("statistics") = py::none());
+}
+
+void bind_activations(py::module_& m) {
+    py::class_<ActivationStatistics>(
+        m, "ActivationStatistics",
+        "Sums of squares of the input columns of every matrix that Session.logits uses; of one caller at a time.")
+        .def(py::init([](const Model& model) { return ActivationStatistics(model.weights()); }), py::arg("model"))
+        .def_property_readonly(
+            "columns",
+            [](const ActivationStatistics& self) {
+                py::dict dict;
+                for (const ActivationStatistics::Columns& columns : self.columns()) {
+                    const py::array_t<double> sums(static_cast<py::ssize_t>(columns.sum_of_squares.size()),
+                                                   columns.sum_of_squares.data());
+                    dict[py::cast(columns.name)] = py::make_tuple(sums, columns.rows);
+                }
+                return dict;
+            },
+            "dict of tensor name to (sums of squares (I,) float64, how many rows were summed).");
 }
 
 }  // namespace
@@ -210,6 +233,7 @@ void bind_model(py::module_& m) {
                std::vector<std::string> stops,
                int64_t n_ctx) { model.check(ids, {max_tokens, sampling, std::move(stops)}, n_ctx); },
             py::arg("ids"), py::arg("max_tokens"), py::arg("sampling"), py::arg("stops"), py::arg("n_ctx"));
+    bind_activations(m);
     bind_session(m);
     m.attr("IMAGE_ID") = kImageId;
 }

@@ -272,6 +272,12 @@ class Model:
     ) -> None: ...
 
 @final
+class ActivationStatistics:
+    def __init__(self, model: Model) -> None: ...
+    @property
+    def columns(self) -> dict[str, tuple[NDArray[np.float64], int]]: ...
+
+@final
 class Session:
     def __init__(self, model: Model, n_ctx: int = 0, batch: int = ...) -> None: ...
     @property
@@ -297,7 +303,11 @@ class Session:
     def vision_features(self, pixels: NDArray[np.float32], control: Control) -> NDArray[np.float32]: ...
     def encode_image(self, pixels: NDArray[np.float32], control: Control) -> NDArray[np.float32]: ...
     def logits(
-        self, ids: Sequence[int], pixels: NDArray[np.float32] | None, control: Control
+        self,
+        ids: Sequence[int],
+        pixels: NDArray[np.float32] | None,
+        control: Control,
+        statistics: ActivationStatistics | None = None,
     ) -> NDArray[np.float32]: ...
 
 # text.cpp

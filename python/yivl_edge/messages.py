@@ -13,7 +13,7 @@ _ROLES = ("system", "user", "assistant")
 
 
 def normalise(
-    image: ImageSource | None, messages: Messages, system: str | None = None
+    image: ImageSource | None, messages: Messages, system: str | None = None, *, answered: bool = False
 ) -> tuple[ImageSource | None, list[tuple[str, str]]]:
     """The picture of a conversation and its turns.
 
@@ -22,13 +22,14 @@ def normalise(
         messages: One question, or turns ``{"role": "system"|"user"|"assistant", "content": ...}`` where the content
             is a string or a list of OpenAI content parts (``text``, and one ``image_url`` in the first user turn).
         system: Takes the place of the model's default system text; not together with a system turn.
+        answered: Whether the last turn may also be the assistant's.
 
     Returns:
         The picture or None, and (role, text) pairs, the system turn first if there is one.
 
     Raises:
         ValueError: An unknown role or part, text with a lone surrogate, a picture in a later turn, two pictures, a
-            system turn that is not the first, or a last turn that is not the user's.
+            system turn that is not the first, or a last turn of the wrong role.
         TypeError: A message that is no mapping, or content that is no text.
     """
     if isinstance(messages, str):
@@ -64,9 +65,10 @@ def normalise(
         if turns and turns[0][0] == "system":
             raise ValueError("expected either the argument system or a system message, found both")
         turns.insert(0, ("system", checked_text("system", system)))
-    if not turns or turns[-1][0] != "user":
+    if not turns or turns[-1][0] not in (("user", "assistant") if answered else ("user",)):
+        expected = "the user's or the assistant's" if answered else "the user's"
         found = f"one of role {turns[-1][0]!r}" if turns else "no messages"
-        raise ValueError(f"expected the last message to be the user's, found {found}")
+        raise ValueError(f"expected the last message to be {expected}, found {found}")
     return image, turns
 
 

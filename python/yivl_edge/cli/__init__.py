@@ -1,4 +1,4 @@
-"""The command line: ``yivl-edge chat|demo|inspect|bench|convert``."""
+"""The command line: ``yivl-edge chat|demo|inspect|bench|imatrix|compare|convert``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from yivl_edge.cli import bench, chat, demo, inspect
+from yivl_edge.cli import bench, chat, compare, demo, imatrix, inspect
 
 _DESCRIPTION = "Talk with 01.AI's Yi-VL vision-language models about pictures, on this machine."
 _EXAMPLE = """\
@@ -54,6 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_parser(commands)
     inspect.add_parser(commands)
     bench.add_parser(commands)
+    imatrix.add_parser(commands)
+    compare.add_parser(commands)
     # Only for the list in --help: its arguments are parsed where they are defined.
     commands.add_parser("convert", help="make a model file from a published Yi-VL folder")
     return parser

@@ -1,9 +1,15 @@
-"""Numbers on the command line, checked before a model is opened."""
+"""What commands share on the command line. Numbers are checked before a model is opened."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+
+PROMPTS_HELP = """\
+The prompts are a text file: a question per line, asked about each picture by itself; or JSON per line,
+{"image": "name.jpg", "messages": [{"role": "user", "content": "What is this?"}, ...]}, where the last message may be
+the assistant's. Where it is the user's, the model's most likely answer is added.
+"""
 
 
 def integer(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -36,3 +42,18 @@ def number(low: float, high: float, *, above: bool = False) -> Callable[[str], f
         return value
 
     return parse
+
+
+def add_conversation_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say which conversations are read."""
+    parser.add_argument("--images", metavar="DIR", required=True, help="the folder of the pictures")
+    parser.add_argument(
+        "--prompts", metavar="FILE", required=True, help="questions, or conversations as JSON lines"
+    )
+    parser.add_argument(
+        "--max-tokens", type=integer(1), default=64, metavar="N", help="longest answer of the model (64)"
+    )
+    parser.add_argument(
+        "--limit", type=integer(1), metavar="N", help="only the first N conversations (default: all)"
+    )
+    parser.add_argument("--threads", type=integer(1), metavar="N", help="threads (one per physical core)")

@@ -37,6 +37,9 @@ def note(message: str) -> None:
 class Progress:
     """One line on standard error while an answer is on its way; nothing if that is not a terminal."""
 
+    prefix = ""
+    """Stands before the stage."""
+
     def __init__(self) -> None:
         self._terminal = is_terminal(sys.stderr)
         self._shown = False
@@ -52,7 +55,7 @@ class Progress:
         if stage == last_stage and now - last_time < _SECONDS_BETWEEN:
             return
         self._last = (stage, now)
-        line = f"{label} {fraction:4.0%}"[: shutil.get_terminal_size().columns - 1]
+        line = f"{self.prefix}{label} {fraction:4.0%}"[: shutil.get_terminal_size().columns - 1]
         sys.stderr.write(_WIPE + line)
         sys.stderr.flush()
         self._shown = True

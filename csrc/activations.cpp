@@ -1,0 +1,70 @@
+#include "activations.h"
+
+#include <stdexcept>
+
+namespace yivl {
+
+namespace {
+
+class RecordingOps final : public Ops {
+public:
+    RecordingOps(std::unique_ptr<Ops> ops, ActivationStatistics& statistics)
+        : ops_(std::move(ops)), statistics_(statistics) {}
+
+    void linear(Mat y, ConstMat x, const Weight& w, Vec bias) override {
+        statistics_.add(w, x);
+        ops_->linear(y, x, w, bias);
+    }
+    void layer_norm(Mat y, ConstMat x, Vec weight, Vec bias, float eps) override {
+        ops_->layer_norm(y, x, weight, bias, eps);
+    }
+    void rms_norm(Mat y, ConstMat x, Vec weight, float eps) override { ops_->rms_norm(y, x, weight, eps); }
+    void gelu(Mat x) override { ops_->gelu(x); }
+    void swiglu(Mat gate, ConstMat up) override { ops_->swiglu(gate, up); }
+    void add(Mat y, ConstMat x) override { ops_->add(y, x); }
+    void rope(Mat x, int64_t head_dim, int64_t first, float theta) override { ops_->rope(x, head_dim, first, theta); }
+    void attention(Mat out, ConstMat q, ConstMat k, ConstMat v, const AttentionShape& shape) override {
+        ops_->attention(out, q, k, v, shape);
+    }
+    void embed(Mat y, const Weight& table, std::span<const int32_t> ids) override { ops_->embed(y, table, ids); }
+
+private:
+    std::unique_ptr<Ops> ops_;
+    ActivationStatistics& statistics_;
+};
+
+}  // namespace
+
+ActivationStatistics::ActivationStatistics(const Weights& weights)
+    : text_file_(weights.text_file), vision_file_(weights.vision_file) {
+    for (const GgufFile* file : {text_file_.get(), vision_file_.get()}) {
+        if (file == nullptr) continue;
+        for (const GgufTensor& tensor : file->tensors()) columns_[tensor.data.data()].name = tensor.name;
+    }
+}
+
+void ActivationStatistics::add(const Weight& w, ConstMat x) {
+    const auto found = columns_.find(w.data);
+    if (found == columns_.end()) throw std::invalid_argument("activation statistics: of another model");
+    Columns& columns = found->second;
+    columns.sum_of_squares.resize(static_cast<size_t>(x.cols));
+    for (int64_t i = 0; i < x.rows; ++i) {
+        const std::span<const float> row = x.row(i);
+        for (size_t j = 0; j < row.size(); ++j) columns.sum_of_squares[j] += double{row[j]} * double{row[j]};
+    }
+    columns.rows += x.rows;
+}
+
+std::vector<ActivationStatistics::Columns> ActivationStatistics::columns() const {
+    std::vector<Columns> result;
+    for (const auto& [data, columns] : columns_) {
+        if (columns.rows > 0) result.push_back(columns);
+    }
+    return result;
+}
+
+std::unique_ptr<Ops> record_activations(std::unique_ptr<Ops> ops, ActivationStatistics& statistics) {
+    return std::make_unique<RecordingOps>(std::move(ops), statistics);
+}
+
+}  // namespace yivl

@@ -1,0 +1,101 @@
+"""``yivl-edge imatrix``: what goes into a model's matrices while it talks about pictures, for the quantiser."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from yivl_edge import Model, _core
+from yivl_edge.cli.arguments import PROMPTS_HELP, add_conversation_options
+from yivl_edge.cli.terminal import Progress, note
+from yivl_edge.conversations import Conversation, load_conversations, logits, transcribe
+from yivl_edge.convert.imatrix import write_imatrix
+
+_EXAMPLE = f"""\
+example:
+  yivl-edge convert Yi-VL-6B -o yi-vl-6b-f16.gguf --type f16
+  yivl-edge imatrix yi-vl-6b-f16.gguf --images photos --prompts questions.txt -o yi-vl-6b.imatrix.gguf
+
+{PROMPTS_HELP}"""
+
+
+class _Args(argparse.Namespace):
+    model: str
+    mmproj: str | None
+    images: str
+    prompts: str
+    output: str
+    max_tokens: int
+    limit: int | None
+    threads: int | None
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to those of ``yivl-edge``."""
+    parser = commands.add_parser(
+        "imatrix",
+        help="record which weights matter, for a better conversion to few bits",
+        description="Records the mean square of every matrix's input columns while a model works through "
+        "conversations about pictures, in llama.cpp's format.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "model", metavar="MODEL", help="the model file, of 16 or 32 bits; of a pair, the text model"
+    )
+    parser.add_argument("--mmproj", metavar="FILE", help="of a pair, the file with the vision tower")
+    add_conversation_options(parser)
+    parser.add_argument("-o", "--output", metavar="FILE.gguf", required=True, help="the file to write")
+
+
+def run(args: _Args) -> int:
+    """Works through the conversations, then writes the file."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError("writing needs the package gguf: pip install 'yivl-edge[convert]'")
+    if not Path(args.output).resolve().parent.is_dir():  # better said now than after the work
+        raise FileNotFoundError(f"{args.output}: expected a folder that exists")
+    conversations = load_conversations(args.images, args.prompts, args.limit)
+    model = Model(args.model, mmproj=args.mmproj, n_threads=args.threads)
+    columns, positions = record(model, conversations, args.max_tokens, Progress())
+    write_imatrix(
+        args.output,
+        columns,
+        datasets=[args.prompts],
+        chunk_count=len(conversations),
+        chunk_size=positions // len(conversations),
+    )
+    note(f"{len(columns)} matrices, {len(conversations)} conversations, {positions} tokens: {args.output}")
+    return 0
+
+
+def record(
+    model: Model, conversations: Sequence[Conversation], max_tokens: int, progress: Progress
+) -> tuple[Mapping[str, tuple[NDArray[np.float64], int]], int]:
+    """What goes into a model's matrices in some conversations, image tokens and answers included.
+
+    Args:
+        model: The model.
+        conversations: What it reads. Where the last turn is the user's, it answers.
+        max_tokens: Longest answer.
+        progress: Shows how far this is.
+
+    Returns:
+        By tensor name the sums of squares of the input columns, (I,), and the number of rows summed; and how many
+        tokens were read.
+    """
+    statistics = _core.ActivationStatistics(model._model)
+    positions = 0
+    try:
+        for number, conversation in enumerate(conversations, 1):
+            progress.prefix = f"{number}/{len(conversations)} "
+            ids = transcribe(model, conversation, max_tokens, progress).ids
+            positions += len(logits(model, conversation.image, ids, progress, statistics))
+    finally:
+        progress.wipe()
+    return statistics.columns, positions

@@ -1,0 +1,471 @@
+"""Importance matrices: what is recorded against a torch twin, the file, and files that are none."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from twin import Twin
+from yivl_edge import Model, ModelFileError, _core, data
+from yivl_edge.cli import main
+from yivl_edge.cli.imatrix import record
+from yivl_edge.cli.terminal import Progress
+from yivl_edge.conversations import Conversation, load_conversations, logits, transcribe
+from yivl_edge.convert.imatrix import read_imatrix, write_imatrix
+
+COMMAND = [sys.executable, "-m", "yivl_edge", "imatrix"]
+QUESTIONS = "What is this?\n\n  这是什么？ \n"
+TALK = [
+    {"role": "user", "content": "What is this?"},
+    {"role": "assistant", "content": "a cat"},
+    {"role": "user", "content": "它是什么颜色的？"},
+    {"role": "assistant", "content": "它是黑色的。"},
+]
+
+LEAVES = {
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "o_proj": "attn_output",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+    "out_proj": "attn_out",
+    "fc1": "ffn_up",
+    "fc2": "ffn_down",
+}
+
+
+@pytest.fixture
+def pictures(tmp_path, golden_image) -> Path:
+    """A folder of two pictures and a file that is none."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    with Image.open(golden_image) as image:
+        image.convert("RGB").rotate(90).save(folder / "b.png")
+        image.convert("RGB").save(folder / "a.jpg")
+    (folder / "notes.txt").write_text("no picture")
+    (folder / "more").mkdir()
+    return folder
+
+
+def lines(path: Path, *values: object) -> Path:
+    path.write_text(
+        "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values), encoding="utf-8"
+    )
+    return path
+
+
+def twin_statistics(
+    twin: Twin, ids: list[int], pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, tuple[np.ndarray, int]]:
+    """Sums of squares of the input columns of every product that torch computes, in float64, and rows."""
+    names = {weight.data_ptr(): name for name, weight in twin.projector.items() if name.endswith("weight")}
+    for model, prefix in ((twin.decoder, "blk"), (twin.vit, "v.blk")):
+        for path, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                *_, block, _, leaf = ("", "", "", *path.split("."))
+                name = "output" if leaf == "lm_head" else f"{prefix}.{block}.{LEAVES[leaf]}"
+                names[module.weight.data_ptr()] = f"{name}.weight"
+    found: dict[str, tuple[np.ndarray, int]] = {}
+    linear = torch.nn.functional.linear
+
+    def recording(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        rows = x.detach().reshape(-1, x.shape[-1]).double()
+        found[names[weight.data_ptr()]] = (rows.square().sum(0).numpy(), len(rows))
+        return linear(x, weight, bias)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", recording)
+        twin.logits(ids, pixels)
+    patch_size = twin.vit.config.patch_size
+    patches = torch.nn.functional.unfold(torch.from_numpy(pixels)[None], patch_size, stride=patch_size)
+    found["v.patch_embd.weight"] = (patches[0].double().square().sum(1).numpy(), patches.shape[2])
+    return found
+
+
+def test_recorded_columns_are_the_squared_activations_of_a_torch_twin(
+    golden_f32, golden_model, golden_image, monkeypatch
+):
+    ids = transcribe(
+        golden_model, Conversation(golden_image, (("user", "What?"), ("assistant", "猫"))), 1
+    ).ids
+    expected = twin_statistics(Twin(golden_f32), ids, golden_model.preprocess(golden_image), monkeypatch)
+    statistics = _core.ActivationStatistics(golden_model._model)
+    assert statistics.columns == {}
+    logits(golden_model, golden_image, ids, statistics=statistics)
+    columns = statistics.columns
+    # 3 ViT blocks of 6 matrices and the patch embedding, 2 of the projector, 3 decoder layers of 7, the output head.
+    assert len(columns) == 3 * 6 + 1 + 2 + 3 * 7 + 1
+    assert columns.keys() == expected.keys()
+    for name, (sums, rows) in columns.items():
+        assert rows == expected[name][1], name
+        # Activations agree to about 1e-5 of their size (test_golden.py), squares to twice that.
+        np.testing.assert_allclose(sums, expected[name][0], rtol=1e-4, err_msg=name)
+
+
+def test_recording_adds_up_and_changes_no_result(golden_model, golden_image):
+    ids = golden_model.prompt_ids("What?")
+    plain = logits(golden_model, golden_image, ids)
+    statistics = _core.ActivationStatistics(golden_model._model)
+    np.testing.assert_array_equal(logits(golden_model, golden_image, ids, statistics=statistics), plain)
+    once = statistics.columns
+    logits(
+        golden_model, golden_image, ids, statistics=statistics
+    )  # the picture's rows too, though it is known
+    for name, (sums, rows) in statistics.columns.items():
+        assert rows == 2 * once[name][1]
+        np.testing.assert_allclose(
+            sums, 2 * once[name][0], rtol=1e-12, err_msg=name
+        )  # double sums, another order
+
+
+def test_statistics_of_another_model_are_refused(golden_model, golden_image):
+    statistics = _core.ActivationStatistics(Model.demo()._model)
+    with pytest.raises(ValueError, match="of another model"):
+        logits(golden_model, golden_image, golden_model.prompt_ids("What?"), statistics=statistics)
+
+
+def test_every_matrix_of_the_demo_model_is_recorded():
+    model = Model.demo()
+    picture = next(iter(data.samples().values()))
+    columns, positions = record(model, [Conversation(picture, (("user", "What is there?"),))], 4, Progress())
+    matrices = {
+        t.name: t.shape
+        for t in _core.GgufFile.open(data.MODEL).tensors
+        if len(t.shape) > 1 and not t.name.endswith("embd.weight")
+    }
+    run = model.config.vision.n_blocks
+    expected = {name for name in matrices if not name.startswith(f"v.blk.{run}.")}
+    assert columns.keys() == expected | {"v.patch_embd.weight"}
+    for name in expected:
+        assert columns[name][0].shape == matrices[name][-1:]
+        assert columns[name][1] in (
+            positions,
+            model.config.vision.n_patches,
+            model.config.vision.n_patches + 1,
+        )
+
+
+# Transcripts.
+
+
+def test_a_transcript_is_what_the_model_reads_in_the_next_turn(golden_model, golden_image):
+    turns = tuple((m["role"], m["content"]) for m in TALK)
+    transcript = transcribe(golden_model, Conversation(golden_image, turns), 1)
+    later = golden_model.prompt_ids([*TALK, {"role": "user", "content": "Why?"}])
+    assert transcript.ids == later[: len(transcript.ids)]
+    said = golden_model.detokenize([int(i) for i in transcript.answer_ids()])
+    assert said == " a cat\n### 它是黑色的。\n###"
+    # Rows of logits: an id's position less one, and a picture takes n_patches positions.
+    first = int(np.flatnonzero(transcript.answers)[0])
+    assert transcript.answer_rows(golden_model)[0] == first - 2 + golden_model.config.vision.n_patches
+
+
+def test_a_question_is_answered_greedily_and_the_answer_is_part_of_the_transcript(golden_model, golden_image):
+    transcript = transcribe(golden_model, Conversation(golden_image, (("user", "What?"),)), 5)
+    reply = golden_model.chat(golden_image, "What?", max_tokens=5, temperature=0.0)
+    assert reply.finish_reason == "length"
+    said = golden_model.detokenize([int(i) for i in transcript.answer_ids()])
+    assert said == " " + reply.text  # without a stop text, which the model did not write
+    assert transcript.ids == golden_model.prompt_ids("What?") + golden_model.tokenize(said)
+
+
+def test_questions_are_asked_about_each_picture_in_turn(pictures, tmp_path):
+    prompts = tmp_path / "questions.txt"
+    prompts.write_text("\ufeff" + QUESTIONS, encoding="utf-8")
+    found = load_conversations(pictures, prompts)
+    assert [(c.image.name, c.turns) for c in found] == [
+        (name, (("user", question),))
+        for name in ("a.jpg", "b.png")
+        for question in ("What is this?", "这是什么？")
+    ]
+    assert load_conversations(pictures, prompts, limit=3) == found[:3]
+
+
+def test_json_lines_are_whole_conversations(pictures, tmp_path):
+    prompts = lines(
+        tmp_path / "talk.jsonl",
+        {"image": "b.png", "messages": TALK},
+        {"image": "a.jpg", "messages": "What?"},
+    )
+    first, second = load_conversations(pictures, prompts)
+    assert first == Conversation(pictures / "b.png", tuple((m["role"], m["content"]) for m in TALK))
+    assert second == Conversation(pictures / "a.jpg", (("user", "What?"),))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (b"\n \n", "expected a question or a conversation per line, found no line"),
+        (b"\xff\xfe", "expected UTF-8 text, found other bytes at 0"),
+        (b"{nonsense", "line 1: expected JSON"),
+        (b"\n" + b'{"image":' + b"[" * 100_000, "line 2: expected JSON"),
+        (b'{"image": "a.jpg"}', "expected an object with the keys image and messages"),
+        (b'{"image": 1, "messages": []}', "expected image to be a file's name"),
+        (b'{"image": "a.jpg", "messages": []}', "found no messages"),
+        (b'{"image": "a.jpg", "messages": [{"role": "sytem", "content": "x"}]}', "found 'sytem'"),
+        (
+            b'{"image": "a.jpg", "messages": [{"role": "assistant", "content": "x"}]}',
+            "before each of the assist",
+        ),
+        (b'{"image": "missing.jpg", "messages": "x"}', "line 1: .*missing.jpg: no such file"),
+        (b'{"image": "notes.txt", "messages": "x"}', "line 1: .*expected a picture"),
+        (b'{"image": "a.jpg", "messages": "\\ud800"}', "lone surrogate"),
+    ],
+)
+def test_prompts_that_cannot_be_used_are_named(pictures, tmp_path, text, expected):
+    prompts = tmp_path / "prompts"
+    prompts.write_bytes(text)
+    with pytest.raises(ValueError, match=expected):
+        load_conversations(pictures, prompts)
+
+
+# The command and its file.
+
+
+def test_the_command_writes_what_llama_cpp_and_we_read(golden_f32, golden_model, pictures, tmp_path, capfd):
+    prompts = tmp_path / "questions.txt"
+    prompts.write_text(QUESTIONS, encoding="utf-8")
+    out = tmp_path / "golden.imatrix"
+    arguments = ["imatrix", str(golden_f32), "--images", str(pictures), "--prompts", str(prompts)]
+    assert main([*arguments, "-o", str(out), "--max-tokens", "3", "--limit", "3"]) == 0
+    output = capfd.readouterr()
+    assert output.out == ""
+    assert "43 matrices, 3 conversations" in output.err
+
+    conversations = load_conversations(pictures, prompts, 3)
+    columns, positions = record(golden_model, conversations, 3, Progress())
+    reader = gguf.GGUFReader(out)
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    assert fields.pop("general.architecture") == "imatrix"  # of the gguf package's writer; llama.cpp has none
+    assert fields == {
+        "general.type": "imatrix",
+        "imatrix.datasets": [str(prompts)],
+        "imatrix.chunk_count": 3,
+        "imatrix.chunk_size": positions // 3,
+    }
+    tensors = {t.name: t for t in reader.tensors}
+    assert tensors.keys() == {name + part for name in columns for part in (".in_sum2", ".counts")}
+    assert {t.tensor_type for t in reader.tensors} == {gguf.GGMLQuantizationType.F32}
+    found = read_imatrix(out)
+    assert found.keys() == columns.keys()
+    for name, (sums, rows) in columns.items():
+        # GGUF has the innermost dimension first.
+        assert tensors[name + ".in_sum2"].shape.tolist() == [len(sums), 1]
+        assert tensors[name + ".counts"].shape.tolist() == [1, 1]
+        assert tensors[name + ".counts"].data.item() == rows
+        assert found[name].dtype == np.float32
+        np.testing.assert_allclose(found[name], sums / rows, rtol=1e-6, err_msg=name)  # two float32 roundings
+
+
+def test_a_pair_is_recorded_as_the_single_file(golden_model, golden_pair, golden_image):
+    text, mmproj = golden_pair
+    conversations = [Conversation(golden_image, (("user", "What?"), ("assistant", "a cat")))]
+    single, _ = record(golden_model, conversations, 1, Progress())
+    pair, _ = record(Model(text, mmproj=mmproj), conversations, 1, Progress())
+    assert pair.keys() == single.keys()
+    for name, (sums, rows) in single.items():
+        np.testing.assert_array_equal(pair[name][0], sums, err_msg=name)
+        assert pair[name][1] == rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"--images": "missing"}, "missing"),
+        ({"--images": "{empty}"}, "expected pictures, found none"),
+        ({"--prompts": "missing"}, "missing"),
+        ({"-o": "nowhere/out.gguf"}, "nowhere/out.gguf: expected a folder that exists"),
+        ({"model": "missing.gguf"}, "missing.gguf: cannot open"),
+        ({"model": "{text}"}, "no vision tower"),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_leaves_no_file(
+    golden_f32, golden_pair, pictures, tmp_path, monkeypatch, capfd, changes, expected
+):
+    work = tmp_path / "work"
+    (work / "empty").mkdir(parents=True)
+    monkeypatch.chdir(work)
+    prompts = tmp_path / "questions.txt"
+    prompts.write_text(QUESTIONS, encoding="utf-8")
+    options = {
+        "--images": str(pictures),
+        "--prompts": str(prompts),
+        "-o": "out.gguf",
+        "model": str(golden_f32),
+    }
+    options |= {k: v.format(empty=work / "empty", text=golden_pair[0]) for k, v in changes.items()}
+    model = options.pop("model")
+    assert main(["imatrix", model, *(part for option in options.items() for part in option)]) == 1
+    error = capfd.readouterr().err
+    assert error.startswith("yivl-edge: error: ")
+    assert expected in error
+    assert error.count("\n") == 1
+    assert os.listdir(work) == ["empty"]
+
+
+def test_ctrl_c_leaves_no_file(golden_f32, golden_image, tmp_path):
+    talk = lines(
+        tmp_path / "talk.jsonl", *[{"image": str(golden_image), "messages": TALK}] * 5000
+    )  # far more than can be done before the signal
+    out = tmp_path / "out"
+    out.mkdir()
+    process = subprocess.Popen(
+        [*COMMAND, golden_f32, "--images", tmp_path, "--prompts", talk, "-o", out / "x.gguf"],
+        stderr=subprocess.PIPE,
+    )
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error.strip()) == (130, b"")
+    assert os.listdir(out) == []
+
+
+# Reading.
+
+
+def binary(*entries: tuple[bytes, int, list[float]], tail: bytes = b"") -> bytes:
+    """llama.cpp's older format."""
+    parts = [struct.pack("<i", len(entries))]
+    for name, calls, values in entries:
+        parts += [struct.pack("<i", len(name)), name, struct.pack("<ii", calls, len(values))]
+        parts.append(np.array(values, "<f4").tobytes())
+    return b"".join(parts) + tail
+
+
+def test_the_older_binary_format_is_read(tmp_path):
+    path = tmp_path / "imatrix.dat"
+    tail = struct.pack("<ii", 7, 8) + b"wiki.txt"  # chunks and dataset, which newer versions add
+    entries = (
+        (b"blk.0.attn_q.weight", 4, [2.0, 4.0, 0.0]),
+        (b"output.weight", 1, [3.0]),
+        (b"unused", 0, [1.0]),
+    )
+    for end in (b"", tail):
+        path.write_bytes(binary(*entries, tail=end))
+        found = read_imatrix(path)
+        assert list(found) == ["blk.0.attn_q.weight", "output.weight"]
+        assert found["blk.0.attn_q.weight"].tolist() == [0.5, 1.0, 0.0]
+        assert found["output.weight"].dtype == np.float32
+
+
+def test_a_file_of_llama_cpp_is_read(tmp_path):
+    """With what its versions add (sums of the activations), or leave without input."""
+    writer = gguf.GGUFWriter(tmp_path / "i.gguf", "none")
+    writer.add_string("general.type", "imatrix")
+    for name, count in (("blk.0.ffn_up.weight", 8.0), ("blk.1.ffn_up.weight", 0.0)):
+        writer.add_tensor(f"{name}.in_sum2", np.array([[8.0, 4.0]], np.float32))
+        writer.add_tensor(f"{name}.counts", np.array([[count]], np.float32))
+        writer.add_tensor(f"{name}.in_sum", np.array([[-8.0, 4.0]], np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = read_imatrix(tmp_path / "i.gguf")
+    assert {name: values.tolist() for name, values in found.items()} == {"blk.0.ffn_up.weight": [1.0, 0.5]}
+
+
+def write_gguf(path: Path, kind: str | None, tensors: dict[str, np.ndarray]) -> Path:
+    writer = gguf.GGUFWriter(path, "none")
+    if kind is not None:
+        writer.add_string("general.type", kind)
+    for name, values in tensors.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+ONE = np.ones((1, 1), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensors", "expected"),
+    [
+        (None, {"x.in_sum2": ONE, "x.counts": ONE}, "expected an importance matrix, found general.type None"),
+        ("model", {"x.in_sum2": ONE, "x.counts": ONE}, "found general.type 'model'"),
+        ("imatrix", {"x": ONE}, "found one without entries"),
+        ("imatrix", {"x.in_sum2": ONE}, "tensor 'x.counts' is missing"),
+        ("imatrix", {"x.in_sum2": ONE, "x.counts": -ONE}, "x.counts: expected one count"),
+        ("imatrix", {"x.in_sum2": ONE, "x.counts": ONE * np.nan}, "x.counts: expected one count"),
+        (
+            "imatrix",
+            {"x.in_sum2": np.ones((2, 1), np.float32), "x.counts": ONE},
+            r"found F32 of shape \(2, 1\)",
+        ),
+        (
+            "imatrix",
+            {"x.in_sum2": ONE.astype(np.float16), "x.counts": ONE},
+            "expected one row of F32, found F16",
+        ),
+        ("imatrix", {"x.in_sum2": -ONE, "x.counts": ONE}, "'x': expected mean squares, finite"),
+        ("imatrix", {"x.in_sum2": ONE * np.inf, "x.counts": ONE}, "'x': expected mean squares, finite"),
+    ],
+)
+def test_gguf_files_that_are_no_importance_matrix_are_refused(tmp_path, kind, tensors, expected):
+    path = write_gguf(tmp_path / "i.gguf", kind, tensors)
+    with pytest.raises(ModelFileError, match=expected):
+        read_imatrix(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"GGUF",
+        b"# a text file, read as binary",
+        struct.pack("<i", 0),
+        struct.pack("<i", -1),
+        struct.pack("<i", 2**31 - 1),
+        struct.pack("<ii", 1, -5),
+        binary((b"x", 1, [])),
+        binary((b"x", -1, [1.0])),
+        binary((b"x", 1, [float("nan")])),
+        binary((b"x", 1, [-1.0])),
+        binary((b"\xff", 1, [1.0])),
+        struct.pack("<ii", 1, 1) + b"x" + struct.pack("<ii", 1, 2**31 - 1),
+        struct.pack("<ii", 1, 1) + b"x" + struct.pack("<ii", 1, -(2**30)),
+    ],
+)
+def test_binary_files_that_are_no_importance_matrix_are_refused(tmp_path, content):
+    path = tmp_path / "i.dat"
+    path.write_bytes(content)
+    with pytest.raises(ModelFileError, match=r"i\.dat: "):
+        read_imatrix(path)
+
+
+def test_a_binary_file_cut_anywhere_is_refused(tmp_path):
+    whole = binary((b"blk.0.attn_q.weight", 2, [1.0, 2.0]), (b"output.weight", 2, [1.0]))
+    path = tmp_path / "i.dat"
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ModelFileError):
+            read_imatrix(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ModelFileError, match=r"none\.gguf: cannot be read: No such file"):
+        read_imatrix(tmp_path / "none.gguf")
+
+
+def test_sums_that_are_not_finite_are_not_written(tmp_path):
+    for value in (np.nan, np.inf, 1e39):
+        with pytest.raises(ValueError, match="x: expected finite activations"):
+            write_imatrix(
+                tmp_path / "i.gguf", {"x": (np.array([value]), 1)}, datasets=[], chunk_count=1, chunk_size=1
+            )
+    assert os.listdir(tmp_path) == []
