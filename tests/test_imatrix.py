@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import struct
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import gguf
@@ -24,7 +20,6 @@ from yivl_edge.cli.terminal import Progress
 from yivl_edge.conversations import Conversation, load_conversations, logits, transcribe
 from yivl_edge.convert.imatrix import read_imatrix, write_imatrix
 
-COMMAND = [sys.executable, "-m", "yivl_edge", "imatrix"]
 QUESTIONS = "What is this?\n\n  这是什么？ \n"
 TALK = [
     {"role": "user", "content": "What is this?"},
@@ -316,20 +311,22 @@ def test_what_cannot_work_is_one_line_and_leaves_no_file(
     assert os.listdir(work) == ["empty"]
 
 
-def test_ctrl_c_leaves_no_file(golden_f32, golden_image, tmp_path):
-    talk = lines(
-        tmp_path / "talk.jsonl", *[{"image": str(golden_image), "messages": TALK}] * 5000
-    )  # far more than can be done before the signal
+def test_ctrl_c_leaves_no_file(golden_f32, pictures, tmp_path, monkeypatch):
+    prompts = tmp_path / "questions.txt"
+    prompts.write_text(QUESTIONS, encoding="utf-8")
+    seen: list[str] = []
+
+    def interrupt(progress: Progress, stage: str, fraction: float) -> None:
+        seen.append(progress.prefix)
+        if progress.prefix == "2/4 " and stage == "prefill":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "__call__", interrupt)
     out = tmp_path / "out"
     out.mkdir()
-    process = subprocess.Popen(
-        [*COMMAND, golden_f32, "--images", tmp_path, "--prompts", talk, "-o", out / "x.gguf"],
-        stderr=subprocess.PIPE,
-    )
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert (process.returncode, error.strip()) == (130, b"")
+    arguments = ["imatrix", str(golden_f32), "--images", str(pictures), "--prompts", str(prompts)]
+    assert main([*arguments, "-o", str(out / "x.gguf"), "--max-tokens", "2"]) == 130
+    assert {"1/4 ", "2/4 "} == set(seen)
     assert os.listdir(out) == []
 
 
