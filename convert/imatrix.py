@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import struct
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -15,6 +16,11 @@ from yivl_edge import ModelFileError, _core
 
 _TYPE = "imatrix"
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+
+# GGUF's numbers for types of values and of tensors.
+_UINT32, _STRING, _ARRAY = 4, 8, 9
+_F32 = 0
+_ALIGNMENT = 32
 
 
 def write_imatrix(
@@ -36,28 +42,60 @@ def write_imatrix(
 
     Raises:
         ValueError: A sum that is no finite float32.
-        ModuleNotFoundError: The gguf package is missing.
         OSError: The file cannot be written.
     """
-    from gguf import GGMLQuantizationType, GGUFValueType
-    from yivl_edge.convert.writer import GgufPlan, Key, TensorInfo, write_files
+    target = Path(path).resolve()
+    content = _gguf(columns, datasets, chunk_count, chunk_size)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
-    data: dict[str, NDArray[np.float32]] = {}
+
+def _gguf(
+    columns: Mapping[str, tuple[NDArray[np.float64], int]],
+    datasets: Sequence[str],
+    chunk_count: int,
+    chunk_size: int,
+) -> bytes:
+    """The file, byte by byte: the gguf package would add keys of a model, which llama.cpp does not write here."""
+    tensors: dict[str, NDArray[np.float32]] = {}
     for name, (sums, rows) in sorted(columns.items()):
         if not np.all(np.abs(sums) <= np.finfo(np.float32).max):
             raise ValueError(f"{name}: expected finite activations, found a sum of squares of {sums.max()}")
         # As llama.cpp has it: a row for each of the experts that share a tensor, of which there is one here.
-        data[name + _SUMS] = sums.astype(np.float32)[None]
-        data[name + _COUNTS] = np.array([[rows]], np.float32)
+        tensors[name + _SUMS] = sums.astype("<f4")[None]
+        tensors[name + _COUNTS] = np.array([[rows]], "<f4")
+
+    def string(text: str) -> bytes:
+        raw = text.encode(errors="replace")
+        return struct.pack("<Q", len(raw)) + raw
+
+    def key(name: str, kind: int, value: bytes) -> bytes:
+        return string(name) + struct.pack("<I", kind) + value
+
+    names = struct.pack("<IQ", _STRING, len(datasets)) + b"".join(map(string, datasets))
     keys = [
-        Key("general.type", _TYPE, GGUFValueType.STRING),
-        Key("imatrix.datasets", list(datasets), GGUFValueType.ARRAY, GGUFValueType.STRING),
-        Key("imatrix.chunk_count", chunk_count, GGUFValueType.UINT32),
-        Key("imatrix.chunk_size", chunk_size, GGUFValueType.UINT32),
+        key("general.type", _STRING, string(_TYPE)),
+        key("imatrix.datasets", _ARRAY, names),
+        key("imatrix.chunk_count", _UINT32, struct.pack("<I", chunk_count)),
+        key("imatrix.chunk_size", _UINT32, struct.pack("<I", chunk_size)),
     ]
-    tensors = [TensorInfo(name, values.shape, GGMLQuantizationType.F32) for name, values in data.items()]
-    plan = GgufPlan(Path(path), _TYPE, keys, tensors)
-    write_files([plan], lambda tensor: [data[tensor.name]])
+    header = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(keys)), *keys]
+    data: list[bytes] = []
+    offset = 0
+    for name, values in tensors.items():
+        header.append(string(name) + struct.pack("<IQQIQ", 2, *reversed(values.shape), _F32, offset))
+        data.append(_padded(values.tobytes()))
+        offset += len(data[-1])
+    return _padded(b"".join(header)) + b"".join(data)
+
+
+def _padded(content: bytes) -> bytes:
+    return content + bytes(-len(content) % _ALIGNMENT)
 
 
 def read_imatrix(path: str | os.PathLike[str]) -> dict[str, NDArray[np.float32]]:

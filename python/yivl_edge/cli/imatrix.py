@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -56,10 +55,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: _Args) -> int:
     """Works through the conversations, then writes the file."""
-    if importlib.util.find_spec("gguf") is None:
-        raise ValueError("writing needs the package gguf: pip install 'yivl-edge[convert]'")
-    if not Path(args.output).resolve().parent.is_dir():  # better said now than after the work
-        raise FileNotFoundError(f"{args.output}: expected a folder that exists")
+    output = Path(args.output).resolve()
+    if output.is_dir() or not output.parent.is_dir():  # better said now than after the work
+        raise FileNotFoundError(f"{args.output}: expected a file's name in a folder that exists")
     conversations = load_conversations(args.images, args.prompts, args.limit)
     model = Model(args.model, mmproj=args.mmproj, n_threads=args.threads)
     columns, positions = record(model, conversations, args.max_tokens, Progress())
