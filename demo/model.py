@@ -45,11 +45,11 @@ class Sizes:
     vit_heads: int = 4
     vit_mlp: int = 768
     width: int = 256
-    layers: int = 5
+    layers: int = 4
     heads: int = 4
     kv_heads: int = 2
     mlp: int = 704
-    vocab: int = 1024
+    vocab: int = 1152
     rope_theta: float = 5e6
 
     @property

@@ -1,7 +1,8 @@
 """Trains the demo model from nothing: python -m demo.train --out FOLDER (goes on from a checkpoint there).
 
-First the vision tower alone learns to say what each patch shows; then the whole model learns to answer. Both
-use pictures drawn beforehand into FOLDER and questions written as they are needed. At the end the model lies
+First the vision tower alone learns to say what each patch shows, then the decoder learns to answer from what the
+tower sees, then the whole model learns together. All use pictures drawn beforehand into FOLDER and questions
+written as they are needed. At the end the model lies
 in FOLDER/export in the layout of a published Yi-VL folder.
 """
 
@@ -38,11 +39,13 @@ FIRST_SEED = 1_000_000  # of the pictures of training; evaluation uses seeds bel
 TEXT_TOKENS = 192  # of conversations about one picture
 WATCHED = (1, 2)  # blocks of the decoder with heads that are told where to look
 FAMILY_WEIGHTS = {
-    "what": 1.0, "describe": 1.2, "colour": 1.0, "shape": 1.0, "count": 1.2, "where": 1.0, "compare": 1.4,
-    "yesno": 1.2, "read": 1.6, "followup": 2.0, "absent": 1.3,
+    "what": 1.0, "describe": 1.2, "colour": 1.0, "shape": 1.0, "count": 1.2, "where": 1.0, "compare": 2.0,
+    "yesno": 1.6, "read": 1.0, "followup": 2.0, "absent": 1.3,
 }  # fmt: skip
-# What a patch shows: shape, colour, size, place in reading order, character, its place, cell or row of text.
-LABEL_CLASSES = (len(scenes.SHAPES) + 1, len(scenes.COLOURS) + 1, 3, 5, len(scenes.CHARACTERS) + 1, 6, 13)
+# What a patch shows: shape, colour, size, place in reading order, character, its place, word, cell or row of text.
+LABEL_CLASSES = (
+    len(scenes.SHAPES) + 1, len(scenes.COLOURS) + 1, 3, 5, len(scenes.CHARACTERS) + 1, 3, len(scenes.WORDS) + 1, 13,
+)  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------
 # Tokeniser
@@ -56,16 +59,10 @@ def train_tokenizer(vocab: int, seed: int) -> bytes:
         scene = scenes.make_scene(FIRST_SEED + i)
         for family in scenes.FAMILIES:
             for language in scenes.LANGUAGES:
-                # Printed words stay out, so that letters are pieces of their own and reading is spelling.
-                if family in ("read",) or (scene.text and family in ("what", "describe", "followup")):
-                    continue
                 for question, answer in scenes.ask(scene, family, language, rng.random()) or []:
                     lines += [question, " " + answer]
-    lines += [" The word is A.", " The number is 1.", " 单词是A。", " 数字是1。"] * 500
-    lines += [
-        "the word A is written at the top. The number 1 is written in the middle.",
-        "上方写着单词A。写着数字1。",
-    ] * 500
+    # Every printed word becomes one piece, after a space and after Chinese.
+    lines += [line for word in scenes.WORDS for line in (f" The word is {word}.", f" 单词是{word}。")] * 1000
     lines += ["### Human:", "### Assistant:"] * 5000 + [yivl.SYSTEM] * 2000
     characters = "".join(chr(c) for c in range(33, 127))
     rng.shuffle(lines)
@@ -103,9 +100,9 @@ def train_tokenizer(vocab: int, seed: int) -> bytes:
 
 @dataclass
 class Pool:
-    """Pictures drawn beforehand: pixels (count, S, S, 3), labels (count, N, 6) and scenes, by index.
+    """Pictures drawn beforehand: pixels (count, S, S, 3), labels (count, N, 7) and scenes, by index.
 
-    A quarter as many pages of letters, with seven labels, are there to learn reading from.
+    A quarter as many pages of text, with eight labels, are there to learn reading from.
     """
 
     pixels: np.ndarray[Any, np.dtype[np.uint8]]
@@ -134,7 +131,7 @@ def _draw(job: tuple[Path, str, int, int, int]) -> int:
 def make_pool(folder: Path, count: int, size: int, patches: int) -> Pool:
     """Draws the pictures of training, once, with one process per core (two at most)."""
     arrays = []
-    for kind, number, columns in (("", count, 6), ("page-", count // 4, 7)):
+    for kind, number, columns in (("", count, 7), ("page-", count // 4, 8)):
         done = folder / f"{kind}pool.json"
         key = {"count": number, "size": size}
         if not done.exists() or json.loads(done.read_text()) != key:
@@ -221,7 +218,7 @@ class Writer:
             words[owner[match.end() - 1], 2] = PLACE_NUMBER[match[0]]
         at = text.rfind(printed) if printed else -1
         if at > 0:
-            for i in range(len(printed)):
+            for i in range(len(printed) if printed.isdigit() else 1):
                 words[owner[at + i] - 1, 3] = i + 1
         return tuple(ids), tuple(tuple(row) for row in words.tolist())
 
@@ -279,7 +276,7 @@ class Batch:
     """
 
     images: Tensor  # (B + P, 3, S, S)
-    labels: Tensor  # (B + P, N, 7)
+    labels: Tensor  # (B + P, N, 8)
     ids: Tensor  # (B, T)
     targets: Tensor  # (B, T), -100 where nothing is to be learnt
     places: Tensor  # (B, T)
@@ -298,7 +295,7 @@ class Batches:
         self.pool, self.writer, self.size, self.seed = pool, writer, size, seed
         self.rank, self.processes = rank, processes
 
-    def __call__(self, step: int, with_text: bool) -> Batch:
+    def __call__(self, step: int, phase: str) -> Batch:
         """The batch of a step."""
         count = len(self.pool.pixels)
         per_epoch = count // self.size
@@ -307,7 +304,7 @@ class Batches:
         chosen = np.sort(order[at * self.size : (at + 1) * self.size])[self.rank :: self.processes]
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 16 + self.rank)
         pages = np.random.default_rng((self.seed, step, self.rank)).integers(
-            0, len(self.pool.page_pixels), len(chosen) // 2
+            0, len(self.pool.page_pixels), 0 if phase == "answers" else len(chosen) // 2
         )
         pixels = np.concatenate([self.pool.pixels[chosen], self.pool.page_pixels[pages]])
         images = yivl.normalise(augment(torch.from_numpy(pixels), generator))
@@ -316,7 +313,7 @@ class Batches:
         arrays = np.zeros((4, len(chosen), TEXT_TOKENS), np.int64)
         arrays[1], arrays[3] = -100, -2
         words = np.zeros((len(chosen), TEXT_TOKENS, 4), np.int64)
-        if with_text:
+        if phase != "vision":
             rng = random.Random(f"text/{self.seed}/{step}/{self.rank}")
             for row, index in enumerate(chosen):
                 ids, ours, places, numbers, spoken = self.writer.about(self.pool.scene(int(index)), rng)
@@ -328,7 +325,7 @@ class Batches:
         return Batch(images, labels, *(torch.from_numpy(a) for a in (*arrays, words)))
 
     def labels(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The labels of picture `index`, and a seventh: the cell of a thing or the row of the text."""
+        """The labels of picture `index`, and an eighth: the cell of a thing or the row of the text."""
         labels, scene = self.pool.labels[index], self.pool.scene(index)
         cells = np.array([0, *(thing.cell + 1 for thing in scene.things)], np.uint8)[labels[:, 3]]
         cells[labels[:, 4] > 0] = 10 + scene.row
@@ -375,9 +372,15 @@ class Muon(torch.optim.Optimizer):
                 part.add_(new, alpha=-group["lr"] * max(part.shape) ** 0.5 / 16)
 
 
+def arithmetic(device: str) -> torch.dtype:
+    """bfloat16 where the machine multiplies it faster than float32."""
+    fast = device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
 def _orthogonal(x: Tensor) -> Tensor:
-    """Newton-Schulz iteration in bfloat16: (n, rows, columns), rows <= columns."""
-    x = x.bfloat16()
+    """Newton-Schulz iteration: (n, rows, columns), rows <= columns."""
+    x = x.to(arithmetic(x.device.type))
     x = x / (x.norm(dim=(1, 2), keepdim=True) * 1.01 + 1e-7)
     for a, b, c in (
         (4.0848, -6.8946, 2.9270),
@@ -428,13 +431,13 @@ class Learner(nn.Module):
         """How far words are from looking at the patches that show what they speak of.
 
         One head of the first watched block looks from a thing's name at the thing, one from a place's name at
-        what is there, one of the second block from before a printed character at that character. Where the
+        what is there, one of the second block from before a printed word or digit at it. Where the
         picture has nothing of the kind they look at the first token. Left alone, they take long to learn it.
         """
         s, p = self.model.sizes, self.prefix.shape[1]
         shape, colour, place, character = (w.unsqueeze(2) for w in batch.words.unbind(-1))  # (B, T, 1)
         labels = batch.labels[: len(batch.ids)].unsqueeze(1)
-        shapes, colours, _, _, _, characters, cells = labels.unbind(-1)  # (B, 1, N)
+        shapes, colours, _, _, _, characters, _, cells = labels.unbind(-1)  # (B, 1, N)
         thing = ((shape == 0) | (shapes == shape)) & ((colour == 0) | (colours == colour))
         row = torch.where((place == 2) | (place == 5) | (place == 8), 10 + place // 3, -1)  # text fills a row
         total, count = torch.zeros((), device=shape.device), 0
@@ -451,11 +454,15 @@ class Learner(nn.Module):
             total, count = total - (right + 1e-3).log().sum(), count + len(b)
         return total / max(count, 1)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Text loss, patch loss, attention loss, share of right tokens, share of right patches."""
+    def forward(self, batch: Batch, tower: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Text loss, patch loss, attention loss, share of right tokens, share of right patches.
+
+        Without `tower` the vision tower learns nothing, and the batch has no pages.
+        """
         s = self.model.sizes
-        features = self.model.vision(batch.images)
-        patch_loss, patch_right = self.patch_loss(features, batch.labels)
+        with torch.set_grad_enabled(tower):
+            features = self.model.vision(batch.images)
+            patch_loss, patch_right = self.patch_loss(features, batch.labels)
         decoder = self.model.decoder
         # All conversations begin with the same system text: its keys and values are made once for the batch.
         p = self.prefix.shape[1]
@@ -512,7 +519,7 @@ def make_optimisers(learner: Learner, names: Sequence[str]) -> list[torch.optim.
 
 def rate(step: int, total: int, decay: float) -> float:
     """Warm up over 60 steps, stay, and fall to nothing over the last `decay` share."""
-    left = (total - step) / max(1, decay * total)
+    left = (total - step) / (decay * total) if decay else 1.0
     return min(1.0, (step + 1) / 60, left)
 
 
@@ -608,13 +615,16 @@ def learn(rank: int, team: Team, args: argparse.Namespace) -> None:
             for optimiser, state in zip(optimisers, states["optimisers"], strict=True):
                 optimiser.load_state_dict(state)
     log = (out / "log.txt").open("a", buffering=1)
+    # Name, steps, pictures in a step, rate, and over which share of the steps the rate falls to nothing.
     phases = [
-        ("vision", args.vision_steps, args.vision_batch, args.vision_lr),
-        ("all", args.steps, args.batch, args.lr),
+        ("vision", args.vision_steps, args.vision_batch, args.vision_lr, 0.5),
+        ("answers", args.answer_steps, args.batch, args.lr, 0.0),
+        ("all", args.steps, args.batch, args.lr, 1.0),
     ]
+    dtype = arithmetic(device)
 
     for phase in range(start_phase, len(phases)):
-        name, total, size, lr = phases[phase]
+        name, total, size, lr, decay = phases[phase]
         if phase != start_phase:
             start_step, elapsed = 0, 0.0
             optimisers = make_optimisers(learner, mine)
@@ -623,20 +633,20 @@ def learn(rank: int, team: Team, args: argparse.Namespace) -> None:
         began, last_save = time.monotonic() - elapsed, start_step
         steps = range(start_step, total)
         bar = tqdm(steps, name, initial=start_step, total=total, mininterval=10, disable=rank > 0)
-        for step, batch in zip(bar, _ahead(batches, start_step, total, name == "all"), strict=True):
+        for step, batch in zip(bar, _ahead(batches, start_step, total, name), strict=True):
             batch = batch.to(device)
             for optimiser in optimisers:
                 for group in optimiser.param_groups:
-                    group["lr"] = lr * group["share"] * rate(step, total, args.decay)
+                    group["lr"] = lr * group["share"] * rate(step, total, decay)
             learner.zero_grad()
-            with torch.autocast(device, torch.bfloat16):
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
                 if name == "vision":
                     patch_loss, patch_right = learner.patch_loss(
                         learner.model.vision(batch.images), batch.labels
                     )
                     loss, now = patch_loss, {"patch": patch_loss, "patch_right": patch_right}
                 else:
-                    text_loss, patch_loss, look_loss, right, patch_right = learner(batch)
+                    text_loss, patch_loss, look_loss, right, patch_right = learner(batch, name == "all")
                     loss = text_loss + args.patch_weight * patch_loss + args.look_weight * look_loss
                     now = {"text": text_loss, "patch": patch_loss, "look": look_loss}
                     now |= {"right": right, "patch_right": patch_right}
@@ -672,14 +682,14 @@ def _save(path: Path, state: dict[str, Any]) -> None:
     path.with_suffix(".new").replace(path)
 
 
-def _ahead(batches: Batches, start: int, end: int, with_text: bool) -> Iterator[Batch]:
+def _ahead(batches: Batches, start: int, end: int, phase: str) -> Iterator[Batch]:
     """Batches made in a thread while the step before is learnt."""
     with ThreadPoolExecutor(1) as executor:
-        coming = executor.submit(batches, start, with_text)
+        coming = executor.submit(batches, start, phase)
         for step in range(start, end):
             batch = coming.result()
             if step + 1 < end:
-                coming = executor.submit(batches, step + 1, with_text)
+                coming = executor.submit(batches, step + 1, phase)
             yield batch
 
 
@@ -691,18 +701,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints, log and export")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="on a CPU")
-    parser.add_argument("--pictures", type=int, default=60_000)
-    parser.add_argument("--vision-steps", type=int, default=2500)
+    parser.add_argument("--pictures", type=int, default=40_000)
+    parser.add_argument("--vision-steps", type=int, default=1000)
     parser.add_argument("--vision-batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--answer-steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--vision-lr", type=float, default=0.02, help="while the tower learns alone")
     parser.add_argument("--lr", type=float, default=0.008)
     parser.add_argument("--patch-weight", type=float, default=0.3)
     parser.add_argument("--look-weight", type=float, default=0.2)
-    parser.add_argument(
-        "--decay", type=float, default=0.4, help="share of the steps over which the rate falls"
-    )
     parser.add_argument("--log-every", type=int, default=20)
     parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
     train(parser.parse_args())

@@ -129,10 +129,10 @@ def test_nobody_is_asked_about_one_of_two_like_things() -> None:
 
 def test_labels_say_what_the_patches_show() -> None:
     _, labels = scenes.render(SCENE, 1)
-    assert labels.shape == (64, 6)
+    assert labels.shape == (64, 7)
     shapes = set(labels[:, 0]) - {0}
     assert shapes == {scenes.SHAPES.index(s) + 1 for s in ("star", "moon")}
-    text = {(int(c), int(o)) for c, o in labels[:, 4:] if c}
-    assert text == {(scenes.CHARACTERS.index(c) + 1, i + 1) for i, c in enumerate("STOP")}
+    text = {tuple(map(int, row)) for row in labels[:, 4:] if row[0]}
+    assert text == {(scenes.CHARACTERS.index(c) + 1, 1, scenes.WORDS.index("STOP") + 1) for c in "STOP"}
     rows = np.flatnonzero(labels[:, 4]) // 8
     assert rows.min() >= 4  # printed in the lowest third
