@@ -27,9 +27,18 @@ constexpr std::array<TypeInfo, 15> kTypes{{
 
 }  // namespace
 
+std::span<const TypeInfo> weight_types() { return kTypes; }
+
 const TypeInfo* find_type(uint32_t number) {
     for (const TypeInfo& info : kTypes) {
         if (static_cast<uint32_t>(info.type) == number) return &info;
+    }
+    return nullptr;
+}
+
+const TypeInfo* find_type(std::string_view name) {
+    for (const TypeInfo& info : kTypes) {
+        if (info.name == name) return &info;
     }
     return nullptr;
 }

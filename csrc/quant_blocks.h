@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string_view>
 
 namespace yivl {
@@ -32,8 +33,10 @@ struct TypeInfo {
     int64_t bytes;          // bytes per block
 };
 
-// Null for a number that is none of the types above.
+std::span<const TypeInfo> weight_types();
+// Null for a number or a name that is none of the types above.
 const TypeInfo* find_type(uint32_t number);
+const TypeInfo* find_type(std::string_view name);
 const TypeInfo& type_info(WeightType type);
 
 inline constexpr int kBlock = 32;        // weights in a block of the simple types

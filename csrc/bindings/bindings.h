@@ -13,6 +13,7 @@ void bind_gguf(py::module_& m);
 void bind_image(py::module_& m);
 void bind_kernels(py::module_& m);
 void bind_model(py::module_& m);
+void bind_quantize(py::module_& m);
 void bind_text(py::module_& m);
 
 // A float32 array of this shape that takes over the vector's memory.

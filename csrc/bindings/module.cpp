@@ -14,5 +14,6 @@ PYBIND11_MODULE(_core, m) {
     bind_image(m);
     bind_kernels(m);
     bind_model(m);
+    bind_quantize(m);
     bind_text(m);
 }

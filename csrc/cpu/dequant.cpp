@@ -4,20 +4,13 @@
 #include <cassert>
 #include <cstring>
 
+#include "half.h"
+
 namespace yivl {
 
 static_assert(std::endian::native == std::endian::little, "the bytes of a GGUF file are little-endian");
 
 namespace {
-
-// Exact for every half, subnormals included: the multiplication moves the exponent from a bias of 15 to one of 127.
-float half_to_float(half_bits h) {
-    const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
-    const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fff) << 13;
-    const float scaled = std::bit_cast<float>(magnitude) * 0x1p112f;
-    const uint32_t not_finite = (h & 0x7c00) == 0x7c00 ? 0x7f800000u : 0;
-    return std::bit_cast<float>(std::bit_cast<uint32_t>(scaled) | not_finite | sign);
-}
 
 // The non-linear 4-bit values of IQ4_NL and IQ4_XS, from the GGUF type's definition.
 constexpr int8_t kNonLinear4[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};

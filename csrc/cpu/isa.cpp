@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -111,6 +112,11 @@ const Kernels& choose_kernels(std::string_view name) {
         throw std::invalid_argument(quoted + " is not in this build, which has: " + list(built));
     }
     throw std::invalid_argument("this CPU lacks " + quoted + "; it has: " + list(available));
+}
+
+const Kernels& default_kernels() {
+    const char* forced = std::getenv("YIVL_ISA");
+    return choose_kernels(forced == nullptr ? "" : forced);
 }
 
 }  // namespace yivl

@@ -20,4 +20,7 @@ std::vector<const Kernels*> available_kernels();
 // CPU or this build lacks it.
 const Kernels& choose_kernels(std::string_view name);
 
+// The table that YIVL_ISA in the environment names; the best without it.
+const Kernels& default_kernels();
+
 }  // namespace yivl

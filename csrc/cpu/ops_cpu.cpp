@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <vector>
@@ -362,8 +361,7 @@ std::unique_ptr<Backend> make_cpu_backend(int n_threads, const Kernels& kernels)
 }
 
 std::unique_ptr<Backend> make_cpu_backend(int n_threads) {
-    const char* forced = std::getenv("YIVL_ISA");
-    return make_cpu_backend(n_threads, choose_kernels(forced == nullptr ? "" : forced));
+    return make_cpu_backend(n_threads, default_kernels());
 }
 
 }  // namespace yivl

@@ -1,6 +1,6 @@
 """Run 01.AI's Yi-VL vision-language models on the machine in front of you."""
 
-from yivl_edge._core import ContextOverflowError, ImageError, ModelFileError
+from yivl_edge._core import ContextOverflowError, ImageError, ModelFileError, quantize
 from yivl_edge.model import ChatResult, ChatStream, Model, Timings, Usage
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "ModelFileError",
     "Timings",
     "Usage",
+    "quantize",
 ]

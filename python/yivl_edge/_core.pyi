@@ -310,6 +310,16 @@ class Session:
         statistics: ActivationStatistics | None = None,
     ) -> NDArray[np.float32]: ...
 
+# quantize.cpp
+
+def quantize(
+    array: NDArray[np.float32],
+    type: str,
+    importance: NDArray[np.float32] | None = None,
+    *,
+    n_threads: int | None = None,
+) -> NDArray[np.uint8]: ...
+
 # text.cpp
 
 @final
