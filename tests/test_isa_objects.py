@@ -12,7 +12,10 @@ BUILD = Path(__file__).parents[1] / "build"
 def kernel_objects() -> list[Path]:
     """The objects of the most recent build of the Python module; builds of test programs may carry sanitizers."""
     modules = sorted(BUILD.glob("*/_core*.so"), key=lambda path: path.stat().st_mtime)
-    return sorted(modules[-1].parent.glob("**/csrc/cpu/kernels_*.o")) if modules else []
+    if not modules:
+        return []
+    core = modules[-1].parent
+    return sorted([*core.glob("**/csrc/cpu/kernels_*.o"), *core.glob("**/csrc/quantize/quantizers_*.o")])
 
 
 def symbols(path: Path) -> dict[str, str]:
@@ -27,5 +30,5 @@ def test_each_instruction_set_exports_one_table_and_nothing_weak() -> None:
     for path in kernel_objects():
         defined = {name for name, letter in symbols(path).items() if letter != "U"}
         assert len(defined) == 1, f"{path.name} exports {defined}"
-        assert defined.pop().endswith("KernelsE"), path.name
+        assert defined.pop().endswith(("KernelsE", "QuantizersE")), path.name
         assert set(symbols(path).values()) <= {"U", "D", "R"}, path.name

@@ -1,5 +1,5 @@
-// The quantisers, written once over a vector type. Each quantizers_<isa>.cpp includes this file inside its own namespace
-// and target region, after these definitions:
+// The quantisers, written once over a vector type. Each quantizers_<isa>.cpp includes this file inside its own
+// namespace and target region, after these definitions:
 //
 //   F                        a vector of kLanes floats, with the operators + - * /
 //   set1(s) load(p) store(p, v) abs(v)
@@ -453,8 +453,8 @@ struct AffineLevels {
     half_bits d_bits[kBatch], m_bits[kBatch];  // per super-block, at its first group
 };
 
-// Tries pairs of levels round the present ones: each scale within `reach` with its lower end, middle and upper end held in
-// place; then minima; then scales once more.
+// Tries pairs of levels round the present ones: each scale within `reach` with its lower end, middle and upper end held
+// in place; then minima; then scales once more.
 template <class Type, int N>
 void search_affine_levels(const Groups<N>& g, AffineLevels& a, int reach) {
     for (int lane = 0; lane < kBatch; lane += kLanes) {
@@ -677,8 +677,8 @@ struct Q4_1 {
     using Block = BlockQ4_1;
     static constexpr int kTop = 15;
     static constexpr bool kSigned = true;
-    static constexpr Cut kStarts[] = {{0, 0}, {0.25, 0.25}, {0.5, 0.5}, {-0.25, -0.25}, {0.75, 0.75}, {0.5, 0}, {0, 0.5},
-                                      {1, 0}, {0, 1}, {1, 1}};
+    static constexpr Cut kStarts[] = {{0, 0},   {0.25, 0.25}, {0.5, 0.5}, {-0.25, -0.25}, {0.75, 0.75},
+                                      {0.5, 0}, {0, 0.5},     {1, 0},     {0, 1},         {1, 1}};
     static void pack(Block& b, const uint8_t* q) { pack_nibbles(b.qs, q); }
 };
 
@@ -686,8 +686,8 @@ struct Q5_1 {
     using Block = BlockQ5_1;
     static constexpr int kTop = 31;
     static constexpr bool kSigned = true;
-    static constexpr Cut kStarts[] = {{0, 0}, {0.25, 0.25}, {0.5, 0.5}, {-0.25, -0.25}, {0.75, 0.75}, {0.5, 0}, {0, 0.5},
-                                      {1, 0}, {0, 1}, {1, 1}};
+    static constexpr Cut kStarts[] = {{0, 0},   {0.25, 0.25}, {0.5, 0.5}, {-0.25, -0.25}, {0.75, 0.75},
+                                      {0.5, 0}, {0, 0.5},     {1, 0},     {0, 1},         {1, 1}};
     static void pack(Block& b, const uint8_t* q) {
         pack_nibbles(b.qs, q);
         pack_fifth_bits(b.qh, q);
@@ -729,7 +729,8 @@ struct Q6_K {
         for (int i = 0; i < 16; ++i) b.scales[i] = static_cast<int8_t>(levels[i]);
         for (int half = 0; half < 2; ++half) {
             const uint8_t* p = q + half * 128;
-            for (int i = 0; i < 64; ++i) b.ql[half * 64 + i] = static_cast<uint8_t>((p[i] & 15) | (p[i + 64] & 15) << 4);
+            for (int i = 0; i < 64; ++i)
+                b.ql[half * 64 + i] = static_cast<uint8_t>((p[i] & 15) | (p[i + 64] & 15) << 4);
             for (int i = 0; i < 32; ++i) {
                 b.qh[half * 32 + i] =
                     static_cast<uint8_t>(p[i] >> 4 | p[i + 32] >> 4 << 2 | p[i + 64] >> 4 << 4 | p[i + 96] >> 4 << 6);
