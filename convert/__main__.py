@@ -1,4 +1,4 @@
-"""The command line: ``python -m yivl_edge.convert``, which is ``yivl-edge convert``."""
+"""The command lines ``yivl-edge convert`` (``python -m yivl_edge.convert``) and ``yivl-edge quantize``."""
 
 from __future__ import annotations
 
@@ -10,62 +10,110 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-from yivl_edge.convert import CheckpointError, convert
-from yivl_edge.convert.options import LAYOUTS, TYPES, OnProgress
+from yivl_edge.convert import CheckpointError, Conversion, convert
+from yivl_edge.convert.options import LAYOUTS, PRESETS, WEIGHT_TYPES, OnProgress
 
-_EPILOG = """\
-example:
-  python -m yivl_edge.convert Yi-VL-6B -o yi-vl-6b-q4_0.gguf --type q4_0
+_CONVERT_EPILOG = """\
+examples:
+  python -m yivl_edge.convert Yi-VL-6B -o yi-vl-6b-q4_k_m.gguf --type q4_k_m
+  yivl-edge convert text.gguf --mmproj mmproj.gguf -o one.gguf
 
-FOLDER has config.json, tokenizer.model, the weights (safetensors or pytorch_model-*.bin, in shards or in one
-file) and the ViT's folder, as published. With --layout pair, -o OUT.gguf writes the text model OUT.gguf and
-the vision half OUT-mmproj.gguf. Files appear under their names only when they are complete.
+SOURCE is a folder with config.json, tokenizer.model, the weights (safetensors or pytorch_model-*.bin, in shards or
+in one file) and the ViT's folder, as published; or the folder of its port to transformers; or a GGUF file, with
+--mmproj for the other half of a pair. With --layout pair, -o OUT.gguf writes the text model OUT.gguf and the vision
+half OUT-mmproj.gguf. Files appear under their names only when they are complete.
+"""
+_QUANTIZE_EPILOG = """\
+examples:
+  yivl-edge quantize yi-vl-6b-f16.gguf yi-vl-6b-q4_k_m.gguf --type q4_k_m --imatrix yi-vl-6b-imatrix.gguf
+  yivl-edge quantize yi-vl-6b-f16.gguf small.gguf --type q4_k_m --tensor-type attn_v=q8_0
+
+OUT.gguf appears under its name only when it is complete.
 """
 
 
+class _Args(argparse.Namespace):
+    """The options of both commands."""
+
+    source: str
+    output: str
+    mmproj: str | None
+    type: str | None
+    vision_type: str | None
+    tensor_type: list[tuple[str, str]]
+    imatrix: str | None
+    layout: str
+    threads: int | None
+    dry_run: bool
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status (0 done, 1 error, 130 interrupted)."""
-    arguments = _parser().parse_args(argv)
+    """Run ``yivl-edge convert``; return the exit status (0 done, 1 error, 130 interrupted)."""
+    return _run(_convert_parser().parse_args(argv, _Args()))
+
+
+def quantize_main(argv: Sequence[str] | None = None) -> int:
+    """Run ``yivl-edge quantize``; return the exit status as `main`."""
+    return _run(_quantize_parser().parse_args(argv, _Args()))
+
+
+def _run(args: _Args) -> int:
     try:
         with _termination_raises(), _progress() as on_progress:
             result = convert(
-                arguments.folder,
-                arguments.output,
-                type=arguments.type,
-                vision_type=arguments.vision_type,
-                layout=arguments.layout,
-                on_progress=on_progress,
+                args.source,
+                args.output,
+                mmproj=args.mmproj,
+                type=args.type,  # type: ignore[arg-type]  # checked against the choices
+                vision_type=args.vision_type,  # type: ignore[arg-type]
+                tensor_types=dict(args.tensor_type),  # type: ignore[arg-type]
+                imatrix=args.imatrix,
+                layout=args.layout,  # type: ignore[arg-type]
+                n_threads=args.threads,
+                dry_run=args.dry_run,
+                on_progress=None if args.dry_run else on_progress,
             )
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
-    except (CheckpointError, ModuleNotFoundError, OSError) as error:
+    except (CheckpointError, ModuleNotFoundError, ValueError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if args.dry_run:
+        print("\n".join(_plan(result)))
     for note in result.notes:
         print(f"note: {note}", file=sys.stderr)
-    for path in result.files:
-        print(f"wrote {path} ({path.stat().st_size / 1e6:,.1f} MB)")
+    for path, size in zip(result.files, result.sizes, strict=True):
+        print(f"{'would write' if args.dry_run else 'wrote'} {path} ({size / 1e6:,.1f} MB)")
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _plan(result: Conversion) -> Iterator[str]:
+    """A line for each tensor: name, shape, types and size."""
+    width = max(len(tensor.name) for tensor in result.tensors)
+    shapes = [" x ".join(map(str, tensor.shape)) for tensor in result.tensors]
+    shape_width = max(map(len, shapes))
+    for tensor, shape in zip(result.tensors, shapes, strict=True):
+        types = f"{tensor.source_type:>6} -> {tensor.type:<6}"
+        yield f"{tensor.name:<{width}}  {shape:>{shape_width}}  {types}  {tensor.nbytes / 1e6:>10,.3f} MB"
+
+
+def _convert_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="yivl-edge convert",
-        description="Convert a published Yi-VL folder to GGUF.",
-        epilog=_EPILOG,
+        description="Convert Yi-VL weights to GGUF.",
+        epilog=_CONVERT_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", metavar="FOLDER", help="the published folder")
+    parser.add_argument("source", metavar="SOURCE", help="the published folder, its port, or a GGUF file")
     parser.add_argument("-o", "--output", metavar="OUT.gguf", required=True, help="the file to write")
     parser.add_argument(
-        "--type", choices=TYPES, default="q8_0", help="of the decoder's matrices (default: q8_0)"
+        "--type",
+        choices=PRESETS,
+        metavar="TYPE",
+        help=f"of the decoder's matrices: {', '.join(PRESETS)} (default: q8_0; of a GGUF file, as they are)",
     )
-    parser.add_argument(
-        "--vision-type",
-        choices=TYPES,
-        help="of the ViT's and the projector's matrices (default: q8_0 with q4_0, otherwise as --type)",
-    )
+    _add_options(parser)
     parser.add_argument(
         "--layout",
         choices=LAYOUTS,
@@ -73,6 +121,58 @@ def _parser() -> argparse.ArgumentParser:
         help="one file, or OUT.gguf and OUT-mmproj.gguf for llama.cpp (default: single)",
     )
     return parser
+
+
+def _quantize_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="yivl-edge quantize",
+        description="Quantise the weights of a model file.",
+        epilog=_QUANTIZE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="IN.gguf", help="the model file, best of type f16, bf16 or f32")
+    parser.add_argument("output", metavar="OUT.gguf", help="the file to write")
+    parser.add_argument(
+        "--type",
+        choices=PRESETS,
+        metavar="TYPE",
+        required=True,
+        help=f"of the decoder's matrices: {', '.join(PRESETS)}",
+    )
+    parser.set_defaults(layout="single")
+    _add_options(parser)
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--vision-type",
+        choices=WEIGHT_TYPES,
+        metavar="TYPE",
+        help="of the ViT's and the projector's matrices (default: q8_0, or an unquantised --type): "
+        + ", ".join(WEIGHT_TYPES),
+    )
+    parser.add_argument(
+        "--tensor-type",
+        type=_tensor_type,
+        metavar="PATTERN=TYPE",
+        action="append",
+        default=[],
+        help="the type of all tensors whose name the regular expression is found in; may be repeated, the first counts",
+    )
+    parser.add_argument("--imatrix", metavar="FILE", help="weigh errors by this importance matrix")
+    parser.add_argument("--mmproj", metavar="FILE", help="of a pair, the file with the vision tower")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: one per physical core)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be written, and write nothing"
+    )
+
+
+def _tensor_type(text: str) -> tuple[str, str]:
+    pattern, equals, type_name = text.rpartition("=")
+    if not equals or not pattern or type_name not in WEIGHT_TYPES:
+        raise argparse.ArgumentTypeError(f"expected PATTERN=TYPE with a type of {', '.join(WEIGHT_TYPES)}")
+    return pattern, type_name
 
 
 @contextmanager

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -45,8 +45,8 @@ class WeightsFile(ABC):
     def _read_entries(self) -> dict[str, Entry]: ...
 
     @abstractmethod
-    def read(self, name: str, rows_per_chunk: int) -> Iterator[FloatArray]:
-        """The tensor in float32, in slices of up to ``rows_per_chunk`` rows of its first axis."""
+    def read(self, name: str, first: int, count: int) -> FloatArray:
+        """Rows ``[first, first + count)`` of the tensor's first axis in float32. Threads may call it."""
 
 
 _ITEM_TYPES: dict[str, npt.DTypeLike] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -87,18 +87,16 @@ class SafetensorsFile(WeightsFile):
             raise ValueError(f"{end - start} bytes for {shape} of {dtype}")
         return Entry(dtype, shape, data.start + start)
 
-    def read(self, name: str, rows_per_chunk: int) -> Iterator[FloatArray]:
+    def read(self, name: str, first: int, count: int) -> FloatArray:
         """See WeightsFile."""
         entry = self.entries[name]
-        rows, row_shape = entry.shape[0], entry.shape[1:]
-        with self.path.open("rb") as file:
-            file.seek(entry.start)
-            for first in range(0, rows, rows_per_chunk):
-                count = min(rows_per_chunk, rows - first) * math.prod(row_shape)
-                values = np.fromfile(file, _ITEM_TYPES[entry.dtype], count)
-                if values.size != count:
-                    raise CheckpointError(f"{self.path} became shorter while it was read")
-                yield _widen(values, entry.dtype).reshape(-1, *row_shape)
+        row_shape = entry.shape[1:]
+        items, dtype = math.prod(row_shape), np.dtype(_ITEM_TYPES[entry.dtype])
+        start = entry.start + first * items * dtype.itemsize
+        values = np.fromfile(self.path, dtype, count * items, offset=start)
+        if values.size != count * items:
+            raise CheckpointError(f"{self.path} became shorter while it was read")
+        return _widen(values, entry.dtype).reshape(count, *row_shape)
 
 
 def _widen(values: npt.NDArray[Any], dtype: str) -> FloatArray:
@@ -121,6 +119,7 @@ class PyTorchFile(WeightsFile):
     def __init__(self, path: Path) -> None:
         self._mapped: dict[str, torch.Tensor] = {}
         self._bytes_read = 0
+        self._lock = threading.Lock()
         super().__init__(path)
 
     def _read_entries(self) -> dict[str, Entry]:
@@ -155,16 +154,16 @@ class PyTorchFile(WeightsFile):
             raise CheckpointError(f"{self.path} should hold tensors by name, found something else")
         return tensors
 
-    def read(self, name: str, rows_per_chunk: int) -> Iterator[FloatArray]:
+    def read(self, name: str, first: int, count: int) -> FloatArray:
         """See WeightsFile."""
-        if not self._mapped or self._bytes_read > self._REMAP_AFTER:
-            # The old mapping goes first: what was read through it then no longer counts as our memory.
-            self._mapped, self._bytes_read = {}, 0
-            self._mapped = self._load()
-        tensor = self._mapped[name]
-        self._bytes_read += tensor.nbytes
-        for first in range(0, len(tensor), rows_per_chunk):
-            yield tensor[first : first + rows_per_chunk].float().numpy()
+        with self._lock:
+            if not self._mapped or self._bytes_read > self._REMAP_AFTER:
+                # The old mapping goes first: what was read through it then no longer counts as our memory.
+                self._mapped, self._bytes_read = {}, 0
+                self._mapped = self._load()
+            rows = self._mapped[name][first : first + count]
+            self._bytes_read += rows.nbytes
+            return rows.float().numpy(force=True)
 
 
 class Weights:
@@ -197,9 +196,13 @@ class Weights:
                 "Convert the published weights, not a quantised copy."
             )
 
-    def read(self, name: str, rows_per_chunk: int) -> Iterator[FloatArray]:
-        """The tensor in float32, in slices of up to ``rows_per_chunk`` rows of its first axis."""
-        return self._files[name].read(name, rows_per_chunk)
+    def dtype(self, name: str) -> str:
+        """The tensor's type in the file."""
+        return self._files[name].entries[name].dtype
+
+    def read(self, name: str, first: int, count: int) -> FloatArray:
+        """Rows ``[first, first + count)`` of the tensor's first axis in float32. Threads may call it."""
+        return self._files[name].read(name, first, count)
 
 
 _KINDS: dict[str, type[WeightsFile]] = {

@@ -2,82 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
-from yivl_edge.convert.config import ModelConfig
-from yivl_edge.convert.metadata import general_keys, text_keys, vision_keys
+from gguf import GGMLQuantizationType
+from yivl_edge.convert.metadata import file_type_key
 from yivl_edge.convert.options import Layout
-from yivl_edge.convert.tensor_map import Part, Policy, Tensor, tensors
-from yivl_edge.convert.tokenizer import TokenizerTables
-from yivl_edge.convert.writer import GgufPlan, TensorInfo
-
-ChooseType = Callable[[Tensor], GGMLQuantizationType]
+from yivl_edge.convert.presets import FILE_TYPES
+from yivl_edge.convert.tensor_map import Part, Tensor
+from yivl_edge.convert.writer import GgufPlan, Key, TensorInfo
 
 
 @dataclass(frozen=True)
-class ModelPlan:
-    """The files of a model, and the table's row behind each tensor's name."""
+class ModelKeys:
+    """The keys of a model: of every file, of the text half and of the vision half."""
 
-    files: list[GgufPlan]
-    tensors: dict[str, Tensor]
+    general: Sequence[Key]
+    text: Sequence[Key]
+    vision: Sequence[Key]
 
 
-def plan_model(
-    config: ModelConfig,
-    tokenizer: TokenizerTables,
+def plan_files(
     output: Path,
-    *,
     layout: Layout,
-    choose_type: ChooseType,
-    file_type: LlamaFileType,
-    vision_file_type: LlamaFileType,
-) -> ModelPlan:
-    """Lay a model out in one file or two.
-
-    The single file leaves out ViT blocks behind the selected one. The pair has all of them, since llama.cpp
-    runs one fewer than it is told.
-    """
-    vision_blocks = config.vision.blocks_run if layout == "single" else config.vision.blocks
-    table = {
-        tensor.name: tensor
-        for tensor in tensors(
-            config.sizes(),
-            blocks=config.decoder.blocks,
-            vision_blocks=vision_blocks,
-            tied_embeddings=config.decoder.tied_embeddings,
-        )
-    }
-    infos = {tensor: TensorInfo(tensor.name, tensor.shape, choose_type(tensor)) for tensor in table.values()}
-    text = [info for tensor, info in infos.items() if tensor.part is Part.DECODER]
-    vision = [info for tensor, info in infos.items() if tensor.part is not Part.DECODER]
-
-    general = general_keys(config, file_type)
-    about_text, about_vision = text_keys(config, tokenizer), vision_keys(config, vision_blocks)
-    if layout == "single":
-        files = [GgufPlan(output, "llama", general + about_text + about_vision, text + vision)]
-    else:
-        vision_general = general_keys(config, vision_file_type)
-        files = [
-            GgufPlan(output, "llama", general + about_text, text),
-            GgufPlan(mmproj_path(output), "clip", vision_general + about_vision, vision),
+    keys: ModelKeys,
+    types: Mapping[Tensor, GGMLQuantizationType],
+    *,
+    preset: str,
+    vision_type: str,
+) -> list[GgufPlan]:
+    """Lay a model out in one file or two; ``preset`` and ``vision_type`` name the mix in ``general.file_type``."""
+    text, vision = (
+        [
+            TensorInfo(t.name, t.shape, type)
+            for t, type in types.items()
+            if (t.part is Part.DECODER) == is_text
         ]
-    return ModelPlan(files, table)
+        for is_text in (True, False)
+    )
+    general = [*keys.general, file_type_key(FILE_TYPES[preset])]
+    if layout == "single":
+        return [GgufPlan(output, "llama", [*general, *keys.text, *keys.vision], [*text, *vision])]
+    vision_general = [*keys.general, file_type_key(FILE_TYPES[vision_type])]
+    return [
+        GgufPlan(output, "llama", [*general, *keys.text], text),
+        GgufPlan(mmproj_path(output), "clip", [*vision_general, *keys.vision], vision),
+    ]
 
 
 def mmproj_path(output: Path) -> Path:
     """The vision half's place beside a text half: ``OUT-mmproj.gguf`` for ``OUT.gguf``."""
     return output.with_name(f"{output.stem}-mmproj{output.suffix}")
-
-
-def fitting_type(tensor: Tensor, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
-    """The type that the table's policy gives a tensor when ``wanted`` is asked for."""
-    if tensor.rule.policy is Policy.VECTOR:
-        return GGMLQuantizationType.F32
-    exact = wanted in (GGMLQuantizationType.F32, GGMLQuantizationType.BF16)
-    if tensor.rule.policy is Policy.PATCH:
-        return GGMLQuantizationType.F32 if exact else GGMLQuantizationType.F16
-    whole_blocks = tensor.shape[-1] % GGML_QUANT_SIZES[wanted][0] == 0
-    return wanted if whole_blocks else GGMLQuantizationType.F16

@@ -10,19 +10,6 @@ from yivl_edge.convert.tokenizer import TokenizerTables
 from yivl_edge.convert.writer import Key
 
 FORMAT_VERSION = 1
-SYSTEM_TEXT = (
-    "This is a chat between an inquisitive human and an AI assistant. Assume the role of the AI assistant. "
-    "Read all the images carefully, and respond to the human's questions with informative, helpful, detailed "
-    "and polite answers. "
-    "这是一个好奇的人类和一个人工智能助手之间的对话。假设你扮演这个AI助手的角色。仔细阅读所有的图像，"
-    "并对人类的问题做出信息丰富、有帮助、详细的和礼貌的回答。"
-)
-STOPS = ("###", "\nHuman:")
-# The reference passes these two to its sampler itself: a folder's generation_config.json does not count.
-TEMPERATURE = 0.2
-MAX_TOKENS = 1024
-# torch's default for LayerNorm, which the reference's projector leaves as it is.
-PROJECTOR_NORM_EPSILON = 1e-5
 
 
 def _u32(name: str, value: int) -> Key:
@@ -45,13 +32,14 @@ def _array(name: str, values: Sequence[object], item_type: GGUFValueType) -> Key
     return Key(name, list(values), GGUFValueType.ARRAY, item_type)
 
 
-def general_keys(config: ModelConfig, file_type: LlamaFileType) -> list[Key]:
-    """Keys of every file."""
-    return [
-        _string("general.name", config.name),
-        _u32("general.file_type", int(file_type)),
-        _u32("general.quantization_version", 2),
-    ]
+def general_keys(config: ModelConfig) -> list[Key]:
+    """Keys of every file, whatever its types."""
+    return [_string("general.name", config.name), _u32("general.quantization_version", 2)]
+
+
+def file_type_key(file_type: LlamaFileType) -> Key:
+    """The main weight type of a file."""
+    return _u32("general.file_type", int(file_type))
 
 
 def text_keys(config: ModelConfig, tokenizer: TokenizerTables) -> list[Key]:
@@ -70,10 +58,10 @@ def text_keys(config: ModelConfig, tokenizer: TokenizerTables) -> list[Key]:
         _u32("llama.vocab_size", decoder.vocab_size),
         *_tokenizer_keys(tokenizer),
         _u32("yivl.format_version", FORMAT_VERSION),
-        _string("yivl.prompt.system", SYSTEM_TEXT),
-        _array("yivl.prompt.stops", STOPS, GGUFValueType.STRING),
-        _f32("yivl.sampling.temperature", TEMPERATURE),
-        _u32("yivl.sampling.max_tokens", MAX_TOKENS),
+        _string("yivl.prompt.system", config.prompt.system),
+        _array("yivl.prompt.stops", config.prompt.stops, GGUFValueType.STRING),
+        _f32("yivl.sampling.temperature", config.prompt.temperature),
+        _u32("yivl.sampling.max_tokens", config.prompt.max_tokens),
     ]
 
 
@@ -103,6 +91,7 @@ def _tokenizer_keys(tokenizer: TokenizerTables) -> list[Key]:
 def vision_keys(config: ModelConfig, blocks: int) -> list[Key]:
     """Keys of the ViT, the projector and the preprocessing; ``blocks`` of the ViT are in the file."""
     vision, image = config.vision, config.image
+    assert vision is not None
     return [
         _bool("clip.has_vision_encoder", True),
         _bool("clip.has_text_encoder", False),
@@ -120,7 +109,7 @@ def vision_keys(config: ModelConfig, blocks: int) -> list[Key]:
         _array("clip.vision.image_mean", image.mean, GGUFValueType.FLOAT32),
         _array("clip.vision.image_std", image.std, GGUFValueType.FLOAT32),
         _u32("yivl.vision.blocks_run", vision.blocks_run),
-        _f32("yivl.vision.projector_norm_epsilon", PROJECTOR_NORM_EPSILON),
+        _f32("yivl.vision.projector_norm_epsilon", vision.projector_norm_epsilon),
         _string("yivl.image.aspect_ratio", image.aspect_ratio),
         _array("yivl.image.pad_color", image.pad_color, GGUFValueType.UINT32),
     ]

@@ -128,7 +128,10 @@ class Tensor:
 def tensors(
     sizes: Mapping[str, int], *, blocks: int, vision_blocks: int, tied_embeddings: bool = False
 ) -> Iterator[Tensor]:
-    """All tensors of a model in file order; ``sizes`` gives each letter its number."""
+    """All tensors of a model in file order; ``sizes`` gives each letter its number.
+
+    With ``vision_blocks`` 0 those of the text half.
+    """
 
     def rows(rules: tuple[TensorRule, ...], part: Part, count: int | None = None) -> Iterator[Tensor]:
         for i in range(1 if count is None else count):
@@ -142,6 +145,8 @@ def tensors(
     yield from rows(DECODER_HEAD, Part.DECODER)
     yield from rows(DECODER_BLOCK, Part.DECODER, blocks)
     yield from rows(DECODER_TAIL, Part.DECODER)
+    if not vision_blocks:
+        return
     yield from rows(VISION_HEAD, Part.VISION)
     yield from rows(VISION_BLOCK, Part.VISION, vision_blocks)
     yield from rows(PROJECTOR, Part.PROJECTOR)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter
 
 _ALIGNMENT = 32
+_STRINGS = (GGUFValueType.ARRAY, GGUFValueType.STRING)
 
 
 @dataclass(frozen=True)
@@ -55,63 +58,109 @@ class GgufPlan:
     keys: Sequence[Key]
     tensors: Sequence[TensorInfo]
 
-    @property
-    def data_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+
+class Files:
+    """Files being written: tensors in any order, each from its beginning, in any number of pieces."""
+
+    def __init__(self, plans: Sequence[GgufPlan], handles: Sequence[BinaryIO]) -> None:
+        self._plans, self._handles = plans, handles
+        self._at: dict[str, tuple[BinaryIO, int]] = {}  # where each tensor's next piece goes
+        self._ends: dict[str, int] = {}
+        self._hashes = {info.name: hashlib.sha256() for plan in plans for info in plan.tensors}
+        self._header_sizes = []
+        for plan, handle in zip(plans, handles, strict=True):
+            # The hashes come at the end; until then zeros keep their place.
+            header = _header(plan, [*plan.keys, self._hash_key(plan)])
+            self._header_sizes.append(len(header))
+            handle.write(header)
+            at = _aligned(len(header))
+            for info in plan.tensors:
+                self._at[info.name] = handle, at
+                self._ends[info.name] = at + info.nbytes
+                at = _aligned(at + info.nbytes)
+            handle.truncate(at)
+
+    def write(self, name: str, piece: npt.NDArray[np.uint8]) -> None:
+        """Append to a tensor."""
+        handle, at = self._at[name]
+        if at + piece.size > self._ends[name]:
+            raise RuntimeError(f"{name}: {at + piece.size - self._ends[name]} bytes too many")
+        handle.seek(at)
+        handle.write(piece.data)
+        self._hashes[name].update(piece.data)
+        self._at[name] = handle, at + piece.size
+
+    def finish(self, values: Mapping[str, Any]) -> None:
+        """Write the headers again with the hashes, and with ``values`` for keys whose places were kept."""
+        for name, (_, at) in self._at.items():
+            if at != self._ends[name]:
+                raise RuntimeError(f"{name}: {self._ends[name] - at} bytes are missing")
+        for plan, handle, size in zip(self._plans, self._handles, self._header_sizes, strict=True):
+            keys = [replace(key, value=values.get(key.name, key.value)) for key in plan.keys]
+            header = _header(plan, [*keys, self._hash_key(plan)])
+            if len(header) != size:
+                raise RuntimeError(f"{plan.path}: the header has {len(header)} bytes, {size} were kept")
+            handle.seek(0)
+            handle.write(header)
+            handle.flush()
+            os.fsync(handle.fileno())
+
+    def _hash_key(self, plan: GgufPlan) -> Key:
+        # A placeholder until all is written; the length is the same.
+        return Key(
+            "yivl.sha256", [f"{self._hashes[t.name].hexdigest()}  {t.name}" for t in plan.tensors], *_STRINGS
+        )
 
 
-# The data of a tensor, in any number of pieces.
-ReadData = Callable[[TensorInfo], Iterable[npt.NDArray[Any]]]
-
-
-def write_files(plans: Sequence[GgufPlan], read_data: ReadData) -> None:
+@contextmanager
+def writing(plans: Sequence[GgufPlan]) -> Iterator[Files]:
     """Write one file or several; either all appear or none, and old files of their names stay until then.
 
-    Raises OSError (a full disk, no permission) and whatever ``read_data`` raises.
+    The block writes every tensor and then calls ``finish``. Raises OSError (a full disk, no permission).
     """
     _check_free_space(plans)
-    with _atomic_files([plan.path for plan in plans]) as temporaries:
-        for plan, temporary in zip(plans, temporaries, strict=True):
-            _write_header(temporary, plan)
-            with temporary.open("r+b") as file:
-                file.seek(0, os.SEEK_END)
-                _pad(file)
-                for tensor in plan.tensors:
-                    written = 0
-                    for piece in read_data(tensor):
-                        written += file.write(piece.reshape(-1).view(np.uint8).data)
-                    if written != tensor.nbytes:
-                        raise RuntimeError(f"{tensor.name}: {written} bytes written of {tensor.nbytes}")
-                    _pad(file)
-                file.flush()
-                os.fsync(file.fileno())
+    with _atomic_files([plan.path for plan in plans]) as temporaries, ExitStack() as stack:
+        handles = [stack.enter_context(path.open("r+b")) for path in temporaries]
+        yield Files(plans, handles)
 
 
-def _write_header(path: Path, plan: GgufPlan) -> None:
-    writer = GGUFWriter(path, plan.architecture)
-    for key in plan.keys:
-        writer.add_key_value(key.name, key.value, key.type, sub_type=key.item_type)
-    for tensor in plan.tensors:
-        # The element type does not matter: the raw type says what the data are.
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-    finally:
-        writer.close()
+def file_size(plan: GgufPlan) -> int:
+    """Bytes of the whole file."""
+    hashes = Key("yivl.sha256", [f"{'0' * 64}  {t.name}" for t in plan.tensors], *_STRINGS)
+    header = _aligned(len(_header(plan, [*plan.keys, hashes])))
+    return header + sum(_aligned(tensor.nbytes) for tensor in plan.tensors)
 
 
-def _pad(file: Any) -> None:
-    file.write(bytes(-file.tell() % _ALIGNMENT))
+def _header(plan: GgufPlan, keys: Iterable[Key]) -> bytes:
+    """Everything before the data, without padding."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "header"
+        writer = GGUFWriter(path, plan.architecture)
+        for key in keys:
+            writer.add_key_value(key.name, key.value, key.type, sub_type=key.item_type)
+        for tensor in plan.tensors:
+            # The element type does not matter: the raw type says what the data are.
+            writer.add_tensor_info(
+                tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.type
+            )
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        finally:
+            writer.close()
+        return path.read_bytes()
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _check_free_space(plans: Sequence[GgufPlan]) -> None:
     folder = plans[0].path.resolve().parent
     if not folder.is_dir():
         raise FileNotFoundError(f"No such file or directory: {folder}, the output's folder")
-    needed, free = sum(plan.data_bytes for plan in plans), shutil.disk_usage(folder).free
+    needed, free = sum(file_size(plan) for plan in plans), shutil.disk_usage(folder).free
     if needed > free:
         reason = f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {reason}", str(folder))

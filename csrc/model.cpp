@@ -326,18 +326,53 @@ std::vector<float> Session::logits(std::span<const int32_t> ids, const Pixels& p
                                    ActivationStatistics* statistics) {
     model_->check_ids(ids, 0, decoder_.n_ctx);
     check_pixels(ids, pixels);
-    const DecoderConfig& c = model_->config().decoder;
-    const std::vector<int32_t> positions = expand(ids);
     std::unique_ptr<Ops> ops = model_->backend().ops(control);
     if (statistics != nullptr) {
         ops = record_activations(std::move(ops), *statistics);
         embedded_pixels_.reset();
     }
     if (pixels != nullptr) embed_image(pixels, *ops, control);
+    return all_logits(expand(ids), pixels, *ops, control);
+}
+
+std::vector<float> Session::logits_of_rows(std::span<const int32_t> positions, ConstMat image_rows, Control& control) {
+    const DecoderConfig& c = model_->config().decoder;
+    std::vector<int32_t> text;
+    std::ranges::copy_if(positions, std::back_inserter(text), [](int32_t id) { return id != kImageId; });
+    model_->check_ids(text, 0, decoder_.n_ctx);
+    const auto begin = std::ranges::find(positions, kImageId);
+    const auto end = std::find_if(begin, positions.end(), [](int32_t id) { return id != kImageId; });
+    if (image_rows.rows != end - begin || std::find(end, positions.end(), kImageId) != positions.end()) {
+        throw std::invalid_argument("image rows: expected " + std::to_string(image_rows.rows) +
+                                    " image ids that stand together, one for each row");
+    }
+    if (static_cast<int64_t>(positions.size()) > decoder_.n_ctx) {
+        throw ContextOverflowError("expected at most " + std::to_string(decoder_.n_ctx) + " positions, found " +
+                                   std::to_string(positions.size()));
+    }
+    if (image_rows.rows > 0) {
+        if (!vit_) throw std::invalid_argument("image rows: the model has no vision tower");
+        const Mat kept = vit_->embeddings.view();
+        if (image_rows.cols != c.width || image_rows.rows > kept.rows) {
+            throw std::invalid_argument("image rows: expected up to " + std::to_string(kept.rows) + " rows of " +
+                                        std::to_string(c.width) + " columns, found " + std::to_string(image_rows.rows) +
+                                        " of " + std::to_string(image_rows.cols));
+        }
+        embedded_pixels_.reset();
+        std::copy_n(image_rows.data, image_rows.rows * image_rows.cols, kept.data);
+    }
+    std::vector<float> result = all_logits(positions, nullptr, *model_->backend().ops(control), control);
+    forget_from(0);  // no picture stands behind the rows, so that the cache must not be taken for one's
+    return result;
+}
+
+std::vector<float> Session::all_logits(std::span<const int32_t> positions, const Pixels& pixels, Ops& ops,
+                                       Control& control) {
+    const DecoderConfig& c = model_->config().decoder;
     std::vector<float> result(positions.size() * static_cast<size_t>(c.vocab_size));
-    prefill(positions, 0, pixels, *ops, control, [&](int64_t T, int64_t first) {
+    prefill(positions, 0, pixels, ops, control, [&](int64_t T, int64_t first) {
         decoder_logits(model_->weights().decoder, c, decoder_, 0, Mat(&result[first * c.vocab_size], T, c.vocab_size),
-                       *ops);
+                       ops);
     });
     return result;
 }

@@ -108,6 +108,8 @@ public:
     // picture is encoded in any case, and all that is computed is added to them.
     std::vector<float> logits(std::span<const int32_t> ids, const Pixels& pixels, Control& control,
                               ActivationStatistics* statistics = nullptr);
+    // The same for T positions with image rows (R, D) given: each of R kImageIds, which stand together, is one of them.
+    std::vector<float> logits_of_rows(std::span<const int32_t> positions, ConstMat image_rows, Control& control);
 
 private:
     // A reply on its way.
@@ -132,6 +134,7 @@ private:
     // Computes positions [first, end) of `positions` in batches; `on_batch` sees each (row count, first position).
     void prefill(std::span<const int32_t> positions, int64_t first, const Pixels& pixels, Ops& ops, Control& control,
                  const std::function<void(int64_t, int64_t)>& on_batch);
+    std::vector<float> all_logits(std::span<const int32_t> positions, const Pixels& pixels, Ops& ops, Control& control);
     void read_prompt(Control& control);
     void decode_step(Control& control);
 

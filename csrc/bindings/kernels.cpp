@@ -219,8 +219,11 @@ void bind_kernels(py::module_& m) {
             const Weight w = weight(bytes, type, rows, cols);
             std::vector<float> values(static_cast<size_t>(rows * cols));
             auto* dequantize = isa.empty() ? dequantize_row : choose_kernels(isa).dequantize;
-            for (int64_t i = 0; i < rows; ++i) {
-                dequantize(w.type, w.data + i * w.row_bytes(), values.data() + i * cols, cols);
+            {
+                const py::gil_scoped_release release;
+                for (int64_t i = 0; i < rows; ++i) {
+                    dequantize(w.type, w.data + i * w.row_bytes(), values.data() + i * cols, cols);
+                }
             }
             return to_array(std::move(values), {rows, cols});
         },

@@ -159,7 +159,13 @@ void bind_session(py::module_& m) {
                     [&, picture = to_pixels(pixels)] { return s.logits(ids, picture, control, statistics); },
                     s.model().config().decoder.vocab_size);
             },
-            py::arg("ids"), py::arg("pixels"), py::arg("control"), py::arg("statistics") = py::none());
+            py::arg("ids"), py::arg("pixels"), py::arg("control"), py::arg("statistics") = py::none())
+        .def("logits_of_rows",
+             [](Session& s, const std::vector<int32_t>& ids, const FloatArray& rows, PyControl& control) {
+                 const ConstMat image_rows(rows.data(), rows.shape(0), rows.shape(1));
+                 return compute_rows([&] { return s.logits_of_rows(ids, image_rows, control); },
+                                     s.model().config().decoder.vocab_size);
+             });
 }
 
 void bind_activations(py::module_& m) {

@@ -309,6 +309,9 @@ class Session:
         control: Control,
         statistics: ActivationStatistics | None = None,
     ) -> NDArray[np.float32]: ...
+    def logits_of_rows(
+        self, ids: Sequence[int], rows: NDArray[np.float32], control: Control
+    ) -> NDArray[np.float32]: ...
 
 # quantize.cpp
 

@@ -1,4 +1,4 @@
-"""The command line: ``yivl-edge chat|demo|inspect|bench|imatrix|compare|convert``."""
+"""The command line: ``yivl-edge chat|demo|inspect|bench|verify|imatrix|compare|convert|quantize``."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from yivl_edge.cli import bench, chat, compare, demo, imatrix, inspect
+from yivl_edge.cli import bench, chat, compare, demo, imatrix, inspect, verify
 
 _DESCRIPTION = "Talk with 01.AI's Yi-VL vision-language models about pictures, on this machine."
 _EXAMPLE = """\
 example:
-  yivl-edge convert Yi-VL-6B -o yi-vl-6b-q4_0.gguf --type q4_0
-  yivl-edge chat yi-vl-6b-q4_0.gguf --image photo.jpg --prompt "What is written on the sign?"
+  yivl-edge convert Yi-VL-6B -o yi-vl-6b-q4_k_m.gguf --type q4_k_m
+  yivl-edge chat yi-vl-6b-q4_k_m.gguf --image photo.jpg --prompt "What is written on the sign?"
 
 'yivl-edge COMMAND --help' describes a command.
 """
@@ -56,8 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_parser(commands)
     imatrix.add_parser(commands)
     compare.add_parser(commands)
-    # Only for the list in --help: its arguments are parsed where they are defined.
-    commands.add_parser("convert", help="make a model file from a published Yi-VL folder")
+    verify.add_parser(commands)
+    # Only for the list in --help: their arguments are parsed where they are defined.
+    commands.add_parser(
+        "convert", help="make a model file from a published Yi-VL folder, or from a pair of files"
+    )
+    commands.add_parser("quantize", help="quantise the weights of a model file")
     return parser
 
 
@@ -66,6 +70,10 @@ def _run(arguments: list[str]) -> int:
         from yivl_edge.convert.__main__ import main as convert
 
         return convert(arguments[1:])
+    if arguments[:1] == ["quantize"]:
+        from yivl_edge.convert.__main__ import quantize_main
+
+        return quantize_main(arguments[1:])
     args = _parser().parse_args(arguments)
     code: int = args.run(args)
     return code

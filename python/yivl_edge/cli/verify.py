@@ -1,0 +1,57 @@
+"""``yivl-edge verify``: whether a model file is sound, and this machine computes with it as it should."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from yivl_edge.cli.arguments import integer
+from yivl_edge.cli.terminal import visible
+from yivl_edge.verify import verify
+
+_EXAMPLE = """\
+example:
+  yivl-edge verify yi-vl-6b-q4_k_m.gguf
+
+Compares the file's bytes with the hashes that it carries, then has this machine repeat the self-test that the converter
+computed from the source's weights. Exit status 1 if anything is not as it should be.
+"""
+
+
+class _Args(argparse.Namespace):
+    """The options of this command."""
+
+    file: str
+    threads: int | None
+    json: bool
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to those of ``yivl-edge``."""
+    parser = commands.add_parser(
+        "verify",
+        help="check that a model file is sound and computes what it should here",
+        description="Checks a model file's hashes and repeats the self-test that it carries.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("file", metavar="FILE", help="a single file written by yivl-edge convert or quantize")
+    parser.add_argument(
+        "--threads", type=integer(1), metavar="N", help="threads (default: one per physical core)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: _Args) -> int:
+    """Prints the checks; 1 if one failed."""
+    report = verify(args.file, n_threads=args.threads)
+    if args.json:
+        checks = [{"name": c.name, "passed": c.passed, "found": c.found} for c in report.checks]
+        print(json.dumps({"passed": report.passed, "backend": report.backend, "checks": checks}, indent=2))
+    else:
+        for check in report.checks:
+            print(visible(f"{'ok    ' if check.passed else 'FAILED'}  {check.name}: {check.found}"))
+        verdict = "is sound" if report.passed else "is NOT as it should be, or this machine computes wrongly"
+        print(visible(f"{args.file} {verdict} (backend: {report.backend})"))
+    return 0 if report.passed else 1
