@@ -23,12 +23,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
-from yivl_edge.convert.config import DecoderConfig, ImageConfig, ModelConfig, VisionConfig
-from yivl_edge.convert.layout import fitting_type, plan_model
-from yivl_edge.convert.metadata import SYSTEM_TEXT
-from yivl_edge.convert.tensor_map import Part, Policy, Tensor
+from yivl_edge.convert.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
+from yivl_edge.convert.layout import ModelKeys, plan_files
+from yivl_edge.convert.metadata import general_keys, text_keys, vision_keys
+from yivl_edge.convert.options import PRESETS, WEIGHT_TYPES
+from yivl_edge.convert.presets import Choice, fitting_type
+from yivl_edge.convert.tensor_map import Policy, Tensor, tensors
 from yivl_edge.convert.tokenizer import PieceType, TokenizerTables
 from yivl_edge.convert.writer import TensorInfo, write_files
 
@@ -76,39 +78,22 @@ SIZES = {
     "demo": (_decoder(vocab=4096, width=256, mlp=768, blocks=6, heads=4, kv_heads=2), _VIT_DEMO),
 }
 
+IMAGE = ImageConfig(
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+    aspect_ratio="pad",
+    pad_color=(122, 116, 104),
+)
+
 _T = GGMLQuantizationType
-_F = LlamaFileType
-_UNIFORM = {
-    "f32": (_T.F32, _F.ALL_F32),
-    "f16": (_T.F16, _F.MOSTLY_F16),
-    "bf16": (_T.BF16, _F.MOSTLY_BF16),
-    "q8_0": (_T.Q8_0, _F.MOSTLY_Q8_0),
-    "q4_0": (_T.Q4_0, _F.MOSTLY_Q4_0),
-    "q4_1": (_T.Q4_1, _F.MOSTLY_Q4_1),
-    "q5_0": (_T.Q5_0, _F.MOSTLY_Q5_0),
-    "q5_1": (_T.Q5_1, _F.MOSTLY_Q5_1),
-    "q2_k": (_T.Q2_K, _F.MOSTLY_Q2_K),
-    "q3_k": (_T.Q3_K, _F.MOSTLY_Q3_K_M),
-    "q4_k": (_T.Q4_K, _F.MOSTLY_Q4_K_S),
-    "q5_k": (_T.Q5_K, _F.MOSTLY_Q5_K_S),
-    "q6_k": (_T.Q6_K, _F.MOSTLY_Q6_K),
-    "iq4_nl": (_T.IQ4_NL, _F.MOSTLY_IQ4_NL),
-    "iq4_xs": (_T.IQ4_XS, _F.MOSTLY_IQ4_XS),
-}
-TYPES = (*_UNIFORM, "q4_k_m")
+TYPES = tuple(dict.fromkeys([*PRESETS, *WEIGHT_TYPES]))
 
 
-def decoder_type(type_name: str, name: str, blocks: int) -> GGMLQuantizationType:
-    """The type of a decoder matrix; ``q4_k_m`` is llama.cpp's mix of Q4_K and Q6_K."""
-    if type_name != "q4_k_m":
-        return _UNIFORM[type_name][0]
-    if name == "output.weight":
-        return _T.Q6_K
-    if name.endswith(("attn_v.weight", "ffn_down.weight")):
-        block, eighth = int(name.split(".")[1]), blocks // 8
-        if block < eighth or block >= 7 * blocks // 8 or (block - eighth) % 3 == 2:
-            return _T.Q6_K
-    return _T.Q4_K
+def choice(type_name: str, vision_type: str) -> Choice:
+    """A mix of types, or one type for every decoder matrix."""
+    if type_name in PRESETS:
+        return Choice(type_name, vision_type)
+    return Choice("q8_0", vision_type, ((r"^(token_embd|output|blk)", type_name),))
 
 
 # --- Weights
@@ -249,7 +234,7 @@ _LETTERS = "etaoinshrdlcumwfgypbvkjxqz"  # by frequency
 def make_tokenizer(size: int) -> TokenizerTables:
     """``size`` pieces with Yi's settings: special, bytes, merges for ordinary text, single characters."""
     ascii_letters = [chr(c) for c in range(0x21, 0x7F)]
-    common = (char for char in SYSTEM_TEXT + _HAN if "\u4e00" <= char <= "\u9fff")
+    common = (char for char in PromptConfig.system + _HAN if "\u4e00" <= char <= "\u9fff")
     han = list(dict.fromkeys([*common, *map(chr, range(0x4E00, 0x9FA6))]))[: size // 3]
     singles = ["▁", *ascii_letters, *_PUNCTUATION, *han]
     fixed = [*_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -310,29 +295,25 @@ def write_random_model(
 ) -> list[Path]:
     """Write the file or the pair; return the paths."""
     decoder, vision = SIZES[size]
-    image = ImageConfig(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
-    config = ModelConfig(f"random Yi-VL {size}", decoder, vision, image)
-
-    def choose_type(tensor: Tensor) -> GGMLQuantizationType:
-        wanted = _UNIFORM[vision_type][0]
-        if tensor.part is Part.DECODER:
-            wanted = decoder_type(type_name, tensor.name, decoder.blocks)
-        return fitting_type(tensor, wanted)
-
-    plan = plan_model(
-        config,
-        make_tokenizer(decoder.vocab_size),
-        output,
-        layout=layout,
-        choose_type=choose_type,
-        file_type=_F.MOSTLY_Q4_K_M if type_name == "q4_k_m" else _UNIFORM[type_name][1],
-        vision_file_type=_UNIFORM[vision_type][1],
+    config = ModelConfig(f"random Yi-VL {size}", decoder, vision, IMAGE)
+    blocks = vision.blocks_run if layout == "single" else vision.blocks
+    table = list(tensors(config.sizes(), blocks=decoder.blocks, vision_blocks=blocks))
+    chosen, group = choice(type_name, vision_type), decoder.heads // decoder.kv_heads
+    types = {
+        t: fitting_type(t, chosen.wanted(t, blocks=decoder.blocks, group=group, tied=False)) for t in table
+    }
+    keys = ModelKeys(
+        general_keys(config),
+        text_keys(config, make_tokenizer(decoder.vocab_size)),
+        vision_keys(config, blocks),
     )
+    plans = plan_files(output, layout, keys, types, preset=type_name, vision_type=vision_type)
+    by_name = {tensor.name: tensor for tensor in table}
     generator = np.random.default_rng(seed)
     pools: dict[GGMLQuantizationType, Pool] = {}
 
-    def read_data(info: TensorInfo) -> Iterator[npt.NDArray[Any]]:
-        tensor = plan.tensors[info.name]
+    def data(info: TensorInfo) -> Iterator[npt.NDArray[Any]]:
+        tensor = by_name[info.name]
         if tensor.rule.policy is Policy.VECTOR:
             yield vector(tensor, generator)
             return
@@ -340,8 +321,8 @@ def write_random_model(
             pools[info.type] = Pool(info.type, seed)
         yield from pools[info.type].pieces(info.nbytes, matrix_deviation(tensor), generator.random())
 
-    write_files(plan.files, read_data)
-    return [file.path for file in plan.files]
+    write_files(plans, data)
+    return [plan.path for plan in plans]
 
 
 def main() -> None:

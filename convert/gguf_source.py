@@ -29,8 +29,10 @@ class GgufSource(Source):
         self._paths = [path] if mmproj is None else [path, mmproj]
         files = [_core.GgufFile.open(path) for path in self._paths]
         text, vision = files[0], files[-1]
-        config = _core.read_config(text, vision if mmproj is not None else None)
+        has_vision = "clip.vision.image_size" in vision.metadata
+        config = _core.read_config(text, vision if has_vision else None)
         self._keys: dict[str, Any] = dict(vision.metadata) | dict(text.metadata)
+        self._tensors = {tensor.name: tensor for file in reversed(files) for tensor in file.tensors}
         self.config = self._model_config(path, config)
         self.tokenizer = self._tokenizer_tables(text)
         self.extra_keys = [
@@ -38,7 +40,6 @@ class GgufSource(Source):
             for name, value in text.metadata.items()
             if name.startswith("general.") and name not in _OWN_KEYS and isinstance(value, str)
         ]
-        self._tensors = {tensor.name: tensor for file in reversed(files) for tensor in file.tensors}
         self._swapped = _swapped_mlp(self._tensors, self.config.vision)
 
     def _model_config(self, path: Path, config: _core.Config) -> ModelConfig:
@@ -55,7 +56,7 @@ class GgufSource(Source):
                 kv_heads=decoder.n_kv_heads,
                 rms_norm_epsilon=decoder.norm_eps,
                 rope_theta=decoder.rope_theta,
-                tied_embeddings="output.weight" not in {t.name for t in _core.GgufFile.open(path).tensors},
+                tied_embeddings="output.weight" not in self._tensors,
             ),
             vision=None
             if vision is None
@@ -104,16 +105,18 @@ class GgufSource(Source):
             name = ".".join(other.get(part, part) for part in name.split("."))
         return self._tensors[name]
 
+    def tensors(self, *, all_vision_blocks: bool) -> list[Tensor]:
+        """See Source."""
+        vision = self.config.vision
+        if all_vision_blocks and vision is not None and vision.blocks == vision.blocks_run:
+            raise CheckpointError(
+                f"{self._paths[-1]} has only the {vision.blocks} ViT blocks that run. llama.cpp's pair needs the block "
+                "behind them too, since llama.cpp runs one fewer than it is told: make the pair from the folder."
+            )
+        return super().tensors(all_vision_blocks=all_vision_blocks)
+
     def check(self, table: Sequence[Tensor]) -> None:
-        """See Source; the core has checked what runs."""
-        for tensor in table:
-            try:
-                self._find(tensor)
-            except KeyError as error:
-                raise CheckpointError(
-                    f"{self._paths[-1]} lacks {error}. llama.cpp's pair needs the ViT block behind the selected one, "
-                    "which the single file leaves out: make the pair from the published folder."
-                ) from None
+        """See Source: the core has checked it when the model was opened."""
 
     def type_of(self, tensor: Tensor) -> GGMLQuantizationType:
         """See Source."""

@@ -11,7 +11,7 @@ from yivl_edge.convert.metadata import file_type_key
 from yivl_edge.convert.options import Layout
 from yivl_edge.convert.presets import FILE_TYPES
 from yivl_edge.convert.tensor_map import Part, Tensor
-from yivl_edge.convert.writer import GgufPlan, Key, TensorInfo
+from yivl_edge.convert.writer import GgufPlan, Key, TensorInfo, hash_key
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,12 @@ def plan_files(
     )
     general = [*keys.general, file_type_key(FILE_TYPES[preset])]
     if layout == "single":
-        return [GgufPlan(output, "llama", [*general, *keys.text, *keys.vision], [*text, *vision])]
+        tensors = [*text, *vision]
+        return [GgufPlan(output, "llama", [*general, *keys.text, *keys.vision, hash_key(tensors)], tensors)]
     vision_general = [*keys.general, file_type_key(FILE_TYPES[vision_type])]
     return [
-        GgufPlan(output, "llama", [*general, *keys.text], text),
-        GgufPlan(mmproj_path(output), "clip", [*vision_general, *keys.vision], vision),
+        GgufPlan(output, "llama", [*general, *keys.text, hash_key(text)], text),
+        GgufPlan(mmproj_path(output), "clip", [*vision_general, *keys.vision, hash_key(vision)], vision),
     ]
 
 

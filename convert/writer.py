@@ -9,7 +9,7 @@ import secrets
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import prod
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter
 
 _ALIGNMENT = 32
-_STRINGS = (GGUFValueType.ARRAY, GGUFValueType.STRING)
+HASHES = "yivl.sha256"
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,10 @@ class GgufPlan:
     tensors: Sequence[TensorInfo]
 
 
+# The data of a tensor, in any number of pieces.
+ReadData = Callable[[TensorInfo], Iterable[npt.NDArray[Any]]]
+
+
 class Files:
     """Files being written: tensors in any order, each from its beginning, in any number of pieces."""
 
@@ -69,8 +73,7 @@ class Files:
         self._hashes = {info.name: hashlib.sha256() for plan in plans for info in plan.tensors}
         self._header_sizes = []
         for plan, handle in zip(plans, handles, strict=True):
-            # The hashes come at the end; until then zeros keep their place.
-            header = _header(plan, [*plan.keys, self._hash_key(plan)])
+            header = _header(plan, plan.keys)
             self._header_sizes.append(len(header))
             handle.write(header)
             at = _aligned(len(header))
@@ -91,13 +94,14 @@ class Files:
         self._at[name] = handle, at + piece.size
 
     def finish(self, values: Mapping[str, Any]) -> None:
-        """Write the headers again with the hashes, and with ``values`` for keys whose places were kept."""
+        """Write the headers again, with the hashes and ``values`` for keys whose places were kept."""
         for name, (_, at) in self._at.items():
             if at != self._ends[name]:
                 raise RuntimeError(f"{name}: {self._ends[name] - at} bytes are missing")
         for plan, handle, size in zip(self._plans, self._handles, self._header_sizes, strict=True):
-            keys = [replace(key, value=values.get(key.name, key.value)) for key in plan.keys]
-            header = _header(plan, [*keys, self._hash_key(plan)])
+            own = {HASHES: _hash_lines(plan.tensors, {n: h.hexdigest() for n, h in self._hashes.items()})}
+            final = {**values, **own}
+            header = _header(plan, [replace(key, value=final.get(key.name, key.value)) for key in plan.keys])
             if len(header) != size:
                 raise RuntimeError(f"{plan.path}: the header has {len(header)} bytes, {size} were kept")
             handle.seek(0)
@@ -105,11 +109,15 @@ class Files:
             handle.flush()
             os.fsync(handle.fileno())
 
-    def _hash_key(self, plan: GgufPlan) -> Key:
-        # A placeholder until all is written; the length is the same.
-        return Key(
-            "yivl.sha256", [f"{self._hashes[t.name].hexdigest()}  {t.name}" for t in plan.tensors], *_STRINGS
-        )
+
+def hash_key(tensors: Sequence[TensorInfo]) -> Key:
+    """The key for the tensors' hashes, with zeros that keep their place until ``finish``."""
+    lines = _hash_lines(tensors, {tensor.name: "0" * 64 for tensor in tensors})
+    return Key(HASHES, lines, GGUFValueType.ARRAY, GGUFValueType.STRING)
+
+
+def _hash_lines(tensors: Sequence[TensorInfo], hashes: Mapping[str, str]) -> list[str]:
+    return [f"{hashes[tensor.name]}  {tensor.name}" for tensor in tensors]
 
 
 @contextmanager
@@ -124,10 +132,18 @@ def writing(plans: Sequence[GgufPlan]) -> Iterator[Files]:
         yield Files(plans, handles)
 
 
+def write_files(plans: Sequence[GgufPlan], read_data: ReadData) -> None:
+    """Write files whose tensors ``read_data`` gives, each in any number of pieces; see ``writing``."""
+    with writing(plans) as files:
+        for info in (info for plan in plans for info in plan.tensors):
+            for piece in read_data(info):
+                files.write(info.name, piece.reshape(-1).view(np.uint8))
+        files.finish({})
+
+
 def file_size(plan: GgufPlan) -> int:
     """Bytes of the whole file."""
-    hashes = Key("yivl.sha256", [f"{'0' * 64}  {t.name}" for t in plan.tensors], *_STRINGS)
-    header = _aligned(len(_header(plan, [*plan.keys, hashes])))
+    header = _aligned(len(_header(plan, plan.keys)))
     return header + sum(_aligned(tensor.nbytes) for tensor in plan.tensors)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import pickle
@@ -25,10 +26,11 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+import yivl_edge
 import yivl_edge.convert
 from checkpoints import GOLDEN, VIT_NAME, write_checkpoint, write_shards
 from gguf import GGMLQuantizationType, GGUFReader
-from gguf.quants import dequantize, quantize
+from gguf.quants import dequantize
 from safetensors.torch import load_file
 from yivl_edge.convert import CheckpointError, convert
 from yivl_edge.convert import converter as converter_module
@@ -225,12 +227,16 @@ def test_every_tensor_has_the_published_values_in_its_type(
         else:
             is_vision = name.startswith(("v.", "mm."))
             wanted = vision_type if is_vision else GGMLQuantizationType[type_name.upper()]
+            if name == "output.weight" and type_name == "q4_0":
+                wanted = GGMLQuantizationType.Q6_K  # llama.cpp's mix
         assert tensor.tensor_type == wanted, name
         if re.fullmatch(r"blk\.\d+\.attn_[qk]\.weight", name):
             expected = rope_order(expected, head_dim=128)
         np.testing.assert_array_equal(
             tensor.data.reshape(-1).view(np.uint8),
-            quantize(expected, wanted).reshape(-1).view(np.uint8),
+            yivl_edge.quantize(
+                expected.reshape(len(expected), -1) if expected.ndim > 1 else expected, wanted.name
+            ).ravel(),
             name,
         )
         if wanted in (GGMLQuantizationType.F32, GGMLQuantizationType.BF16):  # the golden weights are bf16
@@ -249,13 +255,21 @@ def test_single_file_has_every_key(golden_files: Callable[..., list[GGUFReader]]
     expected |= {"general.file_type": FILE_TYPES[type_name], "clip.vision.block_count": 3}
     golden_prompt = str(np.load(GOLDEN.parent / "golden.npz")["prompt_0"])
     assert golden_prompt.startswith(found.pop("yivl.prompt.system") + "\n\n### Human:")
-    assert {name: value for name, value in found.items() if name not in TOKEN_TABLES} == expected
+    computed = {name for name in found if name.startswith("yivl.selftest.")}  # tests/test_verify.py
+    hashes = dict(reversed(line.split("  ")) for line in found.pop("yivl.sha256"))
+    assert hashes == {
+        tensor.name: hashlib.sha256(tensor.data.tobytes()).hexdigest()
+        for tensor in golden_files(type_name)[0].tensors
+    }
+    assert {name: value for name, value in found.items() if name not in TOKEN_TABLES | computed} == expected
 
 
 def test_pair_splits_the_keys(golden_files: Callable[..., list[GGUFReader]]) -> None:
     text, vision = golden_files("q4_0", "pair")
     found = keys(text)
-    assert set(found) == {*DECODER_KEYS, *TOKEN_TABLES, "general.file_type", "yivl.prompt.system"}
+    assert set(found) == {
+        *DECODER_KEYS, *TOKEN_TABLES, "general.file_type", "yivl.prompt.system", "yivl.sha256"
+    }  # fmt: skip
     assert found["general.file_type"] == FILE_TYPES["q4_0"]
     expected = VISION_KEYS | {
         "general.architecture": "clip",
@@ -264,12 +278,19 @@ def test_pair_splits_the_keys(golden_files: Callable[..., list[GGUFReader]]) -> 
         "general.file_type": FILE_TYPES["q8_0"],
         "clip.vision.block_count": 4,
     }
-    assert keys(vision) == expected
+    assert {name: value for name, value in keys(vision).items() if name != "yivl.sha256"} == expected
 
 
 def test_value_types_are_those_of_the_format_page(golden_files: Callable[..., list[GGUFReader]]) -> None:
     page = (Path(__file__).parent.parent / "docs" / "file-format.md").read_text(encoding="utf-8")
-    words = {"string": "STRING", "u32": "UINT32", "i32": "INT32", "f32": "FLOAT32", "bool": "BOOL"}
+    words = {
+        "string": "STRING",
+        "u8": "UINT8",
+        "u32": "UINT32",
+        "i32": "INT32",
+        "f32": "FLOAT32",
+        "bool": "BOOL",
+    }
     documented = {}
     for row in re.findall(r"^\| (`.*?) \| ([a-z0-9]+)(\[\w*\])? \|", page, re.MULTILINE):
         names = re.findall(r"`([^`]+)`", row[0])
@@ -278,6 +299,11 @@ def test_value_types_are_those_of_the_format_page(golden_files: Callable[..., li
             documented[full] = (["ARRAY"] if row[2] else []) + [words[row[1]]]
     for name, field in golden_files("q8_0")[0].fields.items():
         if not name.startswith("GGUF."):
+            name = re.sub(
+                r"^yivl\.selftest\.(vision|projector|logits)\.(source|file)$",
+                "yivl.selftest.STAGE.source",
+                name,
+            )
             assert [kind.name for kind in field.types] == documented.get(name), name
 
 
@@ -302,12 +328,12 @@ def test_tokeniser_tables_equal_sentencepiece(golden_files: Callable[..., list[G
 def test_vision_type_is_set_apart(tmp_path: Path) -> None:
     result = convert(GOLDEN, tmp_path / "out.gguf", type="q4_0", vision_type="f16", layout="pair")
     text, vision = (tensors(GGUFReader(path)) for path in result.files)
-    assert text["output.weight"].tensor_type == GGMLQuantizationType.Q4_0
+    assert text["blk.0.ffn_up.weight"].tensor_type == GGMLQuantizationType.Q4_0
     for name in ("v.blk.0.ffn_up.weight", "mm.0.weight", "v.patch_embd.weight"):
         assert vision[name].tensor_type == GGMLQuantizationType.F16
 
 
-def test_rows_that_are_no_whole_blocks_fall_back_to_f16(tmp_path: Path) -> None:
+def test_rows_that_are_no_whole_blocks_fall_back(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "model", mlp=336)
     result = convert(folder, tmp_path / "out.gguf", type="q4_0")
     assert len(result.notes) == 1
@@ -943,9 +969,9 @@ def test_signal_midway_leaves_the_old_state(
     # The command line, made to wait in the middle so that the signal cannot come too late.
     code = (
         "import sys, time; import yivl_edge.convert.converter as c; encode = c._encode\n"
-        "def wait(info, values):\n"
-        "    if info.name == 'blk.1.ffn_up.weight': print('halfway', flush=True); time.sleep(20)\n"
-        "    return encode(info, values)\n"
+        "def wait(tensor, *rest):\n"
+        "    if tensor.name == 'blk.1.ffn_up.weight': print('halfway', flush=True); time.sleep(2)\n"
+        "    return encode(tensor, *rest)\n"
         "c._encode = wait\n"
         "from yivl_edge.convert.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )

@@ -10,11 +10,15 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import sentencepiece
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from yivl_edge import Model
-from yivl_edge.convert.config import ImageConfig, ModelConfig
+from yivl_edge.convert import convert
+from yivl_edge.convert.config import ModelConfig
 from yivl_edge.convert.tensor_map import Part, tensors
+from yivl_edge.convert.tokenizer import read_sentencepiece
+from yivl_edge.verify import verify
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
@@ -22,23 +26,27 @@ WEIGHT_TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
 WEIGHT_TYPES += ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
 
 
-@pytest.fixture(scope="module")
-def random_model() -> ModuleType:
-    path = ROOT / "benchmarks" / "random_model.py"
-    spec = importlib.util.spec_from_file_location("random_model", path)
+def load(name: str) -> ModuleType:
+    """A script of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["random_model"] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def random_model() -> ModuleType:
+    return load("random_model")
 
 
 @pytest.mark.parametrize(("size", "decoder"), [("6b", 6_061_035_520), ("34b", 34_388_917_248)])
 def test_sizes_have_the_published_number_of_weights(
     random_model: ModuleType, size: str, decoder: int
 ) -> None:
-    config = ModelConfig("", *random_model.SIZES[size], ImageConfig((0, 0, 0), (1, 1, 1)))
+    config = ModelConfig("", *random_model.SIZES[size], random_model.IMAGE)
     table = list(tensors(config.sizes(), blocks=config.decoder.blocks, vision_blocks=32))
     assert sum(prod(tensor.shape) for tensor in table if tensor.part is Part.DECODER) == decoder
     # CLIP ViT-H/14 at 224 pixels; 768 more position embeddings of 1280 at 448; less the final norm.
@@ -59,15 +67,21 @@ def test_weights_have_the_deviation_asked_for(random_model: ModuleType, kind: GG
     assert abs(weights.mean() * 64) < 0.02
 
 
-def test_q4_k_m_mixes_types_as_llama_cpp(random_model: ModuleType) -> None:
-    of = random_model.decoder_type
-    assert of("q4_k_m", "output.weight", 32) == GGMLQuantizationType.Q6_K
-    assert of("q4_k_m", "token_embd.weight", 32) == GGMLQuantizationType.Q4_K
-    assert of("q4_k_m", "blk.0.attn_q.weight", 32) == GGMLQuantizationType.Q4_K
-    better = [
-        i for i in range(32) if of("q4_k_m", f"blk.{i}.ffn_down.weight", 32) == GGMLQuantizationType.Q6_K
-    ]
-    assert better == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]
+def test_tokenizer_file_holds_the_tables(random_model: ModuleType, tmp_path: Path) -> None:
+    tables = random_model.make_tokenizer(4096)
+    (tmp_path / "tokenizer.model").write_bytes(load("random_checkpoint").tokenizer_model(tables))
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert [oracle.id_to_piece(i) for i in range(len(oracle))] == tables.pieces
+    read = read_sentencepiece(tmp_path / "tokenizer.model")
+    assert (read.pieces, read.types, read.scores) == (tables.pieces, tables.types, tables.scores)
+    assert not read.add_dummy_prefix
+    assert oracle.decode(oracle.encode("A picture of a cat. 一只猫")) == "A picture of a cat. 一只猫"
+
+
+def test_random_checkpoint_converts_and_proves_itself(tmp_path: Path) -> None:
+    load("random_checkpoint").write_checkpoint(tmp_path / "folder", "demo", blocks=2)
+    convert(tmp_path / "folder", tmp_path / "out.gguf", type="q4_k_m")
+    assert verify(tmp_path / "out.gguf").passed
 
 
 def test_tokeniser_has_its_size_and_no_piece_twice(random_model: ModuleType) -> None:

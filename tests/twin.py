@@ -157,16 +157,28 @@ class Twin:
         return functional.layer_norm(x, width, p["mm.4.weight"], p["mm.4.bias"], self.projector_eps).numpy()
 
     @torch.no_grad()
-    def logits(self, ids: list[int], pixels: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """Ids with IMAGE_ID where the picture goes -> (T, V), image rows included."""
+    def logits(
+        self,
+        ids: list[int],
+        pixels: NDArray[np.float32] | None = None,
+        *,
+        rows: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """Ids with IMAGE_ID where the picture goes -> (T, V), image rows included.
+
+        With `rows` (R, D) each IMAGE_ID is only one of them.
+        """
         table = self.decoder.model.embed_tokens.weight
-        parts = []
+        parts, taken = [], 0
         for token in ids:
-            if token == IMAGE_ID:
+            if token != IMAGE_ID:
+                parts.append(table[token][None])
+            elif rows is not None:
+                parts.append(torch.from_numpy(rows[taken : taken + 1]))
+                taken += 1
+            else:
                 assert pixels is not None
                 parts.append(torch.from_numpy(self.encode_image(pixels)))
-            else:
-                parts.append(table[token][None])
         return self.decoder(inputs_embeds=torch.cat(parts)[None], use_cache=False).logits[0].numpy()
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from yivl_edge import _core, data
 from yivl_edge.image import DEFAULT_MAX_PIXELS, ImageSource, load_image
 from yivl_edge.messages import Messages, checked_text, normalise
+from yivl_edge.verify import check_hashes
 
 Progress = Callable[[str, float], object]
 """Called with the stage (``load``, ``image``, ``prefill``, ``decode``) and the fraction of it that is done, 0 to 1."""
@@ -227,10 +228,12 @@ class Model:
         n_ctx: Context length in tokens; None for the model's own (4096). Less saves memory.
         n_threads: Threads to compute with; None for one per physical core.
         max_image_pixels: The largest picture accepted, in pixels (width x height).
+        verify: Compare every tensor with the SHA-256 that the file carries, which reads the whole file.
         on_progress: Called while loading.
 
     Raises:
-        ModelFileError: The file is missing, damaged or not a Yi-VL model; says what was expected and found.
+        ModelFileError: The file is missing, damaged or not a Yi-VL model; says what was expected and found. With
+            `verify` also: it carries no hashes.
         ValueError: An argument out of range, or ``YIVL_ISA`` names an instruction set that this CPU lacks.
     """
 
@@ -243,12 +246,17 @@ class Model:
         n_ctx: int | None = None,
         n_threads: int | None = None,
         max_image_pixels: int = DEFAULT_MAX_PIXELS,
+        verify: bool = False,
         on_progress: Progress | None = None,
     ) -> None:
         if device not in ("auto", "cpu"):
             raise ValueError(f"device: expected 'auto' or 'cpu', found {device!r}")
         n_threads = 0 if n_threads is None else _integer("n_threads", n_threads, 1, 1024)
         self._n_ctx = 0 if n_ctx is None else _integer("n_ctx", n_ctx, 1, 2**63 - 1)
+        if verify:
+            for file in (path, mmproj):
+                if file is not None:
+                    check_hashes(file, on_progress)
         self._model = _core.Model.open(
             os.fsencode(path),
             b"" if mmproj is None else os.fsencode(mmproj),

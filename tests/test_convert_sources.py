@@ -1,0 +1,290 @@
+"""Sources beside the published folder: its transformers port, and GGUF files, our own and llama.cpp's pairs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import GOLDEN, write_shards
+from gguf import GGUFReader
+from safetensors.torch import load_file
+from test_foreign_files import as_old_scripts, with_block_count
+from weight_types import rewrite
+from yivl_edge import Model, ModelFileError
+from yivl_edge.cli import main
+from yivl_edge.convert import CheckpointError, convert
+
+QUESTION = "What is in the picture?"
+PROJECTOR = {"0": "linear_1", "1": "linear_2", "3": "linear_3", "4": "linear_4"}
+
+
+def port_name(name: str, flat: bool) -> str:
+    """A published name in the port, before (nested) and since (flat) transformers 4.52."""
+    root = "model." if flat else ""
+    if match := re.fullmatch(r"model\.mm_projector\.(\d)\.(.*)", name):
+        return f"{root}multi_modal_projector.{PROJECTOR[match[1]]}.{match[2]}"
+    if name.startswith("vision_model."):
+        return f"{root}vision_tower.{name}"
+    if flat:
+        return name if name.startswith("lm_head") else name.replace("model.", "model.language_model.", 1)
+    return f"language_model.{name}"
+
+
+def write_port(folder: Path, *, flat: bool = False, **changes: Any) -> Path:
+    """The golden checkpoint as a transformers-format port."""
+    shutil.copytree(GOLDEN, folder, ignore=shutil.ignore_patterns("*.safetensors*", "vit", "config.json"))
+    (vit,) = (GOLDEN / "vit").iterdir()
+    shutil.copyfile(vit / "preprocessor_config.json", folder / "preprocessor_config.json")
+    tensors = torch.load(vit / "pytorch_model.bin", weights_only=True)
+    for shard in GOLDEN.glob("*.safetensors"):
+        tensors |= load_file(shard)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.vision_tower.")}
+    write_shards(
+        folder,
+        {port_name(name, flat): tensor for name, tensor in tensors.items()},
+        file_format="safetensors",
+        shards=2,
+    )
+    published = json.loads((GOLDEN / "config.json").read_text())
+    text_keys = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "hidden_act",
+    )  # fmt: skip
+    text = {key: published[key] for key in text_keys} | {"model_type": "llama"}
+    if flat:
+        text["rope_parameters"] = {"rope_type": "default", "rope_theta": published["rope_theta"]}
+    else:
+        text["rope_theta"] = published["rope_theta"]
+    vision = json.loads((vit / "config.json").read_text())
+    del vision["layer_norm_eps"]  # transformers leaves out what is its default
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "text_config": text,
+        "vision_config": vision,
+    }
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The golden checkpoint as single files and as a pair, in f32 and q8_0."""
+    folder = tmp_path_factory.mktemp("sources")
+    for preset in ("f32", "q8_0"):
+        convert(GOLDEN, folder / f"{preset}.gguf", type=preset)
+        convert(GOLDEN, folder / f"{preset}-text.gguf", type=preset, layout="pair")
+    return {path.stem: path for path in folder.iterdir()}
+
+
+def contents(path: Path) -> tuple[dict[str, Any], dict[str, tuple[str, bytes]]]:
+    reader = GGUFReader(path)
+    keys = {n: f.contents() for n, f in reader.fields.items() if not n.startswith("GGUF.")}
+    return keys, {t.name: (t.tensor_type.name, t.data.tobytes()) for t in reader.tensors}
+
+
+def logits(path: Path, image: np.ndarray) -> np.ndarray:
+    return Model(path, n_threads=1).logits(image, QUESTION)
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+    return np.random.default_rng(3).integers(0, 256, (60, 90, 3), np.uint8)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_port_gives_the_same_file_as_the_published_folder(
+    tmp_path: Path, golden: dict[str, Path], flat: bool
+) -> None:
+    folder = write_port(tmp_path / "port", flat=flat)
+    convert(folder, tmp_path / "out.gguf", type="q8_0")
+    keys, tensors = contents(tmp_path / "out.gguf")
+    expected_keys, expected_tensors = contents(golden["q8_0"])
+    assert tensors == expected_tensors
+    assert keys.pop("general.name") == "port"
+    expected_keys.pop("general.name")
+    assert keys == expected_keys
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vision_feature_select_strategy": "full"}, r"vision_feature_select_strategy should be \"default\""),
+        ({"vision_feature_layer": "last"}, "vision_feature_layer should be an integer"),
+        ({"projector_hidden_act": "relu"}, "projector_hidden_act should be"),
+        ({"text_config": None}, "text_config should be a JSON object"),
+        ({"architectures": ["LlamaForCausalLM"]}, "architectures should be"),
+    ],
+)
+def test_port_of_another_model_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        convert(write_port(tmp_path / "port", **changes), tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_port_without_its_activation_is_quick_gelu_and_refused(tmp_path: Path) -> None:
+    # transformers leaves out CLIP's default, which is not what Yi-VL computes.
+    folder = write_port(tmp_path / "port")
+    config = json.loads((folder / "config.json").read_text())
+    del config["vision_config"]["hidden_act"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match='hidden_act should be "gelu"'):
+        convert(folder, tmp_path / "out.gguf")
+
+
+def test_quantising_an_f32_file_equals_converting_the_folder(tmp_path: Path, golden: dict[str, Path]) -> None:
+    convert(golden["f32"], tmp_path / "out.gguf", type="q4_k_m")
+    convert(GOLDEN, tmp_path / "direct.gguf", type="q4_k_m")
+    keys, tensors = contents(tmp_path / "out.gguf")
+    expected_keys, expected_tensors = contents(tmp_path / "direct.gguf")
+    assert tensors == expected_tensors
+    # The self-test's arithmetic takes Q and K in another order, which changes the last bits.
+    for name in list(keys):
+        if name.startswith("yivl.selftest.") and isinstance(keys[name][0], float):
+            np.testing.assert_allclose(keys.pop(name), expected_keys.pop(name), atol=2e-4)
+    assert keys == expected_keys
+
+
+def test_file_without_a_type_stays_as_it_is(tmp_path: Path, golden: dict[str, Path]) -> None:
+    convert(golden["q8_0"], tmp_path / "out.gguf")
+    keys, tensors = contents(tmp_path / "out.gguf")
+    expected_keys, expected_tensors = contents(golden["q8_0"])
+    assert tensors == expected_tensors
+    assert keys["general.file_type"] == expected_keys["general.file_type"]
+
+
+def test_pair_becomes_one_file(tmp_path: Path, golden: dict[str, Path]) -> None:
+    convert(golden["q8_0-text"], tmp_path / "one.gguf", mmproj=golden["q8_0-text-mmproj"])
+    keys, tensors = contents(tmp_path / "one.gguf")
+    expected_keys, expected_tensors = contents(golden["q8_0"])
+    assert tensors == expected_tensors
+    assert keys["clip.vision.block_count"] == expected_keys["clip.vision.block_count"] == 3
+
+
+def test_pair_of_older_scripts_becomes_one_file(
+    tmp_path: Path, golden: dict[str, Path], image: np.ndarray
+) -> None:
+    mmproj = rewrite(
+        golden["f32-text-mmproj"],
+        tmp_path / "mmproj.gguf",
+        keys=with_block_count(3),
+        tensor=as_old_scripts(3),
+    )
+    text = rewrite(
+        golden["f32-text"],
+        tmp_path / "text.gguf",
+        keys=lambda keys: {name: value for name, value in keys.items() if not name.startswith("yivl.")},
+    )
+    convert(text, tmp_path / "one.gguf", mmproj=mmproj)
+    np.testing.assert_array_equal(logits(tmp_path / "one.gguf", image), logits(golden["f32"], image))
+
+
+def test_text_model_alone_stays_one(tmp_path: Path, golden: dict[str, Path]) -> None:
+    convert(golden["f32-text"], tmp_path / "out.gguf", type="q8_0")
+    keys, tensors = contents(tmp_path / "out.gguf")
+    _, expected = contents(golden["q8_0-text"])
+    assert tensors == expected
+    assert not [name for name in keys if name.startswith("clip.")]
+    assert Model(tmp_path / "out.gguf").chat(None, "Hi", max_tokens=2).text is not None
+    assert main(["verify", str(tmp_path / "out.gguf")]) == 0
+
+
+def test_single_file_cannot_become_a_pair(tmp_path: Path, golden: dict[str, Path]) -> None:
+    with pytest.raises(CheckpointError, match="has only the 3 ViT blocks that run"):
+        convert(golden["f32"], tmp_path / "out.gguf", layout="pair")
+
+
+def test_wrong_files_are_told(tmp_path: Path, golden: dict[str, Path]) -> None:
+    with pytest.raises(ModelFileError, match=r"missing\.gguf"):
+        convert(tmp_path / "missing.gguf", tmp_path / "out.gguf")
+    (tmp_path / "noise.gguf").write_bytes(b"noise" * 100)
+    with pytest.raises(ModelFileError, match=r"noise\.gguf"):
+        convert(tmp_path / "noise.gguf", tmp_path / "out.gguf", type="q8_0")
+    with pytest.raises(ValueError, match="mmproj belongs to a GGUF file"):
+        convert(GOLDEN, tmp_path / "out.gguf", mmproj=golden["f32-text-mmproj"])
+    with pytest.raises(ValueError, match="need a type"):
+        convert(golden["f32"], tmp_path / "out.gguf", vision_type="q8_0")
+    assert [path.name for path in tmp_path.iterdir()] == ["noise.gguf"]
+
+
+def test_output_may_replace_the_source(tmp_path: Path, golden: dict[str, Path]) -> None:
+    shutil.copyfile(golden["f32"], tmp_path / "model.gguf")
+    convert(tmp_path / "model.gguf", tmp_path / "model.gguf", type="q8_0")
+    assert contents(tmp_path / "model.gguf")[1] == contents(golden["q8_0"])[1]
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_threads_do_not_show(tmp_path: Path, golden: dict[str, Path], n_threads: int) -> None:
+    convert(GOLDEN, tmp_path / "out.gguf", type="q8_0", n_threads=n_threads)
+    assert (tmp_path / "out.gguf").read_bytes() == golden["q8_0"].read_bytes()
+
+
+def test_importance_changes_the_codes_and_is_checked(tmp_path: Path, golden: dict[str, Path]) -> None:
+    images, prompts = tmp_path / "images", tmp_path / "prompts.txt"
+    images.mkdir()
+    shutil.copyfile(GOLDEN.parent / "image.png", images / "image.png")
+    prompts.write_text("What is this?\n")
+    matrix = tmp_path / "imatrix.gguf"
+    command = [
+        "imatrix",
+        str(golden["f32"]),
+        "--images",
+        str(images),
+        "--prompts",
+        str(prompts),
+        "-o",
+        str(matrix),
+    ]
+    assert main([*command, "--max-tokens", "4"]) == 0
+    convert(golden["f32"], tmp_path / "plain.gguf", type="q4_k_m")
+    result = convert(golden["f32"], tmp_path / "weighed.gguf", type="q4_k_m", imatrix=matrix)
+    assert result.notes == ()
+    plain, weighed = contents(tmp_path / "plain.gguf")[1], contents(tmp_path / "weighed.gguf")[1]
+    changed = {name for name in plain if plain[name] != weighed[name]}
+    assert {"blk.0.attn_q.weight", "blk.2.ffn_down.weight", "output.weight"} <= changed
+    assert "token_embd.weight" not in changed
+    with pytest.raises((CheckpointError, ValueError), match=r"imatrix|importance"):
+        convert(golden["f32"], tmp_path / "x.gguf", type="q4_k_m", imatrix=golden["f32"])
+
+
+def test_dry_run_prints_the_plan_and_the_true_size(
+    tmp_path: Path, golden: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        str(golden["f32"]),
+        str(tmp_path / "out.gguf"),
+        "--type",
+        "q4_k_m",
+        "--tensor-type",
+        "attn_v=q8_0",
+    ]
+    assert main(["quantize", *arguments, "--dry-run"]) == 0
+    planned = capsys.readouterr().out.splitlines()
+    assert not (tmp_path / "out.gguf").exists()
+    assert main(["quantize", *arguments]) == 0
+    assert planned[-1] == capsys.readouterr().out.strip().replace("wrote", "would write")
+    result = convert(
+        golden["f32"], tmp_path / "out.gguf", type="q4_k_m", tensor_types={"attn_v": "q8_0"}, dry_run=True
+    )
+    assert result.sizes == ((tmp_path / "out.gguf").stat().st_size,)
+    kinds = {tensor.name: tensor.type for tensor in result.tensors}
+    assert {n: kind for n, (kind, _) in contents(tmp_path / "out.gguf")[1].items()} == kinds
+    assert kinds["blk.1.attn_v.weight"] == "Q8_0"
+    assert re.search(
+        r"^blk\.1\.attn_v\.weight +128 x 256 +F32 -> Q8_0 +0\.035 MB$", "\n".join(planned), re.MULTILINE
+    )
+
+
+@pytest.mark.parametrize("text", ["attn_v", "attn_v=q9", "=q8_0"])
+def test_wrong_tensor_types_are_wrong_usage(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", "a", "b", "--type", "q8_0", "--tensor-type", text]) == 2
+    assert "expected PATTERN=TYPE" in capsys.readouterr().err
