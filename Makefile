@@ -10,7 +10,7 @@ GOLDEN := tests/data/golden
 # The checkpoint's ViT is a .bin file. A plain "torch" could fetch another build with gigabytes of GPU libraries.
 TORCH := torch==2.13.0
 
-.PHONY: demo test lint format fuzz tsan clean
+.PHONY: demo test test-interop lint format fuzz tsan clean
 
 demo: out/golden-q8_0.gguf
 	@echo "== Asking the converted file about the photograph $(GOLDEN)/image.png (random weights: the answer is noise)"
@@ -46,13 +46,27 @@ tsan: out/golden-q8_0.gguf $(VENV)/.cmake
 	@$(BIN)/cmake --build build/tsan --target chat_threads
 	@build/tsan/tests/cpp/chat_threads out/golden-q8_0.gguf
 
+# llama.cpp, built in an environment of its own (about 20 minutes on two cores). The flags keep its AMX path from crashing
+# when GCC 12 builds it.
+INTEROP := .venv-interop
+test-interop: $(VENV)/.test $(INTEROP)/.installed
+	@echo "== Comparing with llama.cpp"
+	@YIVL_INTEROP_PYTHON="$(CURDIR)/$(INTEROP)/bin/python" $(BIN)/python -m pytest tests/test_interop.py
+
+$(INTEROP)/.installed:
+	@echo "== Building llama-cpp-python 0.3.36 in $(INTEROP)"
+	@$(PYTHON) -m venv $(INTEROP)
+	@CMAKE_ARGS="-DGGML_NATIVE=ON -DCMAKE_CXX_FLAGS='-fno-dse -fno-tree-dse'" \
+	  $(INTEROP)/bin/python -m pip install --quiet llama-cpp-python==0.3.36
+	@touch $@
+
 out/golden-q8_0.gguf: $(VENV)/.package
 	@echo "== Converting the checkpoint folder $(GOLDEN)/checkpoint"
 	@mkdir -p out
 	@$(BIN)/python -m yivl_edge.convert $(GOLDEN)/checkpoint -o $@ --type q8_0
 
 clean:
-	rm -rf $(VENV) build out
+	rm -rf $(VENV) .venv-interop build out
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

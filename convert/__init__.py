@@ -68,7 +68,7 @@ def convert(
 
     The files appear under their names only when complete; on any exception nothing is left and old files
     stay. Weights are read and written a few megabytes at a time, whatever the size of the model. The same
-    source gives the same bytes. A single file carries a self-test for ``yivl_edge.verify``, which is computed
+    source gives the same bytes (on another kind of CPU the self-test's last bits may differ). A single file carries a self-test for ``yivl_edge.verify``, which is computed
     from the source's weights on the way.
 
     Raises:

@@ -120,19 +120,20 @@ class _Run:
         tensor = self._tensors[name]
         first_visit = name not in self.written
         results: list[Any] = []
-        pending: deque[Future[tuple[npt.NDArray[np.uint8], Any]]] = deque()
+        pending: deque[tuple[int, Future[tuple[npt.NDArray[np.uint8], Any]]]] = deque()
 
         def finish() -> None:
-            data, result = pending.popleft().result()
+            count, future = pending.popleft()
+            data, result = future.result()
             results.append(result)
             if first_visit:
                 self._files.write(name, data)
+                self._report(count * prod(tensor.shape[1:]))
 
         for first, count in _slices(tensor, self._source.config.decoder.head_dim):
-            pending.append(self._pool.submit(self._slice, tensor, first, count, work))
+            pending.append((count, self._pool.submit(self._slice, tensor, first, count, work)))
             if len(pending) > self._ahead:
                 finish()
-            self._report(count * prod(tensor.shape[1:]) if first_visit else 0)
         while pending:
             finish()
         self.written.add(name)

@@ -80,15 +80,15 @@ class Choice:
         """
         for pattern, type_name in self.overrides:
             if re.search(pattern, tensor.name):
-                return Q[type_name.upper()]
+                return GGMLQuantizationType[type_name.upper()]
         if tensor.part is not Part.DECODER:
-            return Q[self.vision_type.upper()]
+            return GGMLQuantizationType[self.vision_type.upper()]
         return self._mixed(tensor, blocks, group, tied)
 
     def _mixed(self, tensor: Tensor, blocks: int, group: int, tied: bool) -> GGMLQuantizationType:
         """llama.cpp's mix for a LLaMA decoder (its llama-quant.cpp, as of llama-cpp-python 0.3.36)."""
         preset = self.preset
-        base = _BASES.get(preset) or Q[preset.upper()]
+        base = _BASES.get(preset) or GGMLQuantizationType[preset.upper()]
         name = tensor.rule.name
         i = int(found[1]) if (found := re.match(r"blk\.(\d+)\.", tensor.name)) else 0
         first_eighth = i < blocks // 8

@@ -109,7 +109,7 @@ class Reference:
             x = x + self._linear(f"{name}.attn_output", mixed)
             h = self._rms_norm(f"{name}.ffn_norm", x)
             gate, up = self._linear(f"{name}.ffn_gate", h), self._linear(f"{name}.ffn_up", h)
-            x = x + self._linear(f"{name}.ffn_down", gate / (1 + np.exp(-gate)) * up)
+            x = x + self._linear(f"{name}.ffn_down", _silu(gate) * up)
         x = self._rms_norm("output_norm", x)
         return self._linear("token_embd" if c.tied_embeddings else "output", x)
 
@@ -119,12 +119,14 @@ class Reference:
         weight, bias = self._vector(f"{name}.weight"), self._vector(f"{name}.bias")
         x = x - x.mean(-1, keepdims=True)
         scale = 1 / np.sqrt(np.square(x).mean(-1, keepdims=True) + np.float32(epsilon))
-        return x * scale * weight[:, None] + bias[:, None]
+        y: FloatArray = x * scale * weight[:, None] + bias[:, None]
+        return y
 
     def _rms_norm(self, name: str, x: FloatArray) -> FloatArray:
         epsilon = np.float32(self._config.decoder.rms_norm_epsilon)
         scale = 1 / np.sqrt(np.square(x).mean(-1, keepdims=True) + epsilon)
-        return x * scale * self._vector(f"{name}.weight")[:, None]
+        y: FloatArray = x * scale * self._vector(f"{name}.weight")[:, None]
+        return y
 
     def _rope(self, x: FloatArray) -> FloatArray:
         """Rotates pairs: in the published order dimensions j and j + hd/2, in the file's 2j and 2j + 1."""
@@ -160,6 +162,13 @@ def _attention(
             scores = np.exp(scores - scores.max(-1, keepdims=True))
             mixed[i, :, mine] = scores / scores.sum(-1, keepdims=True) @ v[i, :, shared]
     return mixed
+
+
+def _silu(x: FloatArray) -> FloatArray:
+    """x / (1 + exp(-x))."""
+    with np.errstate(over="ignore"):  # to infinity, which gives 0
+        silu: FloatArray = x / (1 + np.exp(-x))
+    return silu
 
 
 def _gelu(x: FloatArray) -> FloatArray:

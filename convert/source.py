@@ -10,6 +10,7 @@ from typing import ClassVar
 from gguf import GGMLQuantizationType
 from yivl_edge.convert.checkpoint import FloatArray
 from yivl_edge.convert.config import ModelConfig
+from yivl_edge.convert.errors import CheckpointError
 from yivl_edge.convert.tensor_map import Tensor, tensors
 from yivl_edge.convert.tokenizer import TokenizerTables
 from yivl_edge.convert.writer import Key
@@ -61,4 +62,8 @@ def open_source(path: Path, mmproj: Path | None) -> Source:
         if mmproj is not None:
             raise ValueError(f"mmproj belongs to a GGUF file, but {path} is a folder")
         return open_folder(path)
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} does not exist. The source should be a published Yi-VL folder, e.g. Yi-VL-6B, or a GGUF file."
+        )
     return GgufSource(path, mmproj)

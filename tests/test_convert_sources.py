@@ -204,7 +204,7 @@ def test_single_file_cannot_become_a_pair(tmp_path: Path, golden: dict[str, Path
 
 
 def test_wrong_files_are_told(tmp_path: Path, golden: dict[str, Path]) -> None:
-    with pytest.raises(ModelFileError, match=r"missing\.gguf"):
+    with pytest.raises(CheckpointError, match=r"missing\.gguf does not exist"):
         convert(tmp_path / "missing.gguf", tmp_path / "out.gguf")
     (tmp_path / "noise.gguf").write_bytes(b"noise" * 100)
     with pytest.raises(ModelFileError, match=r"noise\.gguf"):

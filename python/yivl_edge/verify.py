@@ -69,7 +69,8 @@ def _check_hashes(file: _core.GgufFile, path: str, on_progress: Callable[[str, f
         raise _core.ModelFileError(
             f"{path}: it carries no hashes (yivl.sha256); yivl-edge convert writes them"
         )
-    hashes = dict(reversed(str(line).split("  ", 1)) for line in lines if "  " in str(line))
+    parts = (str(line).partition("  ") for line in lines)
+    hashes = {tensor_name: digest for digest, _, tensor_name in parts}
     tensors = file.tensors
     if missing := [tensor.name for tensor in tensors if tensor.name not in hashes]:
         raise _core.ModelFileError(f"{path}: {missing[0]} and {len(missing) - 1} more tensors have no hash")
