@@ -149,6 +149,10 @@ def main() -> None:
         print(HEADER, flush=True)
         rows = [benchmark.row(args.f16, "f16", False)]
         print(rows[-1].markdown(), flush=True)
+        eight_bit_eyes = folder / "eyes.gguf"
+        convert(args.folder, eight_bit_eyes, type="f16", vision_type="q8_0")
+        rows.append(benchmark.row(eight_bit_eyes, "f16, vision q8_0", False))
+        print(rows[-1].markdown(), flush=True)
         for type_name in args.types:
             for imatrix in (None, matrix):
                 file = folder / f"{type_name}.gguf"
