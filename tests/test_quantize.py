@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from gguf.quants import quantize as gguf_quantize
 from numpy.typing import NDArray
-from quantiser_matrices import BLOCK_TYPES, Matrix, importance, matrices, weighted_rmse
+from quantiser_matrices import BLOCK_TYPES, RECORD, Matrix, importance, matrices, weighted_rmse
 from yivl_edge import _core, quantize
 
 ALL_TYPES = ["F32", "F16", "BF16", *BLOCK_TYPES]
@@ -71,6 +72,21 @@ def test_q8_0_is_the_same_with_importance() -> None:
 
 
 @every_block_type
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "importance"])
+def test_errors_are_at_most_those_of_llama_cpp(name: str, weighted: bool) -> None:
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    for title, array in matrices().items():
+        # The recorded errors are of these very matrices.
+        rms = np.sqrt(np.mean(np.square(array, dtype=np.float64)))
+        assert rms == pytest.approx(record["rms of the matrices"][title], rel=1e-6)
+        weight = importance(array.shape[1]) if weighted else None
+        found = weighted_rmse(round_trip(array, name, weight), array, weight)
+        theirs = record["rmse without and with importance"][title][name][weighted]
+        # Equal where both round to nearest; 1e-6 is for the order of the sums.
+        assert found <= theirs * (1 + 1e-6), title
+
+
+@every_block_type
 def test_error_is_within_that_of_rounding_to_the_range_of_each_group(name: str) -> None:
     array = normal(16, 2048, seed=2)
     groups = array.reshape(-1, GROUP.get(name, 32)).astype(np.float64)
@@ -125,7 +141,8 @@ def test_columns_without_importance_still_get_sensible_weights(name: str) -> Non
     found = round_trip(array, name, weight)
     plain = weighted_rmse(round_trip(array, name), array, None)
     assert weighted_rmse(found[:, 256:512], array[:, 256:512], None) <= 1.1 * plain
-    assert weighted_rmse(found[:, ::2], array[:, ::2], None) <= 4 * plain
+    # Among columns that matter, the others may be cut off, but they are nearer than zeros would be.
+    assert weighted_rmse(found[:, ::2], array[:, ::2], None) <= 0.5
 
 
 # ---- unusual weights ----

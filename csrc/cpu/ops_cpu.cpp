@@ -360,8 +360,6 @@ std::unique_ptr<Backend> make_cpu_backend(int n_threads, const Kernels& kernels)
     return std::make_unique<CpuBackend>(n_threads, kernels);
 }
 
-std::unique_ptr<Backend> make_cpu_backend(int n_threads) {
-    return make_cpu_backend(n_threads, default_kernels());
-}
+std::unique_ptr<Backend> make_cpu_backend(int n_threads) { return make_cpu_backend(n_threads, default_kernels()); }
 
 }  // namespace yivl
