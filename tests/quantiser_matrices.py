@@ -41,7 +41,7 @@ def matrices() -> dict[str, Matrix]:
         weights = dequantize(demo[name].data, demo[name].tensor_type)
         scaled[f"demo model, {name}"] = np.ascontiguousarray(weights[:64], dtype=np.float32)
     name = "model.layers.0.mlp.down_proj.weight"
-    scaled[f"golden checkpoint, {name}"] = next(Weights(GOLDEN).read(name, 64))
+    scaled[f"golden checkpoint, {name}"] = Weights(GOLDEN).read(name, 0, 64)
     return scaled
 
 
