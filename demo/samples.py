@@ -39,7 +39,7 @@ SAMPLES: dict[str, tuple[Scene, int]] = {
         ),
         3,
     ),
-    "cafe": (Scene((), "CAFE", 0), 11),
+    "cafe": (Scene((), "CAFE", 0), 13),
     "empty": (Scene((), None, 0), 5),
 }
 
