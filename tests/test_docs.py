@@ -8,9 +8,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from yivl_edge._core import GgufFile
 from yivl_edge.cli import main
+from yivl_edge.convert.imatrix import write_imatrix
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -32,6 +35,13 @@ def folder(tmp_path, monkeypatch, golden_f32, golden_q4_0, golden_pair, golden_i
     Path("Yi-VL-6B").symlink_to(ROOT / "tests" / "data" / "golden" / "checkpoint")
     Path("model-q4_0.gguf").symlink_to(golden_q4_0)
     Image.open(golden_image).convert("RGB").save("photo.jpg")
+    Path("mmproj.gguf").symlink_to(golden_pair[1])
+    Path("yi-vl-6b-f16.gguf").symlink_to(golden_f32)
+    shutil.copyfile(golden_q4_0, "yi-vl-6b-q4_k_m.gguf")  # no link: an example writes it anew
+    columns = {
+        t.name: (np.ones(t.shape[-1]), 1) for t in GgufFile.open(golden_f32).tensors if len(t.shape) == 2
+    }
+    write_imatrix("yi-vl-6b-imatrix.gguf", columns, datasets=["ones"], chunk_count=1, chunk_size=1)
     Path("photos").mkdir()
     Path("photos/photo.jpg").symlink_to(tmp_path / "photo.jpg")
     Path("questions.txt").write_text("What is this?\n", encoding="utf-8")
@@ -85,7 +95,17 @@ def test_the_commands_of_the_command_line_page_run(folder, command):
 
 def test_every_option_is_documented(capfd):
     page = (DOCS / "command-line.md").read_text(encoding="utf-8")
-    for command in ("chat", "demo", "inspect", "bench", "imatrix", "compare"):
+    for command in (
+        "chat",
+        "demo",
+        "inspect",
+        "bench",
+        "imatrix",
+        "compare",
+        "verify",
+        "convert",
+        "quantize",
+    ):
         assert main([command, "--help"]) == 0
         for option in re.findall(r"^  (?:-o [^,]*, )?(--[a-z-]+)", capfd.readouterr().out, re.MULTILINE):
             assert f"`{option}" in page, option
