@@ -1,9 +1,9 @@
 """Trains the demo model from nothing: python -m demo.train --out FOLDER (goes on from a checkpoint there).
 
 First the vision tower alone learns to say what each patch shows, then the decoder learns to answer from what the
-tower sees, then the whole model learns together. All use pictures drawn beforehand into FOLDER and questions
-written as they are needed. At the end the model lies
-in FOLDER/export in the layout of a published Yi-VL folder.
+tower sees, then the whole model learns together, and at last the decoder learns to count and to compare. All use
+pictures drawn beforehand into FOLDER and questions written as they are needed. At the end the model lies in
+FOLDER/export in the layout of a published Yi-VL folder.
 """
 
 from __future__ import annotations
@@ -37,11 +37,21 @@ from demo import scenes
 
 FIRST_SEED = 1_000_000  # of the pictures of training; evaluation uses seeds below
 TEXT_TOKENS = 192  # of conversations about one picture
+WITHOUT_TOWER = ("answers", "last")  # phases in which the vision tower learns nothing
 WATCHED = (1, 2)  # blocks of the decoder with heads that are told where to look
-FAMILY_WEIGHTS = {
+FAMILY_WEIGHTS = {  # how often each is asked
     "what": 1.0, "describe": 1.2, "colour": 1.0, "shape": 1.0, "count": 1.2, "where": 1.0, "compare": 2.0,
     "yesno": 1.6, "read": 1.0, "followup": 2.0, "absent": 1.3,
 }  # fmt: skip
+# At the end, what is learnt last: to count, to compare.
+LAST_WEIGHTS = FAMILY_WEIGHTS | {
+    "count": 8.0,
+    "compare": 4.0,
+    "where": 0.5,
+    "colour": 0.5,
+    "followup": 1.0,
+    "absent": 0.7,
+}
 # What a patch shows: shape, colour, size, place in reading order, character, its place, word, cell or row of text.
 LABEL_CLASSES = (
     len(scenes.SHAPES) + 1, len(scenes.COLOURS) + 1, 3, 5, len(scenes.CHARACTERS) + 1, 3, len(scenes.WORDS) + 1, 13,
@@ -181,6 +191,7 @@ THING = re.compile(
 PLACE = re.compile(
     rf"({_words([*scenes.PLACE_EN, 'in the middle'])})|(?<![的左右])({_words(scenes.PLACE_ZH)})"
 )
+ONE = re.compile(r"\bone\b|有一个")
 COLOUR_NUMBER = {
     w: i + 1 for words in (scenes.COLOURS, scenes.COLOUR_ZH.values()) for i, w in enumerate(words)
 }
@@ -244,20 +255,25 @@ class Writer:
         return ids, ours, words
 
     def about(
-        self, scene: scenes.Scene, rng: random.Random
+        self, scene: scenes.Scene, rng: random.Random, last: bool
     ) -> tuple[list[int], list[bool], list[int], list[int], list[Words]]:
-        """As many conversations as fit: ids, whether ours, places in the conversation, its number, words."""
+        """As many conversations as fit: ids, whether ours, places in the conversation, its number, words.
+
+        `last`: those of the last phase.
+        """
         ids: list[int] = []
         ours: list[bool] = []
         places: list[int] = []
         numbers: list[int] = []
         words: list[Words] = []
-        families, weights = list(FAMILY_WEIGHTS), list(FAMILY_WEIGHTS.values())
+        weights = LAST_WEIGHTS if last else FAMILY_WEIGHTS
         for number in range(16):
             turns = None
             while turns is None:
-                family = rng.choices(families, weights)[0]
+                family = rng.choices(list(weights), list(weights.values()))[0]
                 turns = scenes.ask(scene, family, rng.choice(scenes.LANGUAGES), rng.getrandbits(40))
+                if last and family == "count" and turns and ONE.search(turns[0][1]) and rng.random() < 0.5:
+                    turns = None  # or nearly all would be counted as one
             new, mine, spoken = self.conversation(turns, rng, scene.text or "")
             if len(ids) + len(new) <= TEXT_TOKENS:
                 ids += new
@@ -304,7 +320,7 @@ class Batches:
         chosen = np.sort(order[at * self.size : (at + 1) * self.size])[self.rank :: self.processes]
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 16 + self.rank)
         pages = np.random.default_rng((self.seed, step, self.rank)).integers(
-            0, len(self.pool.page_pixels), 0 if phase == "answers" else len(chosen) // 2
+            0, len(self.pool.page_pixels), 0 if phase in WITHOUT_TOWER else len(chosen) // 2
         )
         pixels = np.concatenate([self.pool.pixels[chosen], self.pool.page_pixels[pages]])
         images = yivl.normalise(augment(torch.from_numpy(pixels), generator))
@@ -316,7 +332,8 @@ class Batches:
         if phase != "vision":
             rng = random.Random(f"text/{self.seed}/{step}/{self.rank}")
             for row, index in enumerate(chosen):
-                ids, ours, places, numbers, spoken = self.writer.about(self.pool.scene(int(index)), rng)
+                scene = self.pool.scene(int(index))
+                ids, ours, places, numbers, spoken = self.writer.about(scene, rng, phase == "last")
                 n = len(ids)
                 words[row, :n] = spoken
                 arrays[0, row, :n], arrays[2, row, :n], arrays[3, row, :n] = ids, places, numbers
@@ -620,6 +637,7 @@ def learn(rank: int, team: Team, args: argparse.Namespace) -> None:
         ("vision", args.vision_steps, args.vision_batch, args.vision_lr, 0.5),
         ("answers", args.answer_steps, args.batch, args.lr, 0.0),
         ("all", args.steps, args.batch, args.lr, 1.0),
+        ("last", args.last_steps, args.batch, args.lr / 2, 1.0),
     ]
     dtype = arithmetic(device)
 
@@ -646,7 +664,9 @@ def learn(rank: int, team: Team, args: argparse.Namespace) -> None:
                     )
                     loss, now = patch_loss, {"patch": patch_loss, "patch_right": patch_right}
                 else:
-                    text_loss, patch_loss, look_loss, right, patch_right = learner(batch, name == "all")
+                    text_loss, patch_loss, look_loss, right, patch_right = learner(
+                        batch, name not in WITHOUT_TOWER
+                    )
                     loss = text_loss + args.patch_weight * patch_loss + args.look_weight * look_loss
                     now = {"text": text_loss, "patch": patch_loss, "look": look_loss}
                     now |= {"right": right, "patch_right": patch_right}
@@ -706,6 +726,7 @@ def main() -> None:
     parser.add_argument("--vision-batch", type=int, default=64)
     parser.add_argument("--answer-steps", type=int, default=600)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--last-steps", type=int, default=430)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--vision-lr", type=float, default=0.02, help="while the tower learns alone")
     parser.add_argument("--lr", type=float, default=0.008)

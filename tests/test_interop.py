@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from checkpoints import write_checkpoint
 from gguf import GGMLQuantizationType, GGUFReader
-from twin import relative_l2
+from twin import Twin, relative_l2
 from weight_types import rewrite
 from yivl_edge import Model, data
 from yivl_edge.convert import convert
@@ -25,8 +25,11 @@ GOLDEN = Path(__file__).parent / "data" / "golden" / "checkpoint"
 RECORD = Path(__file__).parent / "data" / "interop.json"
 PYTHON = os.environ.get("YIVL_INTEROP_PYTHON")
 QUESTION = "What is in the picture? 图中有什么？"
-# Both quantise or round activations in products with quantised weights differently: half a per cent at eight bits.
 TOLERANCE = 1e-2
+# llama.cpp rounds activations to 8 bits in products with 8-bit weights; ours stay float32. The golden model's random
+# weights make more of that than a trained model's do: there llama.cpp is further than 1e-2 from float32 arithmetic
+# on the same weights, and so from us. The test shows that it is not our arithmetic that differs.
+ROUNDED_ACTIVATIONS = {("golden", "q8_0"): 5e-2}
 
 needs_llama = pytest.mark.skipif(not PYTHON, reason="llama-cpp-python is not asked for: make test-interop")
 
@@ -75,9 +78,15 @@ def test_text_logits_agree_with_llama_cpp(tmp_path: Path, model_name: str, type_
     version = run("logits", path, tmp_path / "ids.json", tmp_path / "logits.npy")
     ours, theirs = model.logits(None, QUESTION), np.load(tmp_path / "logits.npy")
     assert ours.shape == theirs.shape
-    difference = relative_l2(ours, theirs)
-    record(f"logits, {model_name}, {type_name}", {"relative_l2": round(difference, 6), **version})
-    assert difference <= TOLERANCE
+    exact = Twin(path).logits(ids)
+    figures = {
+        "relative_l2": relative_l2(ours, theirs),
+        "ours_to_float32": relative_l2(ours, exact),
+        "theirs_to_float32": relative_l2(theirs, exact),
+    }
+    record(f"logits, {model_name}, {type_name}", {n: round(x, 7) for n, x in figures.items()} | version)
+    assert figures["ours_to_float32"] <= 1e-4
+    assert figures["relative_l2"] <= ROUNDED_ACTIVATIONS.get((model_name, type_name), TOLERANCE)
 
 
 @needs_llama
@@ -105,5 +114,6 @@ def test_record_of_the_last_run_is_complete_and_good() -> None:
     found = json.loads(RECORD.read_text())
     for model_name in ("golden", "demo"):
         for type_name in ("f16", "q8_0"):
-            assert found[f"logits, {model_name}, {type_name}"]["relative_l2"] <= TOLERANCE
+            bound = ROUNDED_ACTIVATIONS.get((model_name, type_name), TOLERANCE)
+            assert found[f"logits, {model_name}, {type_name}"]["relative_l2"] <= bound
     assert sum(name.startswith("types, ") for name in found) == 9
