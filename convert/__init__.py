@@ -68,8 +68,8 @@ def convert(
 
     The files appear under their names only when complete; on any exception nothing is left and old files stay.
     Weights are read and written a few megabytes at a time, whatever the size of the model. The same source gives the
-    same bytes (on another kind of CPU the self-test's last bits may differ). A single file carries a self-test for
-    ``yivl_edge.verify``, which is computed from the source's weights on the way.
+    same bytes (with another CPU or number of BLAS threads, the self-test's last bits may differ). A single file
+    carries a self-test for ``yivl_edge.verify``, which is computed from the source's weights on the way.
 
     Raises:
         ValueError: an argument is none of the above.

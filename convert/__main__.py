@@ -58,6 +58,10 @@ def quantize_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: _Args) -> int:
+    patterns = [pattern for pattern, _ in args.tensor_type]
+    if len(set(patterns)) != len(patterns):
+        print("error: --tensor-type: every pattern may be given once", file=sys.stderr)
+        return 2
     try:
         with _termination_raises(), _progress() as on_progress:
             result = convert(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +26,7 @@ class GgufSource(Source):
 
     def __init__(self, path: Path, mmproj: Path | None) -> None:
         # Opening the model checks keys, tensors and shapes as if it were to be used.
-        _core.Model.open(str(path), str(mmproj or ""), 1, _core.Control())
+        _core.Model.open(os.fsencode(path), os.fsencode(mmproj or ""), 1, _core.Control())
         self._paths = [path] if mmproj is None else [path, mmproj]
         files = [_core.GgufFile.open(path) for path in self._paths]
         text, vision = files[0], files[-1]
@@ -98,12 +99,15 @@ class GgufSource(Source):
             remove_extra_whitespaces=read.remove_extra_whitespaces,
         )
 
+    def _name(self, tensor: Tensor) -> str:
+        """The tensor's name in the file."""
+        if not self._swapped or tensor.part is not Part.VISION:
+            return tensor.name
+        other = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
+        return ".".join(other.get(part, part) for part in tensor.name.split("."))
+
     def _find(self, tensor: Tensor) -> _core.GgufTensor:
-        name = tensor.name
-        if self._swapped and tensor.part is Part.VISION:
-            other = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
-            name = ".".join(other.get(part, part) for part in name.split("."))
-        return self._tensors[name]
+        return self._tensors[self._name(tensor)]
 
     def tensors(self, *, all_vision_blocks: bool) -> list[Tensor]:
         """See Source."""
@@ -116,7 +120,14 @@ class GgufSource(Source):
         return super().tensors(all_vision_blocks=all_vision_blocks)
 
     def check(self, table: Sequence[Tensor]) -> None:
-        """See Source: the core has checked it when the model was opened."""
+        """See Source; what runs, the core has checked when the model was opened."""
+        for tensor in table:
+            found = self._tensors.get(self._name(tensor))
+            if found is None or found.shape != tensor.shape:
+                what = "nothing" if found is None else f"shape {found.shape}"
+                raise CheckpointError(
+                    f"{self._paths[-1]}: {tensor.name} should have shape {tensor.shape}, found {what}"
+                )
 
     def type_of(self, tensor: Tensor) -> GGMLQuantizationType:
         """See Source."""

@@ -31,8 +31,9 @@ NOISE = {
 def error_limit(types: Iterable[str]) -> float:
     """The relative error beyond which a stage's weights, of these types, cannot be those of the source.
 
-    Rounding errors of weights grow a few times on their way through the blocks; a matrix that is not where it
-    belongs, or has its rows in the wrong order, changes outputs by as much as they are.
+    Rounding errors of weights grow a few times on their way through the blocks. A matrix that is not where it belongs,
+    or has its rows in the wrong order, changes outputs by up to as much as they are: below six bits, the limit is
+    too wide to tell every such fault.
     """
     return max(0.02, 12 * max(NOISE[name] for name in types))
 
