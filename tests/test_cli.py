@@ -339,7 +339,9 @@ def test_ctrl_c_stops_only_the_answer_being_given(golden_f32, golden_model):
         assert int(found[1]) > len(golden_model.prompt_ids(unanswered, image=False))
 
         # At the prompt it clears the line and says how to leave.
-        session.type("half a question\x03")
+        session.type("half a question")
+        session.read_until("half a question")  # so that it is being read when the interrupt comes
+        session.type("\x03")
         session.read_until(r"\(/exit or Ctrl-D ends the conversation\)\n> $")
         session.type("/exit\n")
         assert session.exit_code() == 0
