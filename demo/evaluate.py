@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from demo import conversations, scenes
 from demo import model as yivl
-from demo import scenes
 
 MAX_TOKENS = 96
 
@@ -33,7 +33,7 @@ class Question:
     scene: int
     family: str
     language: str
-    turns: tuple[scenes.Turn, ...]
+    turns: tuple[conversations.Turn, ...]
 
     @property
     def answer(self) -> str:
@@ -74,10 +74,10 @@ def questions(count: int) -> list[Question]:
     found = []
     for index in range(count):
         scene = scenes.make_scene(index, is_held_out_scene(index))
-        for shift, language in enumerate(scenes.LANGUAGES):
-            for attempt in range(len(scenes.FAMILIES)):
-                family = scenes.FAMILIES[(index + 5 * shift + attempt) % len(scenes.FAMILIES)]
-                if turns := scenes.ask(scene, family, language, f"evaluate/{index}"):
+        for shift, language in enumerate(conversations.LANGUAGES):
+            for attempt in range(len(conversations.FAMILIES)):
+                family = conversations.FAMILIES[(index + 5 * shift + attempt) % len(conversations.FAMILIES)]
+                if turns := conversations.ask(scene, family, language, f"evaluate/{index}"):
                     found.append(Question(index, family, language, tuple(turns)))
                     break
     return found
@@ -151,11 +151,11 @@ def engine_answers(file: Path, asked: Sequence[Question]) -> list[str]:
 def report(asked: Sequence[Question], columns: dict[str, list[str]]) -> str:
     """A table of accuracies in per cent: by family, by language, on combinations never shown, and overall."""
     rows: list[tuple[str, list[int]]] = []
-    for family in scenes.FAMILIES:
-        for language in scenes.LANGUAGES:
+    for family in conversations.FAMILIES:
+        for language in conversations.LANGUAGES:
             which = [i for i, q in enumerate(asked) if (q.family, q.language) == (family, language)]
             rows.append((f"{family} {language}", which))
-    for language in scenes.LANGUAGES:
+    for language in conversations.LANGUAGES:
         rows.append((f"all {language}", [i for i, q in enumerate(asked) if q.language == language]))
     rows.append(("held-out combinations", [i for i, q in enumerate(asked) if is_held_out_scene(q.scene)]))
     rows.append(("all", list(range(len(asked)))))

@@ -32,8 +32,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from demo import conversations, scenes
 from demo import model as yivl
-from demo import scenes
 
 FIRST_SEED = 1_000_000  # of the pictures of training; evaluation uses seeds below
 TEXT_TOKENS = 192  # of conversations about one picture
@@ -67,9 +67,9 @@ def train_tokenizer(vocab: int, seed: int) -> bytes:
     lines = []
     for i in range(4000):
         scene = scenes.make_scene(FIRST_SEED + i)
-        for family in scenes.FAMILIES:
-            for language in scenes.LANGUAGES:
-                for question, answer in scenes.ask(scene, family, language, rng.random()) or []:
+        for family in conversations.FAMILIES:
+            for language in conversations.LANGUAGES:
+                for question, answer in conversations.ask(scene, family, language, rng.random()) or []:
                     lines += [question, " " + answer]
     # Every printed word becomes one piece, after a space and after Chinese.
     lines += [line for word in scenes.WORDS for line in (f" The word is {word}.", f" 单词是{word}。")] * 1000
@@ -185,18 +185,22 @@ def _words(words: Iterable[str]) -> str:
 # A thing by colour, shape or both; a place, which is not what follows "的" (the left of something).
 THING = re.compile(
     rf"\b(?:({_words(scenes.COLOURS)}) )?({_words(scenes.SHAPES)})(?:e?s)?\b|\b({_words(scenes.COLOURS)})\b"
-    rf"|(?:({_words(scenes.COLOUR_ZH.values())})的)?({_words(scenes.SHAPE_ZH.values())})"
-    rf"|({_words(scenes.COLOUR_ZH.values())})"
+    rf"|(?:({_words(conversations.COLOUR_ZH.values())})的)?({_words(conversations.SHAPE_ZH.values())})"
+    rf"|({_words(conversations.COLOUR_ZH.values())})"
 )
 PLACE = re.compile(
-    rf"({_words([*scenes.PLACE_EN, 'in the middle'])})|(?<![的左右])({_words(scenes.PLACE_ZH)})"
+    rf"({_words([*conversations.PLACE_EN, 'in the middle'])})|(?<![的左右])({_words(conversations.PLACE_ZH)})"
 )
 ONE = re.compile(r"\bone\b|有一个")
 COLOUR_NUMBER = {
-    w: i + 1 for words in (scenes.COLOURS, scenes.COLOUR_ZH.values()) for i, w in enumerate(words)
+    w: i + 1 for words in (scenes.COLOURS, conversations.COLOUR_ZH.values()) for i, w in enumerate(words)
 }
-SHAPE_NUMBER = {w: i + 1 for words in (scenes.SHAPES, scenes.SHAPE_ZH.values()) for i, w in enumerate(words)}
-PLACE_NUMBER = {w: i + 1 for words in (scenes.PLACE_EN, scenes.PLACE_ZH) for i, w in enumerate(words)}
+SHAPE_NUMBER = {
+    w: i + 1 for words in (scenes.SHAPES, conversations.SHAPE_ZH.values()) for i, w in enumerate(words)
+}
+PLACE_NUMBER = {
+    w: i + 1 for words in (conversations.PLACE_EN, conversations.PLACE_ZH) for i, w in enumerate(words)
+}
 PLACE_NUMBER["in the middle"] = 5
 Words = tuple[
     int, int, int, int
@@ -234,7 +238,7 @@ class Writer:
         return tuple(ids), tuple(tuple(row) for row in words.tolist())
 
     def conversation(
-        self, turns: list[scenes.Turn], rng: random.Random, printed: str = ""
+        self, turns: list[conversations.Turn], rng: random.Random, printed: str = ""
     ) -> tuple[list[int], list[bool], list[Words]]:
         """Ids after the picture, which of them the model should have written, and what they speak of."""
         ids: list[int] = []
@@ -271,7 +275,9 @@ class Writer:
             turns = None
             while turns is None:
                 family = rng.choices(list(weights), list(weights.values()))[0]
-                turns = scenes.ask(scene, family, rng.choice(scenes.LANGUAGES), rng.getrandbits(40))
+                turns = conversations.ask(
+                    scene, family, rng.choice(conversations.LANGUAGES), rng.getrandbits(40)
+                )
                 if last and family == "count" and turns and ONE.search(turns[0][1]) and rng.random() < 0.5:
                     turns = None  # or nearly all would be counted as one
             new, mine, spoken = self.conversation(turns, rng, scene.text or "")

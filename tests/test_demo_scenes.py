@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from demo import scenes
+from demo import conversations, scenes
 
 
 def combination(thing: scenes.Thing) -> tuple[str, str, int]:
@@ -24,8 +24,8 @@ def test_seed_gives_the_same_scene_picture_and_questions() -> None:
     again, labels_again = scenes.render(second, 7)
     assert picture.tobytes() == again.tobytes()
     np.testing.assert_array_equal(labels, labels_again)
-    for family in scenes.FAMILIES:
-        assert scenes.ask(first, family, "en", 3) == scenes.ask(second, family, "en", 3)
+    for family in conversations.FAMILIES:
+        assert conversations.ask(first, family, "en", 3) == conversations.ask(second, family, "en", 3)
 
 
 def test_held_out_combinations_are_a_tenth_and_never_shown_in_training() -> None:
@@ -47,11 +47,13 @@ def test_things_stand_in_reading_order_and_never_on_the_text() -> None:
             assert all(cell // 3 != scene.row for cell in cells)
 
 
-@pytest.mark.parametrize("language", scenes.LANGUAGES)
-@pytest.mark.parametrize("family", scenes.FAMILIES)
+@pytest.mark.parametrize("language", conversations.LANGUAGES)
+@pytest.mark.parametrize("family", conversations.FAMILIES)
 def test_every_family_can_be_asked(family: str, language: str) -> None:
     found = [
-        turns for seed in range(40) if (turns := scenes.ask(scenes.make_scene(seed), family, language, seed))
+        turns
+        for seed in range(40)
+        if (turns := conversations.ask(scenes.make_scene(seed), family, language, seed))
     ]
     assert len(found) >= 8
     assert all(len(turns) > 1 for turns in found) == (family == "followup")
@@ -77,7 +79,7 @@ def every_turn(scene: scenes.Scene, family: str, language: str) -> dict[str, str
     """Question -> answer over many seeds; a question must not have two answers."""
     found: dict[str, str] = {}
     for seed in range(400):
-        turns = scenes.ask(scene, family, language, seed)
+        turns = conversations.ask(scene, family, language, seed)
         if turns and len(turns) == 1:
             question, answer = turns[0]
             assert found.setdefault(question, answer) == answer
@@ -111,12 +113,12 @@ def test_answers_of_a_known_scene(family: str, language: str, question: str, ans
     assert every_turn(SCENE, family, language)[question] == answer
 
 
-@pytest.mark.parametrize("language", scenes.LANGUAGES)
+@pytest.mark.parametrize("language", conversations.LANGUAGES)
 def test_a_question_has_one_answer_in_all_families(language: str) -> None:
     answers: dict[str, str] = {}
     for scene in (SCENE, scenes.make_scene(0), scenes.make_scene(2)):
         answers.clear()
-        for family in scenes.FAMILIES:
+        for family in conversations.FAMILIES:
             for question, answer in every_turn(scene, family, language).items():
                 assert answers.setdefault(question, answer) == answer
 
