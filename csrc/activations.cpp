@@ -11,16 +11,20 @@ public:
     RecordingOps(std::unique_ptr<Ops> ops, ActivationStatistics& statistics)
         : ops_(std::move(ops)), statistics_(statistics) {}
 
-    void linear(Mat y, ConstMat x, const Weight& w, Vec bias) override {
-        statistics_.add(w, x);
-        ops_->linear(y, x, w, bias);
+    void linear(ConstMat x, std::span<const Product> products) override {
+        for (const Product& product : products) statistics_.add(product.w, x);
+        ops_->linear(x, products);
+    }
+    void gated_linear(Mat y, ConstMat x, const Weight& gate, const Weight& up) override {
+        statistics_.add(gate, x);
+        statistics_.add(up, x);
+        ops_->gated_linear(y, x, gate, up);
     }
     void layer_norm(Mat y, ConstMat x, Vec weight, Vec bias, float eps) override {
         ops_->layer_norm(y, x, weight, bias, eps);
     }
     void rms_norm(Mat y, ConstMat x, Vec weight, float eps) override { ops_->rms_norm(y, x, weight, eps); }
     void gelu(Mat x) override { ops_->gelu(x); }
-    void swiglu(Mat gate, ConstMat up) override { ops_->swiglu(gate, up); }
     void add(Mat y, ConstMat x) override { ops_->add(y, x); }
     void rope(Mat x, int64_t head_dim, int64_t first, float theta) override { ops_->rope(x, head_dim, first, theta); }
     void attention(Mat out, ConstMat q, ConstMat k, ConstMat v, const AttentionShape& shape) override {

@@ -1,12 +1,13 @@
 // The seam between the forward path and a backend: the operations that a stage may ask for, and nothing else.
 //
 // Letters: N patches, T tokens, D width, H heads, K KV heads, hd head dim, F MLP width, V vocabulary.
-// In `linear` alone: T rows of x, I columns of x (inputs), O rows of W (outputs).
+// In products alone: T rows of x, I columns of x (inputs), O rows of W (outputs).
 #pragma once
 
 #include <cassert>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <span>
 
@@ -61,6 +62,17 @@ struct Weight {
 
 using Vec = std::span<const float>;
 
+// What becomes of a product v: y = v, y = y + v or y = gelu(v).
+enum class Then { store, add, gelu };
+
+// y (T, O) = x W^T + b, for the x (T, I) of the call; an empty bias is none.
+struct Product {
+    Mat y;
+    Weight w;
+    Vec bias = {};
+    Then then = Then::store;
+};
+
 struct AttentionShape {
     int64_t n_heads;     // H
     int64_t n_kv_heads;  // K, divides H
@@ -75,16 +87,19 @@ class Ops {
 public:
     virtual ~Ops() = default;
 
-    // y (T, O) = x (T, I) W^T + b; an empty bias is none.
-    virtual void linear(Mat y, ConstMat x, const Weight& w, Vec bias = {}) = 0;
+    // Products of one x, which none of them may overwrite.
+    virtual void linear(ConstMat x, std::span<const Product> products) = 0;
+    void linear(ConstMat x, std::initializer_list<Product> products) {
+        linear(x, std::span(products.begin(), products.size()));
+    }
+    // y (T, F) = silu(x Wg^T) * (x Wu^T), silu(v) = v / (1 + exp(-v))
+    virtual void gated_linear(Mat y, ConstMat x, const Weight& gate, const Weight& up) = 0;
     // y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, per row; y may be x.
     virtual void layer_norm(Mat y, ConstMat x, Vec weight, Vec bias, float eps) = 0;
     // y = x / sqrt(mean(x^2) + eps) * weight, per row; y may be x.
     virtual void rms_norm(Mat y, ConstMat x, Vec weight, float eps) = 0;
     // x = x/2 * (1 + erf(x / sqrt(2)))
     virtual void gelu(Mat x) = 0;
-    // gate = gate / (1 + exp(-gate)) * up
-    virtual void swiglu(Mat gate, ConstMat up) = 0;
     // y += x
     virtual void add(Mat y, ConstMat x) = 0;
     // Rotates adjacent pairs (2j, 2j+1) of every head of x (T, H*hd) by position * theta^(-2j/hd); row i is at position

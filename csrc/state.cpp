@@ -55,7 +55,6 @@ DecoderState::DecoderState(const DecoderConfig& c, int64_t n_ctx, int64_t batch)
       q(batch, c.q_width()),
       attn(batch, c.q_width()),
       gate(batch, c.mlp_width),
-      up(batch, c.mlp_width),
       logits(1, c.vocab_size) {
     for (int64_t i = 0; i < c.n_layers; ++i) {
         k_cache.emplace_back(n_ctx, c.kv_width());
@@ -68,7 +67,7 @@ int64_t DecoderState::kv_bytes(const DecoderConfig& c, int64_t n_ctx) {
 }
 
 int64_t DecoderState::activation_bytes(const DecoderConfig& c, int64_t batch) {
-    const int64_t floats = batch * (2 * c.width + 2 * c.q_width() + 2 * c.mlp_width) + c.vocab_size;
+    const int64_t floats = batch * (2 * c.width + 2 * c.q_width() + c.mlp_width) + c.vocab_size;
     return floats * static_cast<int64_t>(sizeof(float));
 }
 

@@ -53,7 +53,7 @@ struct DecoderState {
     Buffer h;                              // (B, D) normalised
     Buffer q;                              // (B, H hd)
     Buffer attn;                           // (B, H hd)
-    Buffer gate, up;                       // (B, F)
+    Buffer gate;                           // (B, F)
     Buffer logits;                         // (1, V)
     std::vector<Buffer> k_cache, v_cache;  // L of (n_ctx, K hd)
 

@@ -27,19 +27,20 @@ void cut_patches(Mat patches, Vec pixels, const VitConfig& c) {
 void embed_patches(const VitWeights& w, const VitConfig& c, VitState& s, Vec pixels, Ops& ops) {
     const Mat x = s.x.view();
     cut_patches(s.patches.view(), pixels, c);
-    ops.linear(x.row_range(1, c.n_patches()), s.patches.view(), w.patch_embedding);
+    ops.linear(s.patches.view(), {{x.row_range(1, c.n_patches()), w.patch_embedding}});
     std::ranges::copy(w.class_embedding, x.row(0).begin());
     ops.add(x, w.position_embedding);
 }
 
+// x = x + W_o attention(W_q h, W_k h, W_v h)
 void self_attention(const VitBlockWeights& w, const VitConfig& c, VitState& s, Ops& ops) {
     const Mat h = s.h.view();
-    ops.linear(s.q.view(), h, w.q.weight, w.q.bias);
-    ops.linear(s.k.view(), h, w.k.weight, w.k.bias);
-    ops.linear(s.v.view(), h, w.v.weight, w.v.bias);
+    ops.linear(h, {{s.q.view(), w.q.weight, w.q.bias},
+                   {s.k.view(), w.k.weight, w.k.bias},
+                   {s.v.view(), w.v.weight, w.v.bias}});
     ops.attention(s.attn.view(), s.q.view(), s.k.view(), s.v.view(),
                   {.n_heads = c.n_heads, .n_kv_heads = c.n_heads, .head_dim = c.head_dim, .causal = false});
-    ops.linear(h, s.attn.view(), w.out.weight, w.out.bias);
+    ops.linear(s.attn.view(), {{s.x.view(), w.out.weight, w.out.bias, Then::add}});
 }
 
 }  // namespace
@@ -56,13 +57,10 @@ ConstMat vit_forward(const VitWeights& w, const VitConfig& c, VitState& s, Vec p
         // x = x + attention(LN1(x))
         ops.layer_norm(h, x, block.ln1.weight, block.ln1.bias, c.norm_eps);
         self_attention(block, c, s, ops);
-        ops.add(x, h);
         // x = x + fc2(gelu(fc1(LN2(x))))
         ops.layer_norm(h, x, block.ln2.weight, block.ln2.bias, c.norm_eps);
-        ops.linear(s.mlp.view(), h, block.fc1.weight, block.fc1.bias);
-        ops.gelu(s.mlp.view());
-        ops.linear(h, s.mlp.view(), block.fc2.weight, block.fc2.bias);
-        ops.add(x, h);
+        ops.linear(h, {{s.mlp.view(), block.fc1.weight, block.fc1.bias, Then::gelu}});
+        ops.linear(s.mlp.view(), {{x, block.fc2.weight, block.fc2.bias, Then::add}});
         control.progress(Stage::image, static_cast<double>(i + 1) / static_cast<double>(w.blocks.size() + 1));
     }
     return x.row_range(1, c.n_patches());

@@ -1,6 +1,7 @@
 """Every operation, on every instruction set of this machine, against numpy in float64."""
 
 import math
+import itertools
 import os
 import subprocess
 import sys
@@ -157,6 +158,39 @@ def test_linear_with_every_weight_type(isa: str, qtype: GGMLQuantizationType) ->
         assert relative_error(y, product(isa, x, w)[0]) < 2e-6
 
 
+@pytest.mark.parametrize("qtype", [GGMLQuantizationType.F16, GGMLQuantizationType.Q4_0], ids=lambda t: t.name)
+def test_linear_can_add_its_output_or_take_its_gelu(isa: str, qtype: GGMLQuantizationType) -> None:
+    ops = _core.KernelOps(isa, 2)
+    for rows, tokens in ((70, 1), (70, 19), (300, 300)):
+        data, _ = random_weights(qtype, rows, 256, 4)
+        x, bias = normal(5, tokens, 256), normal(6, rows)
+        plain, added, curved = (strided(normal(7, tokens, rows)) for _ in range(3))
+        before = added.copy()
+        for y, then in ((plain, "store"), (added, "add"), (curved, "gelu")):
+            ops.linear(y, strided(x), data.reshape(-1), qtype.value, bias, then=then)
+        assert np.array_equal(added, before + plain)
+        ops.gelu(plain)
+        assert np.array_equal(curved, plain)
+
+
+def test_gated_linear_is_the_gated_product_of_two(isa: str) -> None:
+    ops = _core.KernelOps(isa, 2)
+    kinds = [GGMLQuantizationType.F16, GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q6_K]
+    for gate_type, up_type in itertools.product(kinds, kinds):
+        for rows, tokens in ((70, 1), (300, 19)):
+            (gate, _), (up, _) = random_weights(gate_type, rows, 256, 1), random_weights(up_type, rows, 256, 2)
+            x = normal(5, tokens, 256)
+            y = strided(np.zeros((tokens, rows), np.float32))
+            ops.gated_linear(y, strided(x), gate.reshape(-1), gate_type.value, up.reshape(-1), up_type.value)
+            g, u = np.zeros((2, tokens, rows), np.float32)
+            ops.linear(g, x, gate.reshape(-1), gate_type.value)
+            ops.linear(u, x, up.reshape(-1), up_type.value)
+            wide = g.astype(np.float64)
+            exact = wide / (1 + np.exp(-wide)) * u
+            # As in test_swiglu.
+            assert np.all(np.abs(y - exact) <= 10 * EPS * np.abs(exact) + 1e-30)
+
+
 @pytest.mark.skipif("amx" not in ISAS, reason="this CPU has no AMX")
 class TestBfloatTiles:
     """Linear on AMX against exact sums of rounded operands."""
@@ -271,8 +305,11 @@ def test_swiglu(isa: str) -> None:
         np.float32
     )[None]
     up = normal(1, *gate.shape)
-    y = strided(gate)
-    ops.swiglu(y, strided(up))
+    y = strided(gate.T)
+    # Products that only take gate and up apart: float32 weights of 1 and 0.
+    first, second = (as_bytes(row) for row in np.eye(2, dtype=np.float32)[:, None])
+    ops.gated_linear(y, strided(np.concatenate([gate, up]).T), first, F32, second, F32)
+    y = y.T
     wide = gate.astype(np.float64)
     with np.errstate(over="ignore"):
         exact = wide / (1 + np.exp(-wide)) * up
@@ -463,12 +500,11 @@ def test_row_operations_do_not_depend_on_threads(isa: str) -> None:
     results = []
     for threads in (1, 2, 3):
         ops = _core.KernelOps(isa, threads)
-        norm, gelu, silu, rope = (x.copy() for _ in range(4))
+        norm, gelu, rope = (x.copy() for _ in range(3))
         ops.layer_norm(norm, x, w, w, 1e-5)
         ops.gelu(gelu)
-        ops.swiglu(silu, up)
         ops.rope(rope, 80, 5, 1e4)
-        results.append(np.stack([norm, gelu, silu, rope]))
+        results.append(np.stack([norm, gelu, rope]))
     assert np.array_equal(results[0], results[1])
     assert np.array_equal(results[0], results[2])
 

@@ -111,9 +111,9 @@ public:
 
     // The same on tiles of bfloat16; 0 if the instruction set has none.
     int64_t bfloat_multiply_add(int64_t rounds) {
-        if (kernels_.bfloat == nullptr) return 0;
+        if (kernels_.packed == nullptr) return 0;
         std::atomic<int64_t> operations{0};
-        run(pool_.n_threads(), [&](int64_t) { operations += kernels_.bfloat->multiply_add(rounds); });
+        run(pool_.n_threads(), [&](int64_t) { operations += kernels_.packed->multiply_add(rounds); });
         return operations;
     }
 
@@ -141,13 +141,15 @@ private:
 };
 
 void linear(KernelOps& self, Floats y, const Floats& x, const Bytes& bytes, uint32_t type,
-            const std::optional<Floats>& bias, KernelControl* control) {
+            const std::optional<Floats>& bias, KernelControl* control, const std::string& then) {
     const Mat to = out(y, "y");
     const ConstMat from = in(x, "x");
     const Weight w = weight(bytes, type, to.cols, from.cols);
     const Vec b = bias ? vec(*bias) : Vec{};
     require(to.rows == from.rows && (b.empty() || static_cast<int64_t>(b.size()) == w.rows), "shapes do not match");
-    self.run(control, [&](Ops& ops) { ops.linear(to, from, w, b); });
+    require(then == "store" || then == "add" || then == "gelu", "then must be store, add or gelu");
+    const Then what = then == "add" ? Then::add : then == "gelu" ? Then::gelu : Then::store;
+    self.run(control, [&](Ops& ops) { ops.linear(from, {{to, w, b, what}}); });
 }
 
 void layer_norm(KernelOps& self, Floats y, const Floats& x, const Floats& weight, const Floats& bias, float eps) {
@@ -169,11 +171,14 @@ void gelu(KernelOps& self, Floats x) {
     self.run(nullptr, [to = out(x, "x")](Ops& ops) { ops.gelu(to); });
 }
 
-void swiglu(KernelOps& self, Floats gate, const Floats& up) {
-    const Mat to = out(gate, "gate");
-    const ConstMat from = in(up, "up");
-    require(to.rows == from.rows && to.cols == from.cols, "shapes do not match");
-    self.run(nullptr, [&](Ops& ops) { ops.swiglu(to, from); });
+void gated_linear(KernelOps& self, Floats y, const Floats& x, const Bytes& gate, uint32_t gate_type, const Bytes& up,
+                  uint32_t up_type) {
+    const Mat to = out(y, "y");
+    const ConstMat from = in(x, "x");
+    const Weight w_gate = weight(gate, gate_type, to.cols, from.cols);
+    const Weight w_up = weight(up, up_type, to.cols, from.cols);
+    require(to.rows == from.rows, "shapes do not match");
+    self.run(nullptr, [&](Ops& ops) { ops.gated_linear(to, from, w_gate, w_up); });
 }
 
 void add(KernelOps& self, Floats y, const Floats& x) {
@@ -260,11 +265,12 @@ void bind_kernels(py::module_& m) {
         .def_property_readonly("isa", &KernelOps::isa)
         .def_property_readonly("n_threads", &KernelOps::n_threads)
         .def("linear", &linear, to("y"), to("x"), py::arg("bytes"), py::arg("type"), py::arg("bias") = py::none(),
-             control)
+             control, py::arg("then") = "store")
+        .def("gated_linear", &gated_linear, to("y"), to("x"), py::arg("gate"), py::arg("gate_type"), py::arg("up"),
+             py::arg("up_type"))
         .def("layer_norm", &layer_norm, to("y"), to("x"), py::arg("weight"), py::arg("bias"), py::arg("eps"))
         .def("rms_norm", &rms_norm, to("y"), to("x"), py::arg("weight"), py::arg("eps"))
         .def("gelu", &gelu, to("x"))
-        .def("swiglu", &swiglu, to("gate"), to("up"))
         .def("add", &add, to("y"), to("x"))
         .def("rope", &rope, to("x"), py::arg("head_dim"), py::arg("first"), py::arg("theta"))
         .def("attention", &attention, to("y"), to("q"), to("k"), to("v"), py::arg("n_heads"), py::arg("n_kv_heads"),

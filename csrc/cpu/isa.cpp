@@ -23,7 +23,7 @@ const Kernels& amx_kernels() {
     static const Kernels kernels = [] {
         Kernels k = kAvx512Kernels;
         k.name = "amx";
-        k.bfloat = &kAmxBfloatKernels;
+        k.packed = &kAmxPackedKernels;
         return k;
     }();
     return kernels;

@@ -11,7 +11,7 @@ namespace yivl {
 extern const Kernels kPortableKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
-extern const BfloatKernels kAmxBfloatKernels;
+extern const PackedKernels kAmxPackedKernels;
 
 // The kernel tables that this CPU can run, best first.
 std::vector<const Kernels*> available_kernels();

@@ -36,20 +36,21 @@ struct AttentionPiece {
     int64_t row_begin, row_end;  // the query rows of this piece
 };
 
-// x of a product whose operands are rounded to bfloat16, to be packed.
-struct BfloatPack {
+// x of a product of packed operands.
+struct PackedInput {
     const float* x;
     int64_t x_stride;
     int64_t n_tokens;
     int64_t cols;
-    WeightType type;  // of the weights, which decides the order of columns
+    int order;  // of the columns, as the type of the weights wants it
 };
 
 // A piece of such a product: some rows of the weights for all tokens.
-struct BfloatPiece {
+struct PackedPiece {
     float* y;  // token 0, first of the piece's outputs
     int64_t y_stride;
-    const std::byte* x;  // packed
+    bool add;  // to y
+    const std::byte* x;
     int64_t n_tokens;
     WeightType type;
     const std::byte* w;  // first row of the piece
@@ -59,16 +60,20 @@ struct BfloatPiece {
     const float* bias;  // of the first row; null: none
 };
 
-// Linear with weights and x rounded to bfloat16 (nearest, ties to even) and float32 sums.
-struct BfloatKernels {
+// Products whose operands are brought into another form first.
+struct PackedKernels {
+    static constexpr int kOrders = 2;
+
+    // In what order of columns x is packed for weights of this type, [0, kOrders); -1: not for this type.
+    int (*order)(WeightType type);
     // Bytes of packed x, to be aligned to 64.
     int64_t (*packed_bytes)(int64_t n_tokens, int64_t cols);
     // Packs tokens [16 * group, 16 * group + 16).
-    void (*pack)(std::byte* dst, const BfloatPack& x, int64_t group);
+    void (*pack)(std::byte* dst, const PackedInput& x, int64_t group);
     // Bytes of scratch, aligned to 64, for a piece of n_rows.
     int64_t (*scratch_bytes)(int64_t n_tokens, int64_t n_rows, int64_t cols);
     // `stop` is polled every few milliseconds; the output is not complete if it said true.
-    void (*linear)(const BfloatPiece& piece, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg);
+    void (*linear)(const PackedPiece& piece, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg);
     // For benchmarks: `rounds` of multiply-adds on registers; returns how many operations that was.
     int64_t (*multiply_add)(int64_t rounds);
 };
@@ -106,8 +111,8 @@ struct Kernels {
     int64_t (*multiply_add)(int64_t rounds, float* sink);
     void (*read)(const float* x, int64_t n, float* sink);
 
-    // For weights of any type but F32, in place of dequantize, dot and multiply; null: none.
-    const BfloatKernels* bfloat;
+    // In place of dequantize, dot and multiply for the types that it takes; null: none.
+    const PackedKernels* packed;
 };
 
 }  // namespace yivl
@@ -129,5 +134,5 @@ struct Kernels {
         .attention = space::attention,                 \
         .multiply_add = space::multiply_add,           \
         .read = space::read,                           \
-        .bfloat = nullptr,                             \
+        .packed = nullptr,                             \
     }

@@ -119,6 +119,7 @@ YIVL_INLINE __m512 from_half(const std::byte* p) {
 bool even_columns_first(WeightType type) {
     return type == WeightType::Q4_0 || type == WeightType::Q4_K || type == WeightType::Q5_K;
 }
+int order(WeightType type) { return type == WeightType::F32 ? -1 : even_columns_first(type) ? 1 : 0; }
 YIVL_INLINE __m512i evens_then_odds() {
     alignas(64) static constexpr uint16_t kOrder[32] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
                                                         1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
@@ -411,12 +412,12 @@ int64_t packed_bytes(int64_t n_tokens, int64_t cols) {
     return divide_up(n_tokens, kTileTokens) * steps * kTileBytes;
 }
 
-void pack_few(std::byte* dst, const BfloatPack& p) {
+void pack_few(std::byte* dst, const PackedInput& p) {
     const int64_t n = p.n_tokens;
     const __m512i order = evens_then_odds();
     const __m512i places = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                               _mm512_set1_epi32(static_cast<int>(n)));
-    const bool reorder = even_columns_first(p.type);
+    const bool reorder = p.order == 1;
     for (int64_t col = 0; col < p.cols; col += kTileCols, dst += n * 64) {
         for (int64_t t = 0; t < n; ++t) {
             __m512i v = bfloats_of(p.x + t * p.x_stride + col, p.cols - col);
@@ -426,13 +427,13 @@ void pack_few(std::byte* dst, const BfloatPack& p) {
     }
 }
 
-void pack(std::byte* dst, const BfloatPack& p, int64_t group) {
+void pack(std::byte* dst, const PackedInput& p, int64_t group) {
     if (p.n_tokens < kTileTokens) return pack_few(dst, p);
     const int64_t token = group * kTileTokens;
     const int64_t n = min64(kTileTokens, p.n_tokens - token);
     dst += group * divide_up(p.cols, kTileCols) * kTileBytes;
     const __m512i order = evens_then_odds();
-    const bool reorder = even_columns_first(p.type);
+    const bool reorder = p.order == 1;
     for (int64_t col = 0; col < p.cols; col += kTileCols, dst += kTileBytes) {
         __m512i r[16];
         YIVL_UNROLL
@@ -448,8 +449,8 @@ void pack(std::byte* dst, const BfloatPack& p, int64_t group) {
 
 // ---- products ----
 
-// y[t][row] = sums + bias for n_rows <= 16 rows and n_tokens <= 16 tokens; `sums` is an accumulator as stored.
-void put_sums(const BfloatPiece& p, const std::byte* sums, int64_t row, int64_t n_rows, int64_t token,
+// y[t][row] = or += sums + bias for n_rows <= 16 rows and n_tokens <= 16 tokens; `sums` is an accumulator as stored.
+void put_sums(const PackedPiece& p, const std::byte* sums, int64_t row, int64_t n_rows, int64_t token,
               int64_t n_tokens) {
     __m512i r[16];
     YIVL_UNROLL
@@ -462,7 +463,8 @@ void put_sums(const BfloatPiece& p, const std::byte* sums, int64_t row, int64_t 
     for (int t = 0; t < 16; ++t) {
         if (t < n_tokens) {
             const __m512 sum = _mm512_castsi512_ps(r[t]);
-            const __m512 out = p.bias == nullptr ? sum : _mm512_add_ps(sum, bias);
+            __m512 out = p.bias == nullptr ? sum : _mm512_add_ps(sum, bias);
+            if (p.add) out = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, y + t * p.y_stride), out);
             _mm512_mask_storeu_ps(y + t * p.y_stride, mask, out);
         }
     }
@@ -477,7 +479,7 @@ struct Weights {
     Unpack unpack;
     int64_t block, block_bytes;
 
-    explicit Weights(const BfloatPiece& p)
+    explicit Weights(const PackedPiece& p)
         : type(p.type),
           data(p.w),
           row_bytes(p.row_bytes),
@@ -499,7 +501,7 @@ struct Weights {
 
 // Few tokens: memory sets the pace. Weights are unpacked into one buffer while the tiles are fed from the other, which
 // has left the store queue by then.
-void linear_few(const BfloatPiece& p, std::byte* scratch) {
+void linear_few(const PackedPiece& p, std::byte* scratch) {
     const Weights weights(p);
     constexpr int64_t kBuffer = 2 * kChunkSteps * kTileBytes;
     constexpr int64_t kRowsPerStep = kFewRows / kChunkSteps;
@@ -581,7 +583,7 @@ void multiply_block(std::byte* to, const std::byte* from, int64_t token_step, co
 }
 
 // Many tokens: a slab of weights is unpacked once for all of them; with more than one slab the sums wait in memory.
-void linear_many(const BfloatPiece& p, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
+void linear_many(const PackedPiece& p, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
     const Weights weights(p);
     const int64_t steps = divide_up(p.cols, kTileCols);
     const int64_t slab = slab_steps(p.cols);
@@ -634,7 +636,7 @@ int64_t scratch_bytes(int64_t n_tokens, int64_t n_rows, int64_t cols) {
     return divide_up(n_rows, kTileRows) * (slab + 2 + waiting) * kTileBytes;
 }
 
-void linear(const BfloatPiece& piece, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
+void linear(const PackedPiece& piece, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
     begin_tiles(min64(piece.n_tokens, kTileTokens));
     if (piece.n_tokens < kTileTokens) {
         linear_few(piece, scratch);
@@ -673,7 +675,8 @@ YIVL_TARGET_END
 
 namespace yivl {
 
-const BfloatKernels kAmxBfloatKernels = {
+const PackedKernels kAmxPackedKernels = {
+    .order = amx::order,
     .packed_bytes = amx::packed_bytes,
     .pack = amx::pack,
     .scratch_bytes = amx::scratch_bytes,

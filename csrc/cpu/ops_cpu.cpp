@@ -14,19 +14,19 @@ namespace yivl {
 
 namespace {
 
-// Rows of weights that are widened at a time, and rows of x that use them. A slab of both then fits the second-level
-// cache, and widening costs little beside its use.
+// Rows of x that are multiplied at a time.
+constexpr int64_t kTokenBlock = 1152;
+// Products in float32: rows of weights that are widened at a time, and rows of x that use them. A slab of both then fits
+// the second-level cache, and widening costs little beside its use.
 constexpr int64_t kRowBlock = 64;
-constexpr int64_t kTokenBlock = 256;
+constexpr int64_t kSlabTokens = 256;
 // With few rows of x the widened weights are used only once: keep them in the first-level cache.
 constexpr int64_t kFewTokens = 4;
 constexpr int64_t kFewRowBlock = 8;
-// The same for products in bfloat16: sums of so many rows and tokens wait in the second-level cache.
-constexpr int64_t kBfloatRowBlock = 256;
-constexpr int64_t kBfloatTokenBlock = 1152;
-constexpr int64_t kBfloatTokens = 16;  // that are packed together
-// Rows of one piece, at least.
-constexpr int64_t kBfloatRows = 32;
+// Products of packed operands: rows of one piece.
+constexpr int64_t kPackedRowBlock = 256;
+constexpr int64_t kPackedRows = 32;
+constexpr int64_t kPackedTokens = 16;  // that are packed together
 // Query rows that share a packed block of keys.
 constexpr int64_t kQueryRows = 128;
 
@@ -34,8 +34,8 @@ constexpr int64_t kQueryRows = 128;
 // to a thread should not be smaller.
 constexpr int64_t kInlineWork = 1 << 16;
 constexpr int64_t kPieceWork = 1 << 17;
-// Multiply-adds in bfloat16 that take as long as one in float32.
-constexpr int64_t kBfloatSpeed = 16;
+// Multiply-adds of packed operands that take as long as one in float32.
+constexpr int64_t kPackedSpeed = 4;
 // Multiply-adds that take as long as one transcendental function, or as one value read and written.
 constexpr int64_t kFunctionWork = 16;
 constexpr int64_t kCopyWork = 2;
@@ -76,23 +76,17 @@ class CpuOps final : public Ops {
 public:
     CpuOps(CpuState& state, Control& control) : state_(state), kernels_(state.kernels), control_(control) {}
 
-    void linear(Mat y, ConstMat x, const Weight& w, Vec bias) override {
-        assert(x.cols == w.cols && y.cols == w.rows && y.rows == x.rows);
-        assert(bias.empty() || static_cast<int64_t>(bias.size()) == w.rows);
-        if (kernels_.bfloat != nullptr && w.type != WeightType::F32) {
-            for (int64_t token = 0; token < x.rows; token += kBfloatTokenBlock) {
-                const int64_t n = std::min(kBfloatTokenBlock, x.rows - token);
-                linear_bfloat(*kernels_.bfloat, y.row_range(token, n), x.row_range(token, n), w, bias);
-            }
-            return;
-        }
-        if (x.rows <= kFewTokens) {
-            linear_block(y, Slabs{x.data, x.stride, kSlab}, x.rows, w, bias, kFewRowBlock);
-            return;
-        }
+    void linear(ConstMat x, std::span<const Product> products) override {
         for (int64_t token = 0; token < x.rows; token += kTokenBlock) {
             const int64_t n = std::min(kTokenBlock, x.rows - token);
-            linear_block(y.row_range(token, n), packed(x.row_range(token, n)), n, w, bias, kRowBlock);
+            linear_block(x.row_range(token, n), products, token);
+        }
+    }
+
+    void gated_linear(Mat y, ConstMat x, const Weight& gate, const Weight& up) override {
+        for (int64_t token = 0; token < x.rows; token += kTokenBlock) {
+            const int64_t n = std::min(kTokenBlock, x.rows - token);
+            gated_linear_block(y.row_range(token, n), x.row_range(token, n), gate, up);
         }
     }
 
@@ -112,11 +106,6 @@ public:
 
     void gelu(Mat x) override {
         each_row(x, kFunctionWork, [&](int64_t i) { kernels_.gelu(x.row(i).data(), x.cols); });
-    }
-
-    void swiglu(Mat gate, ConstMat up) override {
-        assert(gate.rows == up.rows && gate.cols == up.cols);
-        each_row(up, kFunctionWork, [&](int64_t i) { kernels_.swiglu(gate.row(i).data(), up.row(i).data(), up.cols); });
     }
 
     void add(Mat y, ConstMat x) override {
@@ -244,10 +233,37 @@ private:
         int64_t slab_step;
     };
 
-    // x with each slab's rows side by side: rows that lie a power of two apart would compete for the same cache lines.
-    Slabs packed(ConstMat x) {
+    // x as some weights want it: in slabs of float32, or packed in one order or the other.
+    struct Input {
+        ConstMat x;
+        Slabs slabs;
+        const std::byte* packed[PackedKernels::kOrders];
+    };
+
+    // The order in which x is packed for weights of this type, -1 for products in float32.
+    int order_for(const Weight& w) const { return kernels_.packed == nullptr ? -1 : kernels_.packed->order(w.type); }
+
+    // Makes the forms that are new to `input`.
+    void prepare(Input& input, const Weight& w) {
+        const ConstMat x = input.x;
+        const int order = order_for(w);
+        if (order < 0) {
+            if (input.slabs.data == nullptr) input.slabs = slabs_of(x);
+            return;
+        }
+        if (input.packed[order] != nullptr) return;
+        const PackedInput from{x.data, x.stride, x.rows, x.cols, order};
+        std::byte* to = packed_[order].bytes(kernels_.packed->packed_bytes(x.rows, x.cols));
+        run(divide_up(x.rows, kPackedTokens), kPackedTokens * x.cols * kCopyWork,
+            [&](int64_t group, Scratch&) { kernels_.packed->pack(to, from, group); });
+        input.packed[order] = to;
+    }
+
+    // Rows far apart by a power of two would compete for the same cache lines: each slab's rows lie side by side.
+    Slabs slabs_of(ConstMat x) {
+        if (x.rows <= kFewTokens) return {x.data, x.stride, kSlab};
         const int64_t slab_step = x.rows * kSlab;
-        float* to = packed_.floats(slab_step * divide_up(x.cols, kSlab));
+        float* to = slabs_.floats(slab_step * divide_up(x.cols, kSlab));
         run(x.rows, x.cols * kCopyWork, [&](int64_t t, Scratch&) {
             for (int64_t col = 0; col < x.cols; col += kSlab) {
                 const size_t n = static_cast<size_t>(std::min(kSlab, x.cols - col));
@@ -257,58 +273,125 @@ private:
         return {to, kSlab, slab_step};
     }
 
-    void linear_bfloat(const BfloatKernels& kernels, Mat y, ConstMat x, const Weight& w, Vec bias) {
-        const BfloatPack from{x.data, x.stride, x.rows, x.cols, w.type};
-        std::byte* packed = packed_.bytes(kernels.packed_bytes(x.rows, x.cols));
-        run(divide_up(x.rows, kBfloatTokens), kBfloatTokens * x.cols * kCopyWork,
-            [&](int64_t group, Scratch&) { kernels.pack(packed, from, group); });
-
+    // Rows of one piece.
+    int64_t row_block(const Weight& w, int64_t n_tokens) const {
+        if (order_for(w) < 0) return n_tokens <= kFewTokens ? kFewRowBlock : kRowBlock;
         // Several pieces for each thread, so that all end at about the same time.
         const int64_t share = divide_up(w.rows, 8 * state_.pool.n_threads());
-        const int64_t row_block = std::min(divide_up(share, kBfloatRows) * kBfloatRows, kBfloatRowBlock);
-        const int64_t scratch_bytes = kernels.scratch_bytes(x.rows, row_block, w.cols);
-        const auto cancelled = [](const void* control) { return static_cast<const Control*>(control)->cancelled(); };
-        run(divide_up(w.rows, std::max<int64_t>(row_block, 1)),
-            row_block * w.cols * (kCopyWork + x.rows / kBfloatSpeed), [&](int64_t item, Scratch& scratch) {
-                const int64_t row = item * row_block;
-                const BfloatPiece piece{
-                    .y = y.data + row,
-                    .y_stride = y.stride,
-                    .x = packed,
-                    .n_tokens = x.rows,
-                    .type = w.type,
-                    .w = w.data + row * w.row_bytes(),
-                    .row_bytes = w.row_bytes(),
-                    .n_rows = std::min(row_block, w.rows - row),
-                    .cols = w.cols,
-                    .bias = bias.empty() ? nullptr : bias.data() + row,
-                };
-                kernels.linear(piece, scratch.bytes(scratch_bytes), cancelled, &control_);
-            });
+        return std::clamp(divide_up(share, kPackedRows) * kPackedRows, kPackedRows, kPackedRowBlock);
     }
 
-    void linear_block(Mat y, const Slabs& x, int64_t n_tokens, const Weight& w, Vec bias, int64_t row_block) {
-        const int64_t blocks = divide_up(w.rows, row_block);
-        run(blocks, row_block * w.cols * (n_tokens + kCopyWork), [&](int64_t item, Scratch& scratch) {
-            const int64_t row = item * row_block;
-            linear_rows(y, x, n_tokens, w, bias, row, std::min(row_block, w.rows - row), scratch);
+    int64_t piece_work(const Weight& w, int64_t n_tokens) const {
+        const int64_t uses = order_for(w) < 0 ? n_tokens : n_tokens / kPackedSpeed;
+        return row_block(w, n_tokens) * w.cols * (kCopyWork + uses);
+    }
+
+    int64_t scratch_bytes(const Weight& w, int64_t n_tokens) const {
+        const int64_t n_rows = row_block(w, n_tokens);
+        if (order_for(w) >= 0) return kernels_.packed->scratch_bytes(n_tokens, n_rows, w.cols);
+        return n_rows * (kSlab + std::min(n_tokens, kSlabTokens)) * static_cast<int64_t>(sizeof(float));
+    }
+
+    void linear_block(ConstMat x, std::span<const Product> products, int64_t first_token) {
+        Input input{.x = x, .slabs = {}, .packed = {}};
+        pieces_.clear();
+        int64_t work = 0;
+        int64_t scratch_size = 0;
+        for (const Product& p : products) {
+            assert(x.cols == p.w.cols && p.y.cols == p.w.rows && first_token + x.rows <= p.y.rows);
+            assert(p.bias.empty() || static_cast<int64_t>(p.bias.size()) == p.w.rows);
+            prepare(input, p.w);
+            const int64_t block = row_block(p.w, x.rows);
+            for (int64_t row = 0; row < p.w.rows; row += block) {
+                pieces_.push_back({&p, row, std::min(block, p.w.rows - row)});
+            }
+            work = std::max(work, piece_work(p.w, x.rows));
+            scratch_size = std::max(scratch_size, scratch_bytes(p.w, x.rows));
+        }
+        run(static_cast<int64_t>(pieces_.size()), work, [&](int64_t item, Scratch& scratch) {
+            const Piece& piece = pieces_[static_cast<size_t>(item)];
+            const Product& p = *piece.product;
+            const Mat y = p.y.row_range(first_token, x.rows).col_range(piece.row, piece.n_rows);
+            linear_rows(y, input, p.w, piece.row, p.bias, p.then == Then::add, scratch.bytes(scratch_size));
+            if (p.then != Then::gelu) return;
+            for (int64_t t = 0; t < y.rows; ++t) kernels_.gelu(y.row(t).data(), y.cols);
         });
     }
 
-    void linear_rows(Mat y, const Slabs& x, int64_t n_tokens, const Weight& w, Vec bias, int64_t row, int64_t n_rows,
-                     Scratch& scratch) {
+    void gated_linear_block(Mat y, ConstMat x, const Weight& gate, const Weight& up) {
+        assert(x.cols == gate.cols && x.cols == up.cols && y.cols == gate.rows && y.cols == up.rows);
+        Input input{.x = x, .slabs = {}, .packed = {}};
+        prepare(input, gate);
+        prepare(input, up);
+        const int64_t block = std::min(row_block(gate, x.rows), row_block(up, x.rows));
+        const int64_t up_bytes = block * x.rows * static_cast<int64_t>(sizeof(float));
+        const int64_t scratch_size = std::max(scratch_bytes(gate, x.rows), scratch_bytes(up, x.rows));
+        run(divide_up(gate.rows, block), piece_work(gate, x.rows) + piece_work(up, x.rows),
+            [&](int64_t item, Scratch& scratch) {
+                const int64_t row = item * block;
+                const int64_t n_rows = std::min(block, gate.rows - row);
+                std::byte* const memory = scratch.bytes(divide_up(up_bytes, 64) * 64 + scratch_size);
+                const Mat gates = y.col_range(row, n_rows);
+                const Mat ups(reinterpret_cast<float*>(memory + scratch_size), x.rows, n_rows);
+                linear_rows(gates, input, gate, row, {}, false, memory);
+                linear_rows(ups, input, up, row, {}, false, memory);
+                for (int64_t t = 0; t < x.rows; ++t) {
+                    kernels_.swiglu(gates.row(t).data(), ups.row(t).data(), n_rows);
+                }
+            });
+    }
+
+    // y (T, n) = or += the outputs [row, row + n) of a product.
+    void linear_rows(Mat y, const Input& input, const Weight& w, int64_t row, Vec bias, bool add, std::byte* scratch) {
+        const float* piece_bias = bias.empty() ? nullptr : bias.data() + row;
+        if (const int order = order_for(w); order >= 0) {
+            const PackedPiece piece{
+                .y = y.data,
+                .y_stride = y.stride,
+                .add = add,
+                .x = input.packed[order],
+                .n_tokens = y.rows,
+                .type = w.type,
+                .w = w.data + row * w.row_bytes(),
+                .row_bytes = w.row_bytes(),
+                .n_rows = y.cols,
+                .cols = w.cols,
+                .bias = piece_bias,
+            };
+            const auto cancelled = [](const void* control) { return static_cast<const Control*>(control)->cancelled(); };
+            kernels_.packed->linear(piece, scratch, cancelled, &control_);
+            return;
+        }
+        float* const sums = reinterpret_cast<float*>(scratch);
+        float* const widened = sums + y.cols * std::min(y.rows, kSlabTokens);
+        for (int64_t token = 0; token < y.rows; token += kSlabTokens) {
+            if (control_.cancelled()) return;
+            const Mat tile(sums, std::min(kSlabTokens, y.rows - token), y.cols);
+            Slabs x = input.slabs;
+            x.data += token * x.stride;
+            sum_rows(tile, x, w, row, widened);
+            for (int64_t t = 0; t < tile.rows; ++t) {
+                float* const from = tile.row(t).data();
+                float* const to = y.row(token + t).data();
+                if (piece_bias != nullptr) kernels_.add(from, piece_bias, y.cols);
+                if (add) {
+                    kernels_.add(to, from, y.cols);
+                } else {
+                    std::copy_n(from, y.cols, to);
+                }
+            }
+        }
+    }
+
+    // y (T, n) = the sums in float32 of outputs [row, row + n).
+    void sum_rows(Mat y, const Slabs& x, const Weight& w, int64_t row, float* widened) {
         const TypeInfo& info = type_info(w.type);
         const int64_t row_bytes = w.row_bytes();
         const std::byte* bytes = w.data + row * row_bytes;
+        if (y.rows == 1 && kernels_.multiply(w.type, y.data, x.data, bytes, row_bytes, y.cols, w.cols)) return;
         // Float32 in a mapped file needs no widening, but for many uses the copy is quicker than rows far apart.
-        const bool in_place = w.type == WeightType::F32 && n_tokens <= kFewTokens &&
+        const bool in_place = w.type == WeightType::F32 && y.rows <= kFewTokens &&
                               reinterpret_cast<uintptr_t>(bytes) % alignof(float) == 0;
-        float* widened = in_place ? nullptr : scratch.floats(n_rows * kSlab);
-        const Mat out = y.col_range(row, n_rows);
-        if (n_tokens == 1 && kernels_.multiply(w.type, out.data, x.data, bytes, row_bytes, n_rows, w.cols)) {
-            if (!bias.empty()) kernels_.add(out.data, bias.data() + row, n_rows);
-            return;
-        }
         for (int64_t col = 0; col < w.cols; col += kSlab) {
             if (control_.cancelled()) return;
             const int64_t n_cols = std::min(kSlab, w.cols - col);
@@ -318,23 +401,29 @@ private:
                 weights = reinterpret_cast<const float*>(bytes) + col;
                 stride = w.cols;
             } else {
-                for (int64_t r = 0; r < n_rows; ++r) {
+                for (int64_t r = 0; r < y.cols; ++r) {
                     const std::byte* from = bytes + r * row_bytes + col / info.block * info.bytes;
                     kernels_.dequantize(w.type, from, widened + r * kSlab, n_cols);
                 }
             }
-            kernels_.dot(out.data, out.stride, x.data + col / kSlab * x.slab_step, x.stride, n_tokens, weights, stride,
-                         n_rows, n_cols, col > 0);
+            kernels_.dot(y.data, y.stride, x.data + col / kSlab * x.slab_step, x.stride, y.rows, weights, stride,
+                         y.cols, n_cols, col > 0);
         }
-        if (bias.empty()) return;
-        for (int64_t t = 0; t < n_tokens; ++t) kernels_.add(out.row(t).data(), bias.data() + row, n_rows);
     }
+
+    // Some outputs of a product.
+    struct Piece {
+        const Product* product;
+        int64_t row, n_rows;
+    };
 
     CpuState& state_;
     const Kernels& kernels_;
     Control& control_;
     Scratch scratch_;  // for work too small for the pool, whose scratch belongs to whoever has the turn
-    Scratch packed_;
+    Scratch slabs_;
+    Scratch packed_[PackedKernels::kOrders];
+    std::vector<Piece> pieces_;
     Rotations rotations_;
 };
 

@@ -123,6 +123,16 @@ class KernelOps:
         type: int,
         bias: NDArray[np.float32] | None = None,
         control: KernelControl | None = None,
+        then: str = "store",
+    ) -> None: ...
+    def gated_linear(
+        self,
+        y: NDArray[np.float32],
+        x: NDArray[np.float32],
+        gate: NDArray[np.uint8],
+        gate_type: int,
+        up: NDArray[np.uint8],
+        up_type: int,
     ) -> None: ...
     def layer_norm(
         self,
@@ -136,7 +146,6 @@ class KernelOps:
         self, y: NDArray[np.float32], x: NDArray[np.float32], weight: NDArray[np.float32], eps: float
     ) -> None: ...
     def gelu(self, x: NDArray[np.float32]) -> None: ...
-    def swiglu(self, gate: NDArray[np.float32], up: NDArray[np.float32]) -> None: ...
     def add(self, y: NDArray[np.float32], x: NDArray[np.float32]) -> None: ...
     def rope(self, x: NDArray[np.float32], head_dim: int, first: int, theta: float) -> None: ...
     def attention(
