@@ -26,13 +26,14 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from yivl_edge.convert.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
+from yivl_edge.convert.header import TensorInfo
 from yivl_edge.convert.layout import ModelKeys, plan_files
 from yivl_edge.convert.metadata import general_keys, text_keys, vision_keys
 from yivl_edge.convert.options import PRESETS, WEIGHT_TYPES
-from yivl_edge.convert.presets import Choice, fitting_type
+from yivl_edge.convert.presets import FILE_TYPES, Choice, fitting_type
 from yivl_edge.convert.tensor_map import Policy, Tensor, tensors
 from yivl_edge.convert.tokenizer import PieceType, TokenizerTables
-from yivl_edge.convert.writer import TensorInfo, write_files
+from yivl_edge.convert.writer import writing
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -307,21 +308,27 @@ def write_random_model(
         text_keys(config, make_tokenizer(decoder.vocab_size)),
         vision_keys(config, blocks),
     )
-    plans = plan_files(output, layout, keys, types, preset=type_name, vision_type=vision_type)
+    plans = plan_files(
+        output, layout, keys, types, file_type=FILE_TYPES[type_name], vision_file_type=FILE_TYPES[vision_type]
+    )
     by_name = {tensor.name: tensor for tensor in table}
     generator = np.random.default_rng(seed)
     pools: dict[GGMLQuantizationType, Pool] = {}
 
     def data(info: TensorInfo) -> Iterator[npt.NDArray[Any]]:
-        tensor = by_name[info.name]
+        tensor, type = by_name[info.name], GGMLQuantizationType(info.type)
         if tensor.rule.policy is Policy.VECTOR:
             yield vector(tensor, generator)
             return
-        if info.type not in pools:
-            pools[info.type] = Pool(info.type, seed)
-        yield from pools[info.type].pieces(info.nbytes, matrix_deviation(tensor), generator.random())
+        if type not in pools:
+            pools[type] = Pool(type, seed)
+        yield from pools[type].pieces(info.nbytes, matrix_deviation(tensor), generator.random())
 
-    write_files(plans, data)
+    with writing(plans) as files:
+        for info in (info for plan in plans for info in plan.tensors):
+            for piece in data(info):
+                files.write(info.name, piece.reshape(-1).view(np.uint8))
+        files.finish({})
     return [plan.path for plan in plans]
 
 

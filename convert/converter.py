@@ -6,6 +6,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,20 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from yivl_edge import _core, quantize
+from yivl_edge.convert.blas import one_blas_thread
 from yivl_edge.convert.checkpoint import FloatArray
 from yivl_edge.convert.errors import CheckpointError
 from yivl_edge.convert.imatrix import read_imatrix
 from yivl_edge.convert.layout import ModelKeys, plan_files
 from yivl_edge.convert.metadata import general_keys, text_keys, vision_keys
 from yivl_edge.convert.options import Conversion, Layout, OnProgress, PlannedTensor
-from yivl_edge.convert.presets import Choice, fitting_type
+from yivl_edge.convert.presets import FILE_TYPES, Choice, fitting_type
 from yivl_edge.convert.reference import Work
 from yivl_edge.convert.selftest import make_self_test, self_test_keys
 from yivl_edge.convert.source import Source, open_source
 from yivl_edge.convert.tensor_map import Part, Policy, Tensor
-from yivl_edge.convert.writer import Files, file_size, writing
+from yivl_edge.convert.writer import Files, check_targets, writing
+from yivl_edge.selftest import ROUNDING_LIMITS, SCALE_LIMIT, TINY
 
 # Weights in flight: small against any model, large enough for numpy; a cancel waits for one such slice.
 _CHUNK = 1 << 20
@@ -50,49 +53,64 @@ def run_conversion(
     table = source.tensors(all_vision_blocks=layout == "pair")
     source.check(table)
     importance = {} if imatrix is None else read_imatrix(imatrix)
+    _check_importance(importance, table)
     wanted = _wanted_types(source, table, choice)
     types = {tensor: fitting_type(tensor, wanted[tensor]) for tensor in table}
+    late = self_test_keys(source)
     keys = ModelKeys(
         general=[*general_keys(source.config), *source.extra_keys],
         text=text_keys(source.config, source.tokenizer),
         vision=[] if source.config.vision is None else vision_keys(source.config, _vision_blocks(table)),
+        late_general=late.general,
+        late_text=late.text,
+        late_vision=late.vision,
     )
-    if layout == "single":
-        keys = ModelKeys(keys.general, [*keys.text, *self_test_keys(source)], keys.vision)
     plans = plan_files(
         output,
         layout if source.config.vision is not None else "single",
         keys,
         types,
-        preset=choice.preset if choice else _commonest(types, Part.DECODER),
-        vision_type=choice.vision_type if choice else _commonest(types, Part.VISION),
+        file_type=_file_type(source, types, choice, Part.DECODER),
+        vision_file_type=_file_type(source, types, choice, Part.VISION),
     )
+    check_targets(plans)
     by_name = {tensor.name: tensor for tensor in table}
     result = Conversion(
         files=tuple(plan.path for plan in plans),
-        sizes=tuple(file_size(plan) for plan in plans),
+        sizes=tuple(plan.file_size for plan in plans),
         tensors=tuple(
             PlannedTensor(
-                info.name, info.shape, source.type_of(by_name[info.name]).name, info.type.name, info.nbytes
+                name=info.name,
+                shape=info.shape,
+                source_type=source.type_of(by_name[info.name]).name,
+                type=types[by_name[info.name]].name,
+                nbytes=info.nbytes,
             )
             for plan in plans
             for info in plan.tensors
         ),
-        notes=_notes(types, wanted, importance),
+        notes=(*_notes(types, wanted, importance), *_without_effect(table, choice)),
     )
     if dry_run:
         return result
     _check_memory()
-    with writing(plans) as files, _workers(n_threads) as pool:
+    with writing(plans) as files, _workers(n_threads) as pool, one_blas_thread():
         run = _Run(source, types, importance, files, pool, on_progress)
-        values: Mapping[str, Any] = {}
-        if layout == "single":
-            values = make_self_test(source, run.visit, types)
+        values = make_self_test(source, run.visit, pool)
         for tensor in table:
             if tensor.name not in run.written:
-                run.visit(tensor.name, None)
+                run.visit(tensor.source, None)
         files.finish(values)
     return result
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A slice of a tensor in its type, what rounding to that changed, and what work made of the slice."""
+
+    data: npt.NDArray[np.uint8]
+    rounding: float
+    result: Any
 
 
 class _Run:
@@ -110,24 +128,24 @@ class _Run:
         self._source, self._types, self._importance, self._files = source, types, importance, files
         self._pool, self._on_progress = pool, on_progress
         self._ahead = 2 * pool._max_workers
-        self._tensors = {tensor.name: tensor for tensor in types}
+        self._tensors = {tensor.source: tensor for tensor in types}
         self._total = sum(prod(tensor.shape) for tensor in types)
         self._done = 0
         self.written: set[str] = set()
 
-    def visit(self, name: str, work: Work[Any] | None) -> list[Any]:
+    def visit(self, published_name: str, work: Work[Any] | None) -> list[Any]:
         """What ``work`` makes of each slice of the tensor, in order; the first visit writes the tensor."""
-        tensor = self._tensors[name]
-        first_visit = name not in self.written
+        tensor = self._tensors[published_name]
+        first_visit = tensor.name not in self.written
         results: list[Any] = []
-        pending: deque[tuple[int, Future[tuple[npt.NDArray[np.uint8], Any]]]] = deque()
+        pending: deque[tuple[int, Future[_Piece]]] = deque()
 
         def finish() -> None:
             count, future = pending.popleft()
-            data, result = future.result()
-            results.append(result)
+            piece = future.result()
+            results.append(piece.result)
             if first_visit:
-                self._files.write(name, data)
+                self._files.write(tensor.name, piece.data, rounding=piece.rounding)
                 self._report(count * prod(tensor.shape[1:]))
 
         for first, count in _slices(tensor, self._source.config.decoder.head_dim):
@@ -136,13 +154,11 @@ class _Run:
                 finish()
         while pending:
             finish()
-        self.written.add(name)
+        self.written.add(tensor.name)
         return results
 
-    def _slice(
-        self, tensor: Tensor, first: int, count: int, work: Work[Any] | None
-    ) -> tuple[npt.NDArray[np.uint8], Any]:
-        """The bytes of some rows, and what ``work`` makes of them."""
+    def _slice(self, tensor: Tensor, first: int, count: int, work: Work[Any] | None) -> _Piece:
+        """Some rows."""
         source, coded_type = self._source, self._types[tensor]
         values = source.read(tensor, first, count)
         if not np.isfinite(values).all():
@@ -152,11 +168,14 @@ class _Run:
         rows = values
         if tensor.rule.permuted and source.published_rows:
             rows = permute_heads(values, source.config.decoder.head_dim)
-        data = _encode(tensor, rows.reshape(count, -1), coded_type, self._importance.get(tensor.name))
-        if work is None:
-            return data, None
+        importance = self._importance.get(tensor.name)
+        # What has the type already would not always come out the same once more.
+        data = source.stored(tensor, first, count) if source.type_of(tensor) is coded_type else None
+        if data is None:
+            data = _encode(tensor, rows.reshape(count, -1), coded_type, importance)
         coded = _core.dequantize(data, coded_type, count, rows[0].size).reshape(rows.shape)
-        return data, work(first, values, coded)
+        rounding = _checked_rounding(tensor, coded_type, rows, coded, importance)
+        return _Piece(data, rounding, None if work is None else work(first, values, rows, coded))
 
     def _report(self, weights: int) -> None:
         self._done += weights
@@ -201,12 +220,59 @@ def _encode(
     """Rows of float32 as the bytes of a type, flat."""
     if coded_type is GGMLQuantizationType.F16 and np.abs(rows).max() >= 65520:
         raise CheckpointError(f"{tensor.name} holds values too large for f16. Use --type bf16, f32 or q8_0.")
-    if importance is not None and len(importance) != rows.shape[-1]:
-        raise CheckpointError(
-            f"the importance matrix has {len(importance)} columns for {tensor.name}, which has {rows.shape[-1]}: "
-            "it was made with another model"
-        )
     return quantize(rows, coded_type.name, importance, n_threads=1).reshape(-1)
+
+
+def _checked_rounding(
+    tensor: Tensor,
+    coded_type: GGMLQuantizationType,
+    rows: FloatArray,
+    coded: FloatArray,
+    importance: npt.NDArray[np.float32] | None,
+) -> float:
+    """sqrt(sum w (coded - rows)^2 / sum w rows^2), w importance; CheckpointError if that is more than rounding."""
+    columns = rows.size // len(rows)
+    rows, error = rows.reshape(-1, columns), (coded - rows).reshape(-1, columns)
+    if not error.any():
+        return 0.0
+    weighed_rows, weighed_error = rows, error
+    if importance is not None and importance.any():
+        weights = importance / importance.mean()
+        weighed_rows, weighed_error = rows * weights, error * weights
+    of_rows, of_both, of_error = (
+        float(np.vdot(*pair)) / rows.size
+        for pair in ((weighed_rows, rows), (weighed_error, rows), (weighed_error, error))
+    )
+    size, rounding = of_rows**0.5, of_error**0.5
+    # By least squares rows = scale * coded; where all is rounded to 0 there is nothing to fit.
+    of_coded = of_rows + 2 * of_both + of_error
+    scale = (of_rows + of_both) / of_coded if of_coded > 0 else 1.0
+    limit = ROUNDING_LIMITS[coded_type.name]
+    if rounding > limit * size + TINY or abs(scale - 1) * size > SCALE_LIMIT * size + TINY:
+        raise CheckpointError(
+            f"{tensor.name}: as {coded_type.name} its weights are not what they were: they changed by "
+            f"{rounding / max(size, TINY):.3g} of their size, at most {limit:.3g} is expected, and by a factor of "
+            f"{1 / max(scale, 1e-9):.3g}. Please report this."
+        )
+    return rounding / size if rounding > TINY else min(rounding / max(size, 1e-30), limit)
+
+
+def _check_importance(importance: Mapping[str, npt.NDArray[np.float32]], table: Sequence[Tensor]) -> None:
+    """Raise CheckpointError if it is plain that another model's activations were recorded."""
+    tensors = {tensor.name: tensor for tensor in table}
+    for name, columns in importance.items():
+        tensor = tensors.get(name)
+        if tensor is not None and columns.size != prod(tensor.shape[1:]):
+            found = f"{columns.size} columns for {name}, which has {prod(tensor.shape[1:])}"
+        elif tensor is None and name.startswith("blk."):
+            found = f"{name}, which this model does not have"
+        else:
+            continue
+        raise CheckpointError(f"the importance matrix has {found}: it was made with another model")
+    if importance and not importance.keys() & tensors.keys():
+        raise CheckpointError(
+            f"the importance matrix has none of this model's matrices, but e.g. {next(iter(importance))}"
+        )
 
 
 def _wanted_types(
@@ -219,12 +285,18 @@ def _wanted_types(
     return {tensor: choice.wanted(tensor, **sizes, tied=decoder.tied_embeddings) for tensor in table}
 
 
-def _commonest(types: Mapping[Tensor, GGMLQuantizationType], part: Part) -> str:
-    """The type that most matrices of a part have, for ``general.file_type``."""
+def _file_type(
+    source: Source, types: Mapping[Tensor, GGMLQuantizationType], choice: Choice | None, part: Part
+) -> int:
+    """llama.cpp's number for the types of a part: of the choice; of the source; or of most of its matrices."""
+    if choice is not None:
+        return FILE_TYPES[choice.preset if part is Part.DECODER else choice.vision_type]
+    if (number := source.file_types.get(part)) is not None:
+        return number
     counts = Counter(
         type for tensor, type in types.items() if tensor.part is part and tensor.rule.policy is Policy.MATRIX
     )
-    return counts.most_common(1)[0][0].name.lower() if counts else "f32"
+    return FILE_TYPES[counts.most_common(1)[0][0].name.lower() if counts else "f32"]
 
 
 def _vision_blocks(table: Sequence[Tensor]) -> int:
@@ -276,3 +348,15 @@ def _notes(
                 f"the importance matrix has nothing on {len(missing)} quantised matrices, e.g. {missing[0]}"
             )
     return tuple(notes)
+
+
+def _without_effect(table: Sequence[Tensor], choice: Choice | None) -> Iterator[str]:
+    """A line for each pattern that decides on no tensor."""
+    deciding = (
+        set()
+        if choice is None
+        else {choice.override(tensor) for tensor in table if tensor.rule.policy is not Policy.VECTOR}
+    )
+    for pattern, type_name in () if choice is None else choice.overrides:
+        if (pattern, type_name) not in deciding:
+            yield f"{pattern}={type_name} changes nothing: no matrix has it in its name, or another pattern comes first"

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 from yivl_edge import _core
 from yivl_edge.convert.checkpoint import FloatArray
 from yivl_edge.convert.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
 from yivl_edge.convert.errors import CheckpointError
+from yivl_edge.convert.header import Key
 from yivl_edge.convert.source import Source
 from yivl_edge.convert.tensor_map import Part, Tensor
 from yivl_edge.convert.tokenizer import TokenizerTables
-from yivl_edge.convert.writer import Key
 
 
 class GgufSource(Source):
@@ -41,6 +42,12 @@ class GgufSource(Source):
             for name, value in text.metadata.items()
             if name.startswith("general.") and name not in _OWN_KEYS and isinstance(value, str)
         ]
+        numbers = {Part.DECODER: text, Part.VISION: vision}
+        self.file_types = {
+            part: number
+            for part, file in numbers.items()
+            if isinstance(number := file.metadata.get("general.file_type"), int)
+        }
         self._swapped = _swapped_mlp(self._tensors, self.config.vision)
 
     def _model_config(self, path: Path, config: _core.Config) -> ModelConfig:
@@ -135,13 +142,15 @@ class GgufSource(Source):
 
     def read(self, tensor: Tensor, first: int, count: int) -> FloatArray:
         """See Source."""
-        found = self._find(tensor)
-        # Vectors count as one row, and the patch embedding as rows of (C P P).
-        rows = len(found.data) // max(1, tensor.shape[0])
-        data = found.data[first * rows : (first + count) * rows]
         columns = int(np.prod(tensor.shape[1:]))
-        values = _core.dequantize(data, GGMLQuantizationType[found.type], 1, count * columns)
+        values = _core.dequantize(self.stored(tensor, first, count), self.type_of(tensor), 1, count * columns)
         return values.reshape(count, *tensor.shape[1:])
+
+    def stored(self, tensor: Tensor, first: int, count: int) -> npt.NDArray[np.uint8]:
+        """See Source."""
+        data = self._find(tensor).data
+        row = len(data) // tensor.shape[0]  # a vector has rows of one
+        return data[first * row : (first + count) * row]
 
 
 _OWN_KEYS = {"general.architecture", "general.name"}

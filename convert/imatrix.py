@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import os
-import secrets
 import struct
 from collections.abc import Mapping, Sequence
 from math import prod
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from yivl_edge import ModelFileError, _core
+from yivl_edge.convert.header import (
+    ARRAY,
+    STRING,
+    UINT32,
+    Key,
+    TensorInfo,
+    header_start,
+    padded,
+    tensor_table,
+)
+from yivl_edge.files import write_whole
 
 _TYPE = "imatrix"
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 
-# GGUF's numbers for types of values and of tensors.
-_UINT32, _STRING, _ARRAY = 4, 8, 9
-_F32 = 0
-_ALIGNMENT = 32
+_F32 = 0  # GGUF's number
 
 
 def write_imatrix(
@@ -44,15 +50,7 @@ def write_imatrix(
         ValueError: A sum that is no finite float32.
         OSError: The file cannot be written.
     """
-    target = Path(path).resolve()
-    content = _gguf(columns, datasets, chunk_count, chunk_size)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_whole(path, _gguf(columns, datasets, chunk_count, chunk_size))
 
 
 def _gguf(
@@ -61,7 +59,7 @@ def _gguf(
     chunk_count: int,
     chunk_size: int,
 ) -> bytes:
-    """The file, byte by byte: the gguf package would add keys of a model, which llama.cpp does not write here."""
+    """The file; without the keys of a model, which llama.cpp does not write here."""
     tensors: dict[str, NDArray[np.float32]] = {}
     for name, (sums, rows) in sorted(columns.items()):
         if not np.all(np.abs(sums) <= np.finfo(np.float32).max):
@@ -70,32 +68,15 @@ def _gguf(
         tensors[name + _SUMS] = sums.astype("<f4")[None]
         tensors[name + _COUNTS] = np.array([[rows]], "<f4")
 
-    def string(text: str) -> bytes:
-        raw = text.encode(errors="replace")
-        return struct.pack("<Q", len(raw)) + raw
-
-    def key(name: str, kind: int, value: bytes) -> bytes:
-        return string(name) + struct.pack("<I", kind) + value
-
-    names = struct.pack("<IQ", _STRING, len(datasets)) + b"".join(map(string, datasets))
     keys = [
-        key("general.type", _STRING, string(_TYPE)),
-        key("imatrix.datasets", _ARRAY, names),
-        key("imatrix.chunk_count", _UINT32, struct.pack("<I", chunk_count)),
-        key("imatrix.chunk_size", _UINT32, struct.pack("<I", chunk_size)),
+        Key("general.type", _TYPE, STRING),
+        Key("imatrix.datasets", datasets, ARRAY, STRING),
+        Key("imatrix.chunk_count", chunk_count, UINT32),
+        Key("imatrix.chunk_size", chunk_size, UINT32),
     ]
-    header = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(keys)), *keys]
-    data: list[bytes] = []
-    offset = 0
-    for name, values in tensors.items():
-        header.append(string(name) + struct.pack("<IQQIQ", 2, *reversed(values.shape), _F32, offset))
-        data.append(_padded(values.tobytes()))
-        offset += len(data[-1])
-    return _padded(b"".join(header)) + b"".join(data)
-
-
-def _padded(content: bytes) -> bytes:
-    return content + bytes(-len(content) % _ALIGNMENT)
+    table = tensor_table(TensorInfo(name, a.shape, _F32, a.nbytes) for name, a in tensors.items())
+    data = b"".join(padded(values.tobytes()) for values in tensors.values())
+    return padded(header_start(keys, 0, len(tensors)) + table) + data
 
 
 def read_imatrix(path: str | os.PathLike[str]) -> dict[str, NDArray[np.float32]]:

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
-from gguf import GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from yivl_edge.convert.header import Key, TensorInfo
 from yivl_edge.convert.metadata import file_type_key
 from yivl_edge.convert.options import Layout
-from yivl_edge.convert.presets import FILE_TYPES
 from yivl_edge.convert.tensor_map import Part, Tensor
-from yivl_edge.convert.writer import GgufPlan, Key, TensorInfo, hash_key
+from yivl_edge.convert.writer import GgufPlan, tensor_keys
+
+Keys = Sequence[Key]
+Tensors = Sequence[TensorInfo]
 
 
 @dataclass(frozen=True)
 class ModelKeys:
-    """The keys of a model: of every file, of the text half and of the vision half."""
+    """The keys of a model: of every file, of the text half and of the vision half; late ones have values later."""
 
     general: Sequence[Key]
     text: Sequence[Key]
     vision: Sequence[Key]
+    late_general: Sequence[Key] = ()
+    late_text: Sequence[Key] = ()
+    late_vision: Sequence[Key] = ()
 
 
 def plan_files(
@@ -29,26 +36,34 @@ def plan_files(
     keys: ModelKeys,
     types: Mapping[Tensor, GGMLQuantizationType],
     *,
-    preset: str,
-    vision_type: str,
+    file_type: int,
+    vision_file_type: int,
 ) -> list[GgufPlan]:
-    """Lay a model out in one file or two; ``preset`` and ``vision_type`` name the mix in ``general.file_type``."""
+    """Lay a model out in one file or two, whose ``general.file_type`` are the last two arguments."""
     text, vision = (
         [
-            TensorInfo(t.name, t.shape, type)
+            TensorInfo(
+                t.name, t.shape, type, prod(t.shape) // GGML_QUANT_SIZES[type][0] * GGML_QUANT_SIZES[type][1]
+            )
             for t, type in types.items()
             if (t.part is Part.DECODER) == is_text
         ]
         for is_text in (True, False)
     )
-    general = [*keys.general, file_type_key(FILE_TYPES[preset])]
+
+    def plan(
+        path: Path, architecture: str, file_type: int, own: Keys, late: Keys, tensors: Tensors
+    ) -> GgufPlan:
+        all_keys = [*keys.general, file_type_key(file_type), *own]
+        all_late = [*keys.late_general, *late, *tensor_keys(tensors)]
+        return GgufPlan(path, architecture, all_keys, all_late, tensors)
+
     if layout == "single":
-        tensors = [*text, *vision]
-        return [GgufPlan(output, "llama", [*general, *keys.text, *keys.vision, hash_key(tensors)], tensors)]
-    vision_general = [*keys.general, file_type_key(FILE_TYPES[vision_type])]
+        own, late = [*keys.text, *keys.vision], [*keys.late_text, *keys.late_vision]
+        return [plan(output, "llama", file_type, own, late, [*text, *vision])]
     return [
-        GgufPlan(output, "llama", [*general, *keys.text, hash_key(text)], text),
-        GgufPlan(mmproj_path(output), "clip", [*vision_general, *keys.vision, hash_key(vision)], vision),
+        plan(output, "llama", file_type, keys.text, keys.late_text, text),
+        plan(mmproj_path(output), "clip", vision_file_type, keys.vision, keys.late_vision, vision),
     ]
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gguf import GGUFValueType, LlamaFileType
+from gguf import GGUFValueType
 from yivl_edge.convert.config import ModelConfig
+from yivl_edge.convert.header import Key
 from yivl_edge.convert.tokenizer import TokenizerTables
-from yivl_edge.convert.writer import Key
 
 FORMAT_VERSION = 1
 
@@ -37,9 +37,9 @@ def general_keys(config: ModelConfig) -> list[Key]:
     return [_string("general.name", config.name), _u32("general.quantization_version", 2)]
 
 
-def file_type_key(file_type: LlamaFileType) -> Key:
-    """The main weight type of a file."""
-    return _u32("general.file_type", int(file_type))
+def file_type_key(file_type: int) -> Key:
+    """The main weight type of a file, llama.cpp's number."""
+    return _u32("general.file_type", file_type)
 
 
 def text_keys(config: ModelConfig, tokenizer: TokenizerTables) -> list[Key]:

@@ -78,12 +78,16 @@ class Choice:
 
         ``tied``: the embeddings are the output matrix too.
         """
-        for pattern, type_name in self.overrides:
-            if re.search(pattern, tensor.name):
-                return GGMLQuantizationType[type_name.upper()]
+        if (override := self.override(tensor)) is not None:
+            return GGMLQuantizationType[override[1].upper()]
         if tensor.part is not Part.DECODER:
             return GGMLQuantizationType[self.vision_type.upper()]
         return self._mixed(tensor, blocks, group, tied)
+
+    def override(self, tensor: Tensor) -> tuple[str, str] | None:
+        """The pair that decides on a tensor."""
+        found = (pair for pair in self.overrides if re.search(pair[0], tensor.name))
+        return next(found, None)
 
     def _mixed(self, tensor: Tensor, blocks: int, group: int, tied: bool) -> GGMLQuantizationType:
         """llama.cpp's mix for a LLaMA decoder (its llama-quant.cpp, as of llama-cpp-python 0.3.36)."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar
 
+import numpy as np
+import numpy.typing as npt
 from gguf import GGMLQuantizationType
 from yivl_edge.convert.checkpoint import FloatArray
 from yivl_edge.convert.config import ModelConfig
 from yivl_edge.convert.errors import CheckpointError
-from yivl_edge.convert.tensor_map import Tensor, tensors
+from yivl_edge.convert.header import Key
+from yivl_edge.convert.tensor_map import Part, Tensor, tensors
 from yivl_edge.convert.tokenizer import TokenizerTables
-from yivl_edge.convert.writer import Key
 
 
 class Source(ABC):
@@ -25,6 +28,9 @@ class Source(ABC):
     config: ModelConfig
     tokenizer: TokenizerTables
     extra_keys: Sequence[Key] = ()  # beside those that follow from config and tokenizer
+    file_types: Mapping[Part, int] = MappingProxyType(
+        {}
+    )  # ``general.file_type`` of decoder and vision, if there
 
     def tensors(self, *, all_vision_blocks: bool) -> list[Tensor]:
         """The table for this model, with the ViT's blocks that run or all of them."""
@@ -50,6 +56,10 @@ class Source(ABC):
     @abstractmethod
     def read(self, tensor: Tensor, first: int, count: int) -> FloatArray:
         """Rows ``[first, first + count)`` in float32. Threads may call it."""
+
+    def stored(self, _tensor: Tensor, _first: int, _count: int) -> npt.NDArray[np.uint8] | None:
+        """The bytes of these rows, flat, where the source has them as GGUF has them. Threads may call it."""
+        return None
 
 
 def open_source(path: Path, mmproj: Path | None) -> Source:

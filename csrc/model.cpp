@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <numeric>
 #include <stdexcept>
 
 #include "decoder.h"
@@ -35,6 +36,21 @@ int64_t checked_context(const Config& config, int64_t n_ctx) {
                                     std::to_string(n_ctx));
     }
     return n_ctx > 0 ? n_ctx : most;
+}
+
+// The positions asked for, all T of them by default.
+std::vector<int64_t> checked_wanted(const std::optional<std::vector<int64_t>>& positions, int64_t T) {
+    std::vector<int64_t> wanted(positions ? 0 : T);
+    std::iota(wanted.begin(), wanted.end(), 0);
+    if (!positions) return wanted;
+    for (const int64_t position : *positions) {
+        if (position < 0 || position >= T || (!wanted.empty() && position <= wanted.back())) {
+            throw std::invalid_argument("positions: expected rising numbers from 0 to " + std::to_string(T - 1) +
+                                        ", found " + std::to_string(position));
+        }
+        wanted.push_back(position);
+    }
+    return wanted;
 }
 
 int64_t checked_batch(int64_t batch, int64_t n_ctx) {
@@ -306,7 +322,7 @@ std::optional<std::string> Session::next(Control& control) {
 
 std::vector<float> Session::vision_features(const Pixels& pixels, Control& control) {
     const Config& c = model_->config();
-    model_->check_ids(std::array{kImageId}, 0, decoder_.n_ctx);
+    model_->require_vision();
     check_pixels(std::array{kImageId}, pixels);
     embedded_pixels_.reset();
     const std::unique_ptr<Ops> ops = model_->backend().ops(control);
@@ -315,7 +331,7 @@ std::vector<float> Session::vision_features(const Pixels& pixels, Control& contr
 }
 
 std::vector<float> Session::encode_image(const Pixels& pixels, Control& control) {
-    model_->check_ids(std::array{kImageId}, 0, decoder_.n_ctx);
+    model_->require_vision();
     check_pixels(std::array{kImageId}, pixels);
     embed_image(pixels, *model_->backend().ops(control), control);
     const Mat embeddings = vit_->embeddings.view();
@@ -323,56 +339,33 @@ std::vector<float> Session::encode_image(const Pixels& pixels, Control& control)
 }
 
 std::vector<float> Session::logits(std::span<const int32_t> ids, const Pixels& pixels, Control& control,
-                                   ActivationStatistics* statistics) {
+                                   const LogitsOptions& options) {
     model_->check_ids(ids, 0, decoder_.n_ctx);
     check_pixels(ids, pixels);
+    const std::vector<int32_t> positions = expand(ids);
+    const std::vector<int64_t> wanted = checked_wanted(options.positions, static_cast<int64_t>(positions.size()));
     std::unique_ptr<Ops> ops = model_->backend().ops(control);
-    if (statistics != nullptr) {
-        ops = record_activations(std::move(ops), *statistics);
+    if (options.statistics != nullptr) {
+        ops = record_activations(std::move(ops), *options.statistics);
         embedded_pixels_.reset();
     }
     if (pixels != nullptr) embed_image(pixels, *ops, control);
-    return all_logits(expand(ids), pixels, *ops, control);
-}
 
-std::vector<float> Session::logits_of_rows(std::span<const int32_t> positions, ConstMat image_rows, Control& control) {
-    const DecoderConfig& c = model_->config().decoder;
-    std::vector<int32_t> text;
-    std::ranges::copy_if(positions, std::back_inserter(text), [](int32_t id) { return id != kImageId; });
-    model_->check_ids(text, 0, decoder_.n_ctx);
-    const auto begin = std::ranges::find(positions, kImageId);
-    const auto end = std::find_if(begin, positions.end(), [](int32_t id) { return id != kImageId; });
-    if (image_rows.rows != end - begin || std::find(end, positions.end(), kImageId) != positions.end()) {
-        throw std::invalid_argument("image rows: expected " + std::to_string(image_rows.rows) +
-                                    " image ids that stand together, one for each row");
-    }
-    if (static_cast<int64_t>(positions.size()) > decoder_.n_ctx) {
-        throw ContextOverflowError("expected at most " + std::to_string(decoder_.n_ctx) + " positions, found " +
-                                   std::to_string(positions.size()));
-    }
-    if (image_rows.rows > 0) {
-        if (!vit_) throw std::invalid_argument("image rows: the model has no vision tower");
-        const Mat kept = vit_->embeddings.view();
-        if (image_rows.cols != c.width || image_rows.rows > kept.rows) {
-            throw std::invalid_argument("image rows: expected up to " + std::to_string(kept.rows) + " rows of " +
-                                        std::to_string(c.width) + " columns, found " + std::to_string(image_rows.rows) +
-                                        " of " + std::to_string(image_rows.cols));
+    const int64_t V = model_->config().decoder.vocab_size;
+    std::vector<float> result(wanted.size() * static_cast<size_t>(V));
+    size_t done = 0;
+    prefill(positions, 0, pixels, *ops, control, [&](int64_t T, int64_t first) {
+        while (done < wanted.size() && wanted[done] < first + T) {
+            // Positions that stand together are computed together.
+            int64_t rows = 1;
+            while (done + rows < wanted.size() && wanted[done + rows] == wanted[done] + rows &&
+                   wanted[done + rows] < first + T) {
+                ++rows;
+            }
+            decoder_logits(model_->weights().decoder, model_->config().decoder, decoder_, wanted[done] - first,
+                           Mat(&result[done * static_cast<size_t>(V)], rows, V), *ops);
+            done += rows;
         }
-        embedded_pixels_.reset();
-        std::copy_n(image_rows.data, image_rows.rows * image_rows.cols, kept.data);
-    }
-    std::vector<float> result = all_logits(positions, nullptr, *model_->backend().ops(control), control);
-    forget_from(0);  // no picture stands behind the rows, so that the cache must not be taken for one's
-    return result;
-}
-
-std::vector<float> Session::all_logits(std::span<const int32_t> positions, const Pixels& pixels, Ops& ops,
-                                       Control& control) {
-    const DecoderConfig& c = model_->config().decoder;
-    std::vector<float> result(positions.size() * static_cast<size_t>(c.vocab_size));
-    prefill(positions, 0, pixels, ops, control, [&](int64_t T, int64_t first) {
-        decoder_logits(model_->weights().decoder, c, decoder_, 0, Mat(&result[first * c.vocab_size], T, c.vocab_size),
-                       ops);
     });
     return result;
 }

@@ -29,6 +29,12 @@ struct GenerateOptions {
     std::vector<std::string> stops;  // beside the model's own
 };
 
+struct LogitsOptions {
+    std::optional<std::vector<int64_t>> positions;  // rising; none: all, image rows included
+    // If given, all that is computed is added to it, and the picture is encoded in any case.
+    ActivationStatistics* statistics = nullptr;
+};
+
 // Weights, tokeniser and backend: read-only, shared by any number of sessions and threads.
 class Model {
 public:
@@ -46,9 +52,10 @@ public:
     void check(std::span<const int32_t> ids, const GenerateOptions& options, int64_t n_ctx) const;
     // The part of `check` that concerns the ids.
     void check_ids(std::span<const int32_t> ids, int64_t max_tokens, int64_t n_ctx) const;
+    // Throws std::invalid_argument for a text model alone.
+    void require_vision() const;
 
 private:
-    void require_vision() const;
     Model(Config config, Weights weights, Tokenizer tokenizer, std::unique_ptr<Backend> backend);
 
     Config config_;
@@ -104,12 +111,9 @@ public:
     // Stage by stage.
     std::vector<float> vision_features(const Pixels& pixels, Control& control);  // (N, W)
     std::vector<float> encode_image(const Pixels& pixels, Control& control);     // (N, D)
-    // (T, V), one row per position, image rows included; nothing is taken from the cache. With `statistics`, the
-    // picture is encoded in any case, and all that is computed is added to them.
+    // (R, V), one row for each position asked for; nothing is taken from the cache.
     std::vector<float> logits(std::span<const int32_t> ids, const Pixels& pixels, Control& control,
-                              ActivationStatistics* statistics = nullptr);
-    // The same for T positions with image rows (R, D) given: each of R kImageIds, which stand together, is one of them.
-    std::vector<float> logits_of_rows(std::span<const int32_t> positions, ConstMat image_rows, Control& control);
+                              const LogitsOptions& options = {});
 
 private:
     // A reply on its way.
@@ -134,7 +138,6 @@ private:
     // Computes positions [first, end) of `positions` in batches; `on_batch` sees each (row count, first position).
     void prefill(std::span<const int32_t> positions, int64_t first, const Pixels& pixels, Ops& ops, Control& control,
                  const std::function<void(int64_t, int64_t)>& on_batch);
-    std::vector<float> all_logits(std::span<const int32_t> positions, const Pixels& pixels, Ops& ops, Control& control);
     void read_prompt(Control& control);
     void decode_step(Control& control);
 

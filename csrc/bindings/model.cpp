@@ -154,18 +154,14 @@ void bind_session(py::module_& m) {
         .def(
             "logits",
             [](Session& s, const std::vector<int32_t>& ids, const std::optional<FloatArray>& pixels, PyControl& control,
-               ActivationStatistics* statistics) {
+               ActivationStatistics* statistics, std::optional<std::vector<int64_t>> positions) {
+                const LogitsOptions options{std::move(positions), statistics};
                 return compute_rows(
-                    [&, picture = to_pixels(pixels)] { return s.logits(ids, picture, control, statistics); },
+                    [&, picture = to_pixels(pixels)] { return s.logits(ids, picture, control, options); },
                     s.model().config().decoder.vocab_size);
             },
-            py::arg("ids"), py::arg("pixels"), py::arg("control"), py::arg("statistics") = py::none())
-        .def("logits_of_rows",
-             [](Session& s, const std::vector<int32_t>& ids, const FloatArray& rows, PyControl& control) {
-                 const ConstMat image_rows(rows.data(), rows.shape(0), rows.shape(1));
-                 return compute_rows([&] { return s.logits_of_rows(ids, image_rows, control); },
-                                     s.model().config().decoder.vocab_size);
-             });
+            py::arg("ids"), py::arg("pixels"), py::arg("control"), py::arg("statistics") = py::none(),
+            py::arg("positions") = py::none());
 }
 
 void bind_activations(py::module_& m) {

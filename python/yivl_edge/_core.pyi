@@ -317,9 +317,7 @@ class Session:
         pixels: NDArray[np.float32] | None,
         control: Control,
         statistics: ActivationStatistics | None = None,
-    ) -> NDArray[np.float32]: ...
-    def logits_of_rows(
-        self, ids: Sequence[int], rows: NDArray[np.float32], control: Control
+        positions: Sequence[int] | None = None,
     ) -> NDArray[np.float32]: ...
 
 # quantize.cpp

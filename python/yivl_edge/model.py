@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yivl_edge import _core, data
+from yivl_edge.hashes import check_hashes
 from yivl_edge.image import DEFAULT_MAX_PIXELS, ImageSource, load_image
 from yivl_edge.messages import Messages, checked_text, normalise
-from yivl_edge.verify import check_hashes
 
 Progress = Callable[[str, float], object]
 """Called with the stage (``load``, ``image``, ``prefill``, ``decode``) and the fraction of it that is done, 0 to 1."""
@@ -256,7 +256,7 @@ class Model:
         if verify:
             for file in (path, mmproj):
                 if file is not None:
-                    check_hashes(file, on_progress)
+                    check_hashes(file, n_threads=n_threads or None, on_progress=on_progress)
         self._model = _core.Model.open(
             os.fsencode(path),
             b"" if mmproj is None else os.fsencode(mmproj),

@@ -8,7 +8,12 @@ import sys
 import time
 from typing import TextIO
 
-_STAGES = {"load": "Opening the model", "image": "Looking at the picture", "prefill": "Reading the question"}
+_STAGES = {
+    "hash": "Comparing hashes",
+    "load": "Opening the model",
+    "image": "Looking at the picture",
+    "prefill": "Reading the question",
+}
 _SECONDS_BETWEEN = 0.1
 _WIPE = "\r\x1b[K"
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 
 from yivl_edge.cli.arguments import integer
-from yivl_edge.cli.terminal import visible
+from yivl_edge.cli.terminal import Progress, visible
 from yivl_edge.verify import verify
 
 _EXAMPLE = """\
 example:
   yivl-edge verify yi-vl-6b-q4_k_m.gguf
+  yivl-edge verify text.gguf --mmproj text-mmproj.gguf
 
-Compares the file's bytes with the hashes that it carries, then has this machine repeat the self-test that the converter
-computed from the source's weights. Exit status 1 if anything is not as it should be.
+Compares the file's bytes with the hashes that it carries, looks at what the converter found when it compared them with
+the source's weights, and has this machine repeat the self-test. Exit status 1 if anything is not as it should be.
 """
 
 
@@ -22,6 +24,7 @@ class _Args(argparse.Namespace):
     """The options of this command."""
 
     file: str
+    mmproj: str | None
     threads: int | None
     json: bool
 
@@ -36,7 +39,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("file", metavar="FILE", help="a single file written by yivl-edge convert or quantize")
+    parser.add_argument("file", metavar="FILE", help="a file written by yivl-edge convert or quantize")
+    parser.add_argument(
+        "--mmproj",
+        metavar="FILE",
+        help="of a pair, the file with the vision tower; either half can be checked alone",
+    )
     parser.add_argument(
         "--threads", type=integer(1), metavar="N", help="threads (default: one per physical core)"
     )
@@ -45,13 +53,20 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: _Args) -> int:
     """Prints the checks; 1 if one failed."""
-    report = verify(args.file, n_threads=args.threads)
+    progress = Progress()
+    try:
+        report = verify(args.file, mmproj=args.mmproj, n_threads=args.threads, on_progress=progress)
+    finally:
+        progress.wipe()
     if args.json:
-        checks = [{"name": c.name, "passed": c.passed, "found": c.found} for c in report.checks]
-        print(json.dumps({"passed": report.passed, "backend": report.backend, "checks": checks}, indent=2))
+        print(json.dumps({"passed": report.passed, **asdict(report)}, indent=2))
     else:
         for check in report.checks:
             print(visible(f"{'ok    ' if check.passed else 'FAILED'}  {check.name}: {check.found}"))
-        verdict = "is sound" if report.passed else "is NOT as it should be, or this machine computes wrongly"
-        print(visible(f"{args.file} {verdict} (backend: {report.backend})"))
+        if report.unchecked:
+            print(f"not checked: {report.unchecked}")
+        verdict = "is sound" + (" as far as it was checked" if report.unchecked else "")
+        if not report.passed:
+            verdict = "is NOT as it should be, or this machine computes wrongly"
+        print(visible(f"{args.file} {verdict}" + (f" (backend: {report.backend})" if report.backend else "")))
     return 0 if report.passed else 1
