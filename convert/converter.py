@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
+from math import prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +243,7 @@ def _checked_rounding(
         float(np.vdot(*pair)) / rows.size
         for pair in ((weighed_rows, rows), (weighed_error, rows), (weighed_error, error))
     )
-    size, rounding = of_rows**0.5, of_error**0.5
+    size, rounding = sqrt(of_rows), sqrt(of_error)
     # By least squares rows = scale * coded; where all is rounded to 0 there is nothing to fit.
     of_coded = of_rows + 2 * of_both + of_error
     scale = (of_rows + of_both) / of_coded if of_coded > 0 else 1.0

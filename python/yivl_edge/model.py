@@ -25,7 +25,7 @@ from yivl_edge.image import DEFAULT_MAX_PIXELS, ImageSource, load_image
 from yivl_edge.messages import Messages, checked_text, normalise
 
 Progress = Callable[[str, float], object]
-"""Called with the stage (``load``, ``image``, ``prefill``, ``decode``) and the fraction of it that is done, 0 to 1."""
+"""Called with the stage (``hash``, ``load``, ``image``, ``prefill``, ``decode``) and the fraction done, 0 to 1."""
 
 # Sessions kept after a conversation, each with a KV cache: as many as callers that usually work at once.
 _IDLE_SESSIONS = 4
@@ -228,7 +228,7 @@ class Model:
         n_ctx: Context length in tokens; None for the model's own (4096). Less saves memory.
         n_threads: Threads to compute with; None for one per physical core.
         max_image_pixels: The largest picture accepted, in pixels (width x height).
-        verify: Compare every tensor with the SHA-256 that the file carries, which reads the whole file.
+        verify: Compare the header and every tensor with the SHA-256 that the file carries, which reads the whole file.
         on_progress: Called while loading.
 
     Raises:
