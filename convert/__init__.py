@@ -68,12 +68,14 @@ def convert(
 
     The files appear under their names only when complete; on any exception nothing is left and old files stay.
     Weights are read and written a few megabytes at a time, whatever the size of the model. The same source gives the
-    same bytes (with another CPU or number of BLAS threads, the self-test's last bits may differ). A single file
-    carries a self-test for ``yivl_edge.verify``, which is computed from the source's weights on the way.
+    same bytes on any number of threads (on another kind of CPU, the self-test's last bits may differ). Files carry a
+    self-test for ``yivl_edge.verify``, which is computed on the way; meanwhile numpy's products are told to use one
+    thread each, in the whole process.
 
     Raises:
         ValueError: an argument is none of the above.
-        CheckpointError: the source is no Yi-VL model, or damaged; the text says what to do.
+        CheckpointError: the source is no Yi-VL model, or damaged, or its weights would not be in the file what they
+            were; the text says what to do.
         ModelFileError: likewise for GGUF files.
         ModuleNotFoundError: gguf is missing, or torch if the weights are ``.bin`` files.
         OSError: the output cannot be written, e.g. the disk is too full (asked before anything is written).
@@ -84,10 +86,12 @@ def convert(
         type = "q8_0"
     if type is not None:
         check_choice("type", type, PRESETS)
-    elif vision_type is not None or tensor_types or imatrix is not None:
-        raise ValueError(
-            "vision_type, tensor_types and imatrix need a type: without one, nothing is quantised"
-        )
+    else:
+        choices = {"vision_type": vision_type, "tensor_types": tensor_types, "imatrix": imatrix}
+        if given := [name for name, value in choices.items() if value]:
+            raise ValueError(
+                f"{', '.join(given)} without type: the types of a GGUF file then stay as they are"
+            )
     if vision_type is not None:
         check_choice("vision_type", vision_type, WEIGHT_TYPES)
     check_choice("layout", layout, LAYOUTS)

@@ -8,8 +8,11 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
+from yivl_edge.cli.arguments import Parser, add_threads
+from yivl_edge.cli.terminal import fail
 from yivl_edge.convert import CheckpointError, Conversion, convert
 from yivl_edge.convert.options import LAYOUTS, PRESETS, WEIGHT_TYPES, OnProgress
 
@@ -48,20 +51,32 @@ class _Args(argparse.Namespace):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``yivl-edge convert``; return the exit status (0 done, 1 error, 130 interrupted)."""
-    return _run(_convert_parser().parse_args(argv, _Args()))
+    """Run ``yivl-edge convert``; return the exit status: 0 done, 1 error, 130 interrupted. Wrong usage exits: 2."""
+    return _run(_parsed(_convert_parser(), argv))
 
 
 def quantize_main(argv: Sequence[str] | None = None) -> int:
     """Run ``yivl-edge quantize``; return the exit status as `main`."""
-    return _run(_quantize_parser().parse_args(argv, _Args()))
+    return _run(_parsed(_quantize_parser(), argv))
+
+
+def _parsed(parser: Parser, argv: Sequence[str] | None) -> _Args:
+    args = parser.parse_args(argv, _Args())
+    patterns = [pattern for pattern, _ in args.tensor_type]
+    if len(set(patterns)) != len(patterns):
+        parser.error("--tensor-type: every pattern may be given once")
+    choices = {
+        "--vision-type": args.vision_type,
+        "--tensor-type": args.tensor_type,
+        "--imatrix": args.imatrix,
+    }
+    given = [option for option, value in choices.items() if value]
+    if given and args.type is None and not Path(args.source).is_dir():
+        parser.error(f"{', '.join(given)} without --type: the types of a GGUF file then stay as they are")
+    return args
 
 
 def _run(args: _Args) -> int:
-    patterns = [pattern for pattern, _ in args.tensor_type]
-    if len(set(patterns)) != len(patterns):
-        print("error: --tensor-type: every pattern may be given once", file=sys.stderr)
-        return 2
     try:
         with _termination_raises(), _progress() as on_progress:
             result = convert(
@@ -81,8 +96,7 @@ def _run(args: _Args) -> int:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
     except (CheckpointError, ModuleNotFoundError, ValueError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return fail(str(error))
     if args.dry_run:
         print("\n".join(_plan(result)))
     for note in result.notes:
@@ -102,22 +116,11 @@ def _plan(result: Conversion) -> Iterator[str]:
         yield f"{tensor.name:<{width}}  {shape:>{shape_width}}  {types}  {tensor.nbytes / 1e6:>10,.3f} MB"
 
 
-def _convert_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="yivl-edge convert",
-        description="Convert Yi-VL weights to GGUF.",
-        epilog=_CONVERT_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _convert_parser() -> Parser:
+    parser = _parser("convert", "Convert Yi-VL weights to GGUF.", _CONVERT_EPILOG)
     parser.add_argument("source", metavar="SOURCE", help="the published folder, its port, or a GGUF file")
     parser.add_argument("-o", "--output", metavar="OUT.gguf", required=True, help="the file to write")
-    parser.add_argument(
-        "--type",
-        choices=PRESETS,
-        metavar="TYPE",
-        help=f"of the decoder's matrices: {', '.join(PRESETS)} (default: q8_0; of a GGUF file, as they are)",
-    )
-    _add_options(parser)
+    _add_options(parser, type_default="q8_0; of a GGUF file, as they are")
     parser.add_argument(
         "--layout",
         choices=LAYOUTS,
@@ -127,28 +130,33 @@ def _convert_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _quantize_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="yivl-edge quantize",
-        description="Quantise the weights of a model file.",
-        epilog=_QUANTIZE_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _quantize_parser() -> Parser:
+    parser = _parser("quantize", "Quantise the weights of a model file.", _QUANTIZE_EPILOG)
     parser.add_argument("source", metavar="IN.gguf", help="the model file, best of type f16, bf16 or f32")
     parser.add_argument("output", metavar="OUT.gguf", help="the file to write")
+    parser.set_defaults(layout="single")
+    _add_options(parser, type_default=None)
+    return parser
+
+
+def _parser(command: str, description: str, epilog: str) -> Parser:
+    return Parser(
+        prog=f"yivl-edge {command}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_options(parser: Parser, *, type_default: str | None) -> None:
     parser.add_argument(
         "--type",
         choices=PRESETS,
         metavar="TYPE",
-        required=True,
-        help=f"of the decoder's matrices: {', '.join(PRESETS)}",
+        required=type_default is None,
+        help=f"of the decoder's matrices: {', '.join(PRESETS)}"
+        + ("" if type_default is None else f" (default: {type_default})"),
     )
-    parser.set_defaults(layout="single")
-    _add_options(parser)
-    return parser
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vision-type",
         choices=WEIGHT_TYPES,
@@ -166,7 +174,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--imatrix", metavar="FILE", help="weigh errors by this importance matrix")
     parser.add_argument("--mmproj", metavar="FILE", help="of a pair, the file with the vision tower")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: one per physical core)")
+    add_threads(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would be written, and write nothing"
     )

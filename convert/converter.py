@@ -351,7 +351,7 @@ def _notes(
 
 
 def _without_effect(table: Sequence[Tensor], choice: Choice | None) -> Iterator[str]:
-    """A line for each pattern that decides on no tensor."""
+    """A line for each choice that changes nothing."""
     deciding = (
         set()
         if choice is None

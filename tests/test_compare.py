@@ -11,7 +11,7 @@ from twin import Twin
 from weight_types import rewrite
 from yivl_edge import Model, _core, data
 from yivl_edge.cli import main
-from yivl_edge.cli.compare import predictions, summarise
+from yivl_edge.cli.compare import Predictions, predictions, summarise
 
 ANSWER = "The cat is black."
 TALK = [
@@ -131,6 +131,30 @@ def test_large_logits_overflow_nothing():
     result = summarise([found])
     assert result.kl_mean == result.kl_p99 == found.divergence[0]
     assert (result.perplexity_a, result.perplexity_b) == (np.inf, pytest.approx(4 / 3, rel=1e-6))
+
+
+def test_json_has_null_for_infinity_and_is_there_complete_or_not_at_all(
+    golden_q4_0, arguments, tmp_path, monkeypatch, capfd
+):
+    unlikely = Predictions(np.zeros(1), np.ones(1, bool), np.full(1, -1e4), np.full(1, -1e4))
+    monkeypatch.setattr("yivl_edge.cli.compare.predictions", lambda *_: unlikely)
+    out = tmp_path / "out.json"
+    command = ["compare", str(golden_q4_0), str(golden_q4_0), *arguments, "--limit", "1", "--json", str(out)]
+    assert main(command) == 0
+    assert "inf" in capfd.readouterr().out
+    assert json.loads(out.read_text())["perplexity_a"] is None
+    before = out.read_bytes()
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+    assert main(command) == 1
+    assert out.read_bytes() == before
+    assert main([*command[:-1], str(tmp_path / "missing" / "out.json")]) == 1
+    assert "expected a file's name in a folder that exists" in capfd.readouterr().err
+
+
+def test_logits_that_are_no_numbers_are_told():
+    found = predictions(np.full((1, 3), np.nan, np.float32), np.ones((1, 3), np.float32), np.array([1]))
+    with pytest.raises(ValueError, match="expected finite logits"):
+        summarise([found])
 
 
 @pytest.mark.parametrize("other", ["demo", "renamed"])

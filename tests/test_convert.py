@@ -945,9 +945,27 @@ def test_failed_rename_of_the_second_half_takes_the_first_back(
     assert folder_state(out_folder) == before
 
 
-def test_output_folder_must_exist(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_output_folder_must_exist(tmp_path: Path, dry_run: bool) -> None:
     with pytest.raises(FileNotFoundError, match=r"No such file .*missing, the output's folder"):
-        convert(GOLDEN, tmp_path / "missing" / "out.gguf", type="q8_0")
+        convert(GOLDEN, tmp_path / "missing" / "out.gguf", type="q8_0", dry_run=dry_run)
+
+
+def test_links_that_lead_in_a_circle_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").symlink_to("b.gguf")
+    (tmp_path / "b.gguf").symlink_to("a.gguf")
+    with pytest.raises(OSError, match=r"Too many levels of symbolic links: .*a\.gguf"):
+        convert(GOLDEN, tmp_path / "a.gguf", type="q8_0")
+    with pytest.raises(CheckpointError, match=r"a\.gguf does not exist"):
+        convert(tmp_path / "a.gguf", tmp_path / "out.gguf", type="q8_0")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "b.gguf"]
+
+
+def test_output_through_a_link_goes_where_it_leads(tmp_path: Path) -> None:
+    (tmp_path / "link.gguf").symlink_to("out.gguf")
+    convert(GOLDEN, tmp_path / "link.gguf", type="q8_0")
+    assert (tmp_path / "link.gguf").is_symlink()
+    assert not (tmp_path / "out.gguf").is_symlink()
 
 
 def test_output_must_not_be_a_folder(tmp_path: Path) -> None:
@@ -1101,7 +1119,7 @@ def test_command_line_tells_errors_without_a_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(tmp_path / "none"), "-o", str(tmp_path / "out.gguf")]) == 1
-    assert capsys.readouterr().err.startswith("error: ")
+    assert capsys.readouterr().err.startswith("yivl-edge: error: ")
     assert main([str(GOLDEN), "-o", str(tmp_path / "none" / "out.gguf")]) == 1
     assert "No such file or directory" in capsys.readouterr().err
 

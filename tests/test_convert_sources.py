@@ -19,6 +19,7 @@ from weight_types import rewrite
 from yivl_edge import Model, ModelFileError
 from yivl_edge.cli import main
 from yivl_edge.convert import CheckpointError, convert
+from yivl_edge.convert.imatrix import write_imatrix
 
 QUESTION = "What is in the picture?"
 PROJECTOR = {"0": "linear_1", "1": "linear_2", "3": "linear_3", "4": "linear_4"}
@@ -213,7 +214,7 @@ def test_wrong_files_are_told(tmp_path: Path, golden: dict[str, Path]) -> None:
         convert(tmp_path / "noise.gguf", tmp_path / "out.gguf", type="q8_0")
     with pytest.raises(ValueError, match="mmproj belongs to a GGUF file"):
         convert(GOLDEN, tmp_path / "out.gguf", mmproj=golden["f32-text-mmproj"])
-    with pytest.raises(ValueError, match="need a type"):
+    with pytest.raises(ValueError, match="vision_type without type: the types of a GGUF file then stay"):
         convert(golden["f32"], tmp_path / "out.gguf", vision_type="q8_0")
     assert [path.name for path in tmp_path.iterdir()] == ["noise.gguf"]
 
@@ -248,8 +249,81 @@ def test_importance_changes_the_codes_and_is_checked(tmp_path: Path, golden: dic
     changed = {name for name in plain if plain[name] != weighed[name]}
     assert {"blk.0.attn_q.weight", "blk.2.ffn_down.weight", "output.weight"} <= changed
     assert "token_embd.weight" not in changed
-    with pytest.raises((CheckpointError, ValueError), match=r"imatrix|importance"):
+    with pytest.raises(ModelFileError, match="expected an importance matrix"):
         convert(golden["f32"], tmp_path / "x.gguf", type="q4_k_m", imatrix=golden["f32"])
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"blk.0.attn_q.weight": 512}, r"512 columns for blk\.0\.attn_q\.weight, which has 256"),
+        (
+            {"blk.0.attn_q.weight": 256, "blk.7.attn_q.weight": 256},
+            r"blk\.7\.attn_q\.weight, which this model",
+        ),
+        ({"enc.0.weight": 256}, r"none of this model's matrices, but e\.g\. enc\.0\.weight"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_importance_of_another_model_is_told_before_the_work(
+    tmp_path: Path, golden: dict[str, Path], columns: dict[str, int], message: str, dry_run: bool
+) -> None:
+    matrix = tmp_path / "imatrix.gguf"
+    sums = {name: (np.ones(count), 1) for name, count in columns.items()}
+    write_imatrix(matrix, sums, datasets=["ones"], chunk_count=1, chunk_size=1)
+    seen: list[float] = []
+    with pytest.raises(CheckpointError, match=message):
+        convert(
+            golden["f32"],
+            tmp_path / "x.gguf",
+            type="q4_k_m",
+            imatrix=matrix,
+            dry_run=dry_run,
+            on_progress=lambda _, done: seen.append(done),
+        )
+    assert seen == []
+
+
+def test_patterns_without_effect_are_noted(tmp_path: Path, golden: dict[str, Path]) -> None:
+    patterns = {"attn_v": "q8_0", "attn_typo": "q6_k", "blk.0.attn_v": "f16", "attn_norm": "f16"}
+    result = convert(golden["f32"], tmp_path / "x.gguf", type="q4_k_m", tensor_types=patterns, dry_run=True)
+    named = [note.split("=")[0] for note in result.notes]
+    assert named == ["attn_typo", "blk.0.attn_v", "attn_norm"]
+    assert "no matrix has it in its name, or another pattern comes first" in result.notes[0]
+
+
+def test_packing_anew_changes_neither_weights_nor_label(tmp_path: Path) -> None:
+    convert(GOLDEN, tmp_path / "text.gguf", type="q4_k_m", layout="pair")
+    convert(tmp_path / "text.gguf", tmp_path / "one.gguf", mmproj=tmp_path / "text-mmproj.gguf")
+    convert(GOLDEN, tmp_path / "direct.gguf", type="q4_k_m")
+    keys, tensors = contents(tmp_path / "one.gguf")
+    expected_keys, expected_tensors = contents(tmp_path / "direct.gguf")
+    assert tensors == expected_tensors
+    assert keys["general.file_type"] == expected_keys["general.file_type"] == 15  # llama.cpp's MOSTLY_Q4_K_M
+    assert set(keys["yivl.rounding"]) == {0.0}  # of the source, which was the file
+
+
+def test_wrong_usage_names_the_option_that_was_typed(
+    golden: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(golden["f32"])
+    for arguments, message in (
+        ([source, "-o", "x.gguf", "--vision-type", "q8_0"], "--vision-type without --type: "),
+        (
+            [source, "-o", "x.gguf", "--imatrix", "i", "--tensor-type", "a=q8_0"],
+            "--tensor-type, --imatrix without",
+        ),
+        (
+            [source, "-o", "x.gguf", "--threads", "0"],
+            "--threads: expected an integer of at least 1, found '0'",
+        ),
+        ([source, "-o", "x.gguf", "--type", "q9"], "argument --type: invalid choice: 'q9'"),
+    ):
+        assert main(["convert", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("yivl-edge: error: ")
+        assert message in error
+        assert error.count("\n") == 1
 
 
 def test_dry_run_prints_the_plan_and_the_true_size(

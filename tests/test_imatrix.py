@@ -17,7 +17,7 @@ from yivl_edge import Model, ModelFileError, _core, data
 from yivl_edge.cli import main
 from yivl_edge.cli.imatrix import record
 from yivl_edge.cli.terminal import Progress
-from yivl_edge.conversations import Conversation, load_conversations, logits, transcribe
+from yivl_edge.conversations import Conversation, answer_logits, load_conversations, transcribe
 from yivl_edge.convert.imatrix import read_imatrix, write_imatrix
 
 QUESTIONS = "What is this?\n\n  这是什么？ \n"
@@ -53,6 +53,14 @@ def pictures(tmp_path, golden_image) -> Path:
     (folder / "notes.txt").write_text("no picture")
     (folder / "more").mkdir()
     return folder
+
+
+def logits(
+    model: Model, image: Path, ids: list[int], statistics: _core.ActivationStatistics | None = None
+) -> np.ndarray:
+    """Of every position."""
+    with model._borrowed_session() as session:
+        return session.logits(ids, model.preprocess(image), _core.Control(), statistics)
 
 
 def lines(path: Path, *values: object) -> Path:
@@ -126,6 +134,28 @@ def test_recording_adds_up_and_changes_no_result(golden_model, golden_image):
         )  # double sums, another order
 
 
+def test_answers_alone_are_computed_as_among_all_positions(golden_model, golden_image):
+    turns = (("user", "What?"), ("assistant", "a cat"), ("user", "Why?"), ("assistant", "It is."))
+    conversation = Conversation(golden_image, turns)
+    transcript = transcribe(golden_model, conversation, 1)
+    rows = transcript.answer_rows(golden_model)
+    everything = logits(golden_model, golden_image, transcript.ids)
+    assert 0 < len(rows) < len(everything)
+    statistics = _core.ActivationStatistics(golden_model._model)
+    found = answer_logits(golden_model, conversation, transcript, statistics=statistics)
+    # Other rows in one product: other sums of float32.
+    np.testing.assert_allclose(found, everything[rows], rtol=0, atol=1e-5 * np.abs(everything).max())
+    assert statistics.columns["output.weight"][1] == len(rows)
+    assert statistics.columns["blk.0.attn_q.weight"][1] == len(everything)
+
+
+@pytest.mark.parametrize("positions", [[-1], [3, 2], [1, 1], [10**6]])
+def test_positions_out_of_order_or_range_are_refused(golden_model, golden_image, positions):
+    ids, pixels = golden_model.prompt_ids("What?"), golden_model.preprocess(golden_image)
+    with pytest.raises(ValueError, match="positions: expected rising numbers from 0 to"):
+        _core.Session(golden_model._model).logits(ids, pixels, _core.Control(), None, positions)
+
+
 def test_statistics_of_another_model_are_refused(golden_model, golden_image):
     statistics = _core.ActivationStatistics(Model.demo()._model)
     with pytest.raises(ValueError, match="of another model"):
@@ -144,7 +174,8 @@ def test_every_matrix_of_the_demo_model_is_recorded():
     run = model.config.vision.n_blocks
     expected = {name for name in matrices if not name.startswith(f"v.blk.{run}.")}
     assert columns.keys() == expected | {"v.patch_embd.weight"}
-    for name in expected:
+    assert columns["output.weight"][1] == 4  # tokens of the answer
+    for name in expected - {"output.weight"}:
         assert columns[name][0].shape == matrices[name][-1:]
         assert columns[name][1] in (
             positions,

@@ -161,17 +161,18 @@ def transcribe(
     return Transcript(ids, answers)
 
 
-def logits(
+def answer_logits(
     model: Model,
-    image: Path,
-    ids: list[int],
+    conversation: Conversation,
+    transcript: Transcript,
     on_progress: Progress | None = None,
     statistics: _core.ActivationStatistics | None = None,
 ) -> NDArray[np.float32]:
-    """Logits of every position of a transcript, (T, V); the inputs of all matrices are added to `statistics`."""
-    pixels = model.preprocess(image)
+    """Logits that predict each of the assistant's tokens, (A, V); `statistics` gain what goes into the matrices."""
+    pixels = model.preprocess(conversation.image)
+    positions = transcript.answer_rows(model).tolist()
     with model._borrowed_session() as session:
-        return session.logits(ids, pixels, _core.Control(on_progress), statistics)
+        return session.logits(transcript.ids, pixels, _core.Control(on_progress), statistics, positions)
 
 
 def _prompt(model: Model, turns: list[tuple[str, str]]) -> list[int]:

@@ -32,6 +32,13 @@ def resolved(path: str | os.PathLike[str]) -> Path:
     return target
 
 
+def check_output(path: str | os.PathLike[str]) -> None:
+    """Raise OSError for a place where `write_whole` could put nothing, which is better said before the work."""
+    target = resolved(path)
+    if target.is_dir() or not target.parent.is_dir():
+        raise FileNotFoundError(f"{os.fspath(path)}: expected a file's name in a folder that exists")
+
+
 def beside(target: Path) -> Path:
     """A new name in the folder of ``target``, for what will take its place."""
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")

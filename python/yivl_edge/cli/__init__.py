@@ -6,9 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from yivl_edge.cli import bench, chat, compare, demo, imatrix, inspect, verify
+from yivl_edge.cli.arguments import Parser
+from yivl_edge.cli.terminal import fail
 
 _DESCRIPTION = "Talk with 01.AI's Yi-VL vision-language models about pictures, on this machine."
 _EXAMPLE = """\
@@ -24,13 +26,6 @@ _INTERRUPTED = 130
 _BROKEN_PIPE = 141
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"yivl-edge: error: {message} (see {self.prog} --help)\n")
-
-
 class _Version(argparse.Action):
     """Prints the version; reads the package's metadata only when asked."""
 
@@ -42,7 +37,7 @@ class _Version(argparse.Action):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = _Parser(
+    parser: argparse.ArgumentParser = Parser(
         prog="yivl-edge",
         description=_DESCRIPTION,
         epilog=_EXAMPLE,
@@ -107,12 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return _INTERRUPTED
     except MemoryError:
-        return _fail("not enough memory; a smaller --n-ctx needs less")
+        return fail("not enough memory; a smaller --n-ctx needs less")
     except (ValueError, OSError) as error:
-        return _fail(str(error))
+        return fail(str(error))
     return code
-
-
-def _fail(message: str) -> int:
-    print("yivl-edge: error:", " ".join(message.split()), file=sys.stderr)
-    return 1

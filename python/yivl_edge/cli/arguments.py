@@ -4,12 +4,49 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 PROMPTS_HELP = """\
 The prompts are a text file: a question per line, asked about each picture by itself; or JSON per line,
 {"image": "name.jpg", "messages": [{"role": "user", "content": "What is this?"}, ...]}, where the last message may be
 the assistant's. Where it is the user's, the model's most likely answer is added.
 """
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with exit code 2."""
+        self.exit(2, f"yivl-edge: error: {message} (see {self.prog} --help)\n")
+
+
+def add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[Any], int],
+    *,
+    help: str,
+    description: str,
+    epilog: str,
+) -> argparse.ArgumentParser:
+    """Adds a command that `run` carries out to those of ``yivl-edge``."""
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that says how many threads compute."""
+    parser.add_argument(
+        "--threads", type=integer(1), metavar="N", help="threads (default: one per physical core)"
+    )
 
 
 def integer(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -56,4 +93,4 @@ def add_conversation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=integer(1), metavar="N", help="only the first N conversations (default: all)"
     )
-    parser.add_argument("--threads", type=integer(1), metavar="N", help="threads (one per physical core)")
+    add_threads(parser)

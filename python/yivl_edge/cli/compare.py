@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,10 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yivl_edge import Model, _core
-from yivl_edge.cli.arguments import PROMPTS_HELP, add_conversation_options
+from yivl_edge.cli.arguments import PROMPTS_HELP, add_command, add_conversation_options
 from yivl_edge.cli.inspect import inspect
 from yivl_edge.cli.terminal import Progress
-from yivl_edge.conversations import Conversation, Transcript, load_conversations, logits, transcribe
+from yivl_edge.conversations import (
+    Conversation,
+    Transcript,
+    answer_logits,
+    load_conversations,
+    transcribe,
+)
+from yivl_edge.files import check_output, write_whole
 
 _EXAMPLE = f"""\
 example:
@@ -72,15 +80,15 @@ class Comparison:
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to those of ``yivl-edge``."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "compare",
+        run,
         help="measure how far a quantised model is from its original",
         description="Compares what two models predict for the assistant's tokens in the same conversations: "
         "Kullback-Leibler divergence, agreement on the most likely token, perplexity; file sizes beside them.",
         epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
     parser.add_argument("a", metavar="A", help="the original's file")
     parser.add_argument("b", metavar="B", help="the file to compare with it")
     parser.add_argument(
@@ -96,6 +104,8 @@ def run(args: _Args) -> int:
     files = (args.a, args.mmproj_a), (args.b, args.mmproj_b)
     contents = [inspect(path, mmproj) for path, mmproj in files]
     check_same_vocabulary(args.a, args.b)
+    if args.json is not None:
+        check_output(args.json)
     conversations = load_conversations(args.images, args.prompts, args.limit)
     a, b = (Model(path, mmproj=mmproj, n_threads=args.threads) for path, mmproj in files)
     progress = Progress()
@@ -118,10 +128,14 @@ def run(args: _Args) -> int:
     }
     print(_table(sizes, result, len(conversations)))
     if args.json is not None:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(sizes | {"conversations": len(conversations)} | asdict(result), file, indent=2)
-            file.write("\n")
+        figures = sizes | {"conversations": len(conversations)} | _json_figures(result)
+        write_whole(args.json, (json.dumps(figures, indent=2, allow_nan=False) + "\n").encode())
     return 0
+
+
+def _json_figures(result: Comparison) -> dict[str, Any]:
+    """JSON has no infinity, which perplexity may be: null."""
+    return {name: value if math.isfinite(value) else None for name, value in asdict(result).items()}
 
 
 def check_same_vocabulary(a: str, b: str) -> None:
@@ -147,13 +161,6 @@ def read_conversations(
         progress.prefix = f"{number}/{len(conversations)} "
         transcript = transcribe(model, conversation, max_tokens, progress)
         yield conversation, transcript, answer_logits(model, conversation, transcript, progress)
-
-
-def answer_logits(
-    model: Model, conversation: Conversation, transcript: Transcript, progress: Progress
-) -> NDArray[np.float32]:
-    """Logits that predict each of the assistant's tokens, (A, V)."""
-    return logits(model, conversation.image, transcript.ids, progress)[transcript.answer_rows(model)]
 
 
 def predictions(a: NDArray[np.float32], b: NDArray[np.float32], ids: NDArray[np.int64]) -> Predictions:
@@ -200,6 +207,8 @@ def summarise(parts: Iterable[Predictions]) -> Comparison:
     )
     if not len(divergence):
         raise ValueError("expected something that the assistant says, found only empty answers")
+    if not (np.isfinite(divergence).all() and np.isfinite(log_a).all() and np.isfinite(log_b).all()):
+        raise ValueError("expected finite logits, found others: a model's weights are damaged")
     with np.errstate(over="ignore"):  # infinite then
         perplexity_a, perplexity_b = (float(np.exp(-logs.mean())) for logs in (log_a, log_b))
     return Comparison(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from yivl_edge import Model, _core
-from yivl_edge.cli.arguments import PROMPTS_HELP, add_conversation_options
+from yivl_edge.cli.arguments import PROMPTS_HELP, add_command, add_conversation_options
 from yivl_edge.cli.terminal import Progress, note
-from yivl_edge.conversations import Conversation, load_conversations, logits, transcribe
+from yivl_edge.conversations import Conversation, answer_logits, load_conversations, transcribe
 from yivl_edge.convert.imatrix import write_imatrix
+from yivl_edge.files import check_output
 
 _EXAMPLE = f"""\
 example:
@@ -36,15 +36,15 @@ class _Args(argparse.Namespace):
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to those of ``yivl-edge``."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "imatrix",
+        run,
         help="record which weights matter, for a better conversion to few bits",
         description="Records the mean square of every matrix's input columns while a model works through "
         "conversations about pictures, in llama.cpp's format.",
         epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
     parser.add_argument(
         "model", metavar="MODEL", help="the model file, of 16 or 32 bits; of a pair, the text model"
     )
@@ -55,9 +55,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: _Args) -> int:
     """Works through the conversations, then writes the file."""
-    output = Path(args.output).resolve()
-    if output.is_dir() or not output.parent.is_dir():  # better said now than after the work
-        raise FileNotFoundError(f"{args.output}: expected a file's name in a folder that exists")
+    check_output(args.output)
     conversations = load_conversations(args.images, args.prompts, args.limit)
     model = Model(args.model, mmproj=args.mmproj, n_threads=args.threads)
     columns, positions = record(model, conversations, args.max_tokens, Progress())
@@ -92,8 +90,10 @@ def record(
     try:
         for number, conversation in enumerate(conversations, 1):
             progress.prefix = f"{number}/{len(conversations)} "
-            ids = transcribe(model, conversation, max_tokens, progress).ids
-            positions += len(logits(model, conversation.image, ids, progress, statistics))
+            transcript = transcribe(model, conversation, max_tokens, progress)
+            # Of the output head what an answer needs counts, as in use, and nothing else is computed.
+            answer_logits(model, conversation, transcript, progress, statistics)
+            positions += model._model.n_positions(transcript.ids)
     finally:
         progress.wipe()
     return statistics.columns, positions

@@ -39,6 +39,12 @@ def note(message: str) -> None:
     print(f"{wipe}({message})", file=sys.stderr, flush=True)
 
 
+def fail(message: str) -> int:
+    """Says on one line what is wrong; returns the exit code."""
+    print("yivl-edge: error:", " ".join(message.split()), file=sys.stderr)
+    return 1
+
+
 class Progress:
     """One line on standard error while an answer is on its way; nothing if that is not a terminal."""
 

@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from yivl_edge.cli.arguments import integer
+from yivl_edge.cli.arguments import add_command, add_threads
 from yivl_edge.cli.terminal import Progress, visible
 from yivl_edge.verify import verify
 
@@ -31,23 +31,21 @@ class _Args(argparse.Namespace):
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to those of ``yivl-edge``."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "verify",
+        run,
         help="check that a model file is sound and computes what it should here",
         description="Checks a model file's hashes and repeats the self-test that it carries.",
         epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
     parser.add_argument("file", metavar="FILE", help="a file written by yivl-edge convert or quantize")
     parser.add_argument(
         "--mmproj",
         metavar="FILE",
         help="of a pair, the file with the vision tower; either half can be checked alone",
     )
-    parser.add_argument(
-        "--threads", type=integer(1), metavar="N", help="threads (default: one per physical core)"
-    )
+    add_threads(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
