@@ -134,13 +134,27 @@ def to_bfloat(values: Array) -> Array:
     return bits.astype(np.uint32).view(np.float32)
 
 
-def product(isa: str, x: Array, w: Array) -> tuple[Array, Array]:
+INTEGER_TYPES = ("Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K")
+
+
+def to_integers(x: Array) -> Array:
+    """Rounded to 15-bit integers with a scale for every 32 columns."""
+    blocks = x.reshape(len(x), -1, 32)
+    largest = np.abs(blocks).max(axis=2, keepdims=True)
+    factor = np.divide(np.float32(16383), largest, out=np.zeros_like(largest), where=largest > 0)
+    return (np.rint(blocks * factor) * (largest / np.float32(16383))).reshape(x.shape)
+
+
+def product(isa: str, x: Array, w: Array, qtype: GGMLQuantizationType) -> tuple[Array, Array]:
     """x w^T for weights that are not F32, and the sums of the products' sizes.
 
-    AMX multiplies bfloat16 numbers: both operands are rounded first, and their products are exact in float32.
+    AMX multiplies bfloat16 numbers: both operands are rounded first, and their products are exact in float32. AVX-512
+    and AVX2 multiply the file's integers by rounded x.
     """
     if isa == "amx":
         x, w = to_bfloat(x), to_bfloat(w)
+    elif isa in ("avx512", "avx2") and qtype.name in INTEGER_TYPES:
+        x = to_integers(x)
     wide_x, wide_w = x.astype(np.float64), w.astype(np.float64)
     return wide_x @ wide_w.T, np.abs(wide_x) @ np.abs(wide_w.T)
 
@@ -155,7 +169,7 @@ def test_linear_with_every_weight_type(isa: str, qtype: GGMLQuantizationType) ->
         y = np.zeros((tokens, rows), np.float32)
         ops.linear(y, x, data.reshape(-1), qtype.value)
         # The weights are exactly the dequantised ones, so only the sums round: sqrt(1280) * EPS = 2e-6.
-        assert relative_error(y, product(isa, x, w)[0]) < 2e-6
+        assert relative_error(y, product(isa, x, w, qtype)[0]) < 2e-6
 
 
 @pytest.mark.parametrize("qtype", [GGMLQuantizationType.F16, GGMLQuantizationType.Q4_0], ids=lambda t: t.name)
@@ -200,7 +214,7 @@ class TestBfloatTiles:
         x, bias = normal(tokens, tokens, cols), normal(3, rows)
         y = strided(np.full((tokens, rows), np.nan, np.float32))
         _core.KernelOps("amx", 2).linear(y, strided(x), data.reshape(-1), qtype.value, bias)
-        exact, sizes = product("amx", x, w)
+        exact, sizes = product("amx", x, w, qtype)
         # Each step of 32 columns adds 16 products twice and those two sums (17 roundings), then its sum goes
         # to the accumulator; the bias is added last. A rounding is at most EPS of a partial sum, which never
         # exceeds the sum of sizes.

@@ -18,6 +18,13 @@ namespace {
 
 constexpr std::array<std::string_view, 5> kNames{"amx", "avx512", "avx2", "neon", "portable"};
 
+#if defined(__x86_64__)
+const Kernels& avx512_kernels() {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512vnni") ? kAvx512VnniKernels : kAvx512Kernels;
+}
+#endif
+
 #if defined(__x86_64__) && defined(__linux__)
 const Kernels& amx_kernels() {
     static const Kernels kernels = [] {
@@ -53,7 +60,7 @@ std::vector<const Kernels*> built_kernels() {
         &amx_kernels(),
 #endif
 #if defined(__x86_64__)
-        &kAvx512Kernels,
+        &avx512_kernels(),
         &kAvx2Kernels,
 #endif
         &kPortableKernels,
@@ -69,7 +76,7 @@ bool usable(const Kernels& kernels) {
     if (&kernels == &kAvx2Kernels) return avx2;
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (&kernels == &kAvx512Kernels) return avx512;
+    if (&kernels == &avx512_kernels()) return avx512;
 #if defined(__linux__)
     if (&kernels == &amx_kernels()) {
         return avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16") &&

@@ -11,6 +11,7 @@ namespace yivl {
 extern const Kernels kPortableKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512VnniKernels;  // the same, quicker on quantised weights
 extern const PackedKernels kAmxPackedKernels;
 
 // The kernel tables that this CPU can run, best first.

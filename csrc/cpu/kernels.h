@@ -117,8 +117,8 @@ struct Kernels {
 
 }  // namespace yivl
 
-// The table of the kernels that kernels_body.h made in a namespace.
-#define YIVL_KERNELS(isa, space)                       \
+// The table of the kernels that kernels_body.h made in a namespace, and those for packed operands.
+#define YIVL_KERNELS(isa, space, packed_kernels)       \
     {                                                  \
         .name = isa,                                   \
         .dequantize = space::dequantize,               \
@@ -134,5 +134,5 @@ struct Kernels {
         .attention = space::attention,                 \
         .multiply_add = space::multiply_add,           \
         .read = space::read,                           \
-        .packed = nullptr,                             \
+        .packed = packed_kernels,                      \
     }

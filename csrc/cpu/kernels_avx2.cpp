@@ -14,6 +14,8 @@ YIVL_TARGET_BEGIN("avx2,fma,f16c")
 
 namespace yivl::avx2 {
 
+#include "cpu/kernels_bytes_x86.h"
+
 namespace {
 
 typedef __m256 F;
@@ -109,11 +111,105 @@ YIVL_INLINE void pair_of_nibbles(const uint8_t* p, const float* scale, const flo
     }
 }
 
+// ---- integers ----
+
+typedef __m256i I;
+
+constexpr int kIntegerTokens = 3;
+
+inline I load_integers(const I* p) { return _mm256_load_si256(p); }
+inline void store_integers(I* p, I v) { _mm256_store_si256(p, v); }
+inline I integers(int32_t n) { return _mm256_set1_epi32(n); }
+inline I no_integers() { return _mm256_setzero_si256(); }
+inline I add_integers(I a, I b) { return _mm256_add_epi32(a, b); }
+inline F to_floats(I v) { return _mm256_cvtepi32_ps(v); }
+inline I pair(const int16_t* p) {
+    int32_t both;
+    __builtin_memcpy(&both, p, sizeof(both));
+    return _mm256_set1_epi32(both);
+}
+inline I multiply_pairs(I sums, I a, I b) { return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b)); }
+inline I low_bits(I v, int n) { return _mm256_and_si256(v, _mm256_set1_epi16(static_cast<int16_t>(n))); }
+inline I any_bits(I a, I b) { return _mm256_or_si256(a, b); }
+template <int n>
+inline I down(I v) {
+    return _mm256_srli_epi16(v, n);
+}
+template <int n>
+inline I up(I v) {
+    return _mm256_slli_epi16(v, n);
+}
+template <int n>
+inline I signed_down(I v) {
+    return _mm256_srai_epi16(v, n);
+}
+inline I less(I v, int n) { return _mm256_sub_epi16(v, _mm256_set1_epi16(static_cast<int16_t>(n))); }
+inline I times(I a, I b) { return _mm256_mullo_epi16(a, b); }
+template <int n>
+inline I byte(I v) {
+    return _mm256_and_si256(_mm256_srli_epi32(v, n * 8), _mm256_set1_epi32(0xff));
+}
+template <int n>
+inline I spread_byte(I v) {
+    const __m128i high = _mm_setr_epi8(-1, n, -1, n, -1, n + 4, -1, n + 4, -1, n + 8, -1, n + 8, -1, n + 12, -1, n + 12);
+    return _mm256_srai_epi16(_mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(high)), 8);
+}
+template <int n>
+inline F half_of_lane(I v) {
+    const I low = n == 0 ? _mm256_and_si256(v, _mm256_set1_epi32(0xffff)) : _mm256_srli_epi32(v, 16);
+    const I packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(packed));
+}
+
+// 16 bytes of two rows side by side, four rows apart, then a transposition of each four by four.
+YIVL_INLINE void dwords(const std::byte* p, int64_t stride, I* out) {
+    const auto two_rows = [p, stride](int64_t first) YIVL_TARGET_LAMBDA {
+        const auto row = [p, stride](int64_t r) YIVL_TARGET_LAMBDA {
+            return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + r * stride));
+        };
+        return _mm256_inserti128_si256(_mm256_castsi128_si256(row(first)), row(first + 4), 1);
+    };
+    const I a = two_rows(0), b = two_rows(1), c = two_rows(2), d = two_rows(3);
+    const I ab_low = _mm256_unpacklo_epi32(a, b), ab_high = _mm256_unpackhi_epi32(a, b);
+    const I cd_low = _mm256_unpacklo_epi32(c, d), cd_high = _mm256_unpackhi_epi32(c, d);
+    out[0] = _mm256_unpacklo_epi64(ab_low, cd_low);
+    out[1] = _mm256_unpackhi_epi64(ab_low, cd_low);
+    out[2] = _mm256_unpacklo_epi64(ab_high, cd_high);
+    out[3] = _mm256_unpackhi_epi64(ab_high, cd_high);
+}
+YIVL_INLINE F halves(const std::byte* p, int64_t stride) { return _mm256_cvtph_ps(eight_halves(p, stride)); }
+
+inline int32_t sum_of_integers(I v) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+inline float largest_magnitude(const float* x) {
+    const auto some = [x](int i) YIVL_TARGET_LAMBDA {
+        return _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const I*>(x + i)), _mm256_set1_epi32(0x7fffffff));
+    };
+    const I v = _mm256_max_epi32(_mm256_max_epi32(some(0), some(8)), _mm256_max_epi32(some(16), some(24)));
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+    return __builtin_bit_cast(float, _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1))));
+}
+inline int32_t round_block(const float* x, float factor, int16_t* dst) {
+    const auto sixteen = [x, factor, dst](int i) YIVL_TARGET_LAMBDA {
+        const I a = _mm256_cvtps_epi32(mul(load(x + i), set1(factor)));
+        const I b = _mm256_cvtps_epi32(mul(load(x + i + 8), set1(factor)));
+        const I all = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+        _mm256_store_si256(reinterpret_cast<I*>(dst + i),
+                           _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(all, 0xd8), 0xd8));
+        return _mm256_add_epi32(a, b);
+    };
+    return sum_of_integers(_mm256_add_epi32(sixteen(0), sixteen(16)));
+}
+
 }  // namespace
 
 #include "cpu/kernels_body.h"
-#include "cpu/kernels_bytes_x86.h"
 #include "cpu/kernels_weights.h"
+#include "cpu/kernels_integer.h"
 
 }  // namespace yivl::avx2
 
@@ -121,7 +217,7 @@ YIVL_TARGET_END
 
 namespace yivl {
 
-const Kernels kAvx2Kernels = YIVL_KERNELS("avx2", avx2);
+const Kernels kAvx2Kernels = YIVL_KERNELS("avx2", avx2, &avx2::kIntegerKernels);
 
 }  // namespace yivl
 

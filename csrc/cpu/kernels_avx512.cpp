@@ -20,6 +20,8 @@ YIVL_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 
 namespace yivl::avx512 {
 
+#include "cpu/kernels_bytes_x86.h"
+
 namespace {
 
 typedef __m512 F;
@@ -104,11 +106,119 @@ YIVL_INLINE void pair_of_nibbles(const uint8_t* p, const float* scale, const flo
     sink(i + 48, _mm512_permutexvar_ps(_mm512_srli_epi32(second, 4), high));
 }
 
+// ---- integers ----
+
+typedef __m512i I;
+
+constexpr int kIntegerTokens = 6;
+
+inline I load_integers(const I* p) { return _mm512_load_si512(p); }
+inline void store_integers(I* p, I v) { _mm512_store_si512(p, v); }
+inline I integers(int32_t n) { return _mm512_set1_epi32(n); }
+inline I no_integers() { return _mm512_setzero_si512(); }
+inline I add_integers(I a, I b) { return _mm512_add_epi32(a, b); }
+inline F to_floats(I v) { return _mm512_cvtepi32_ps(v); }
+inline I pair(const int16_t* p) {
+    int32_t both;
+    __builtin_memcpy(&both, p, sizeof(both));
+    return _mm512_set1_epi32(both);
+}
+inline I low_bits(I v, int n) { return _mm512_and_si512(v, _mm512_set1_epi16(static_cast<int16_t>(n))); }
+inline I any_bits(I a, I b) { return _mm512_or_si512(a, b); }
+template <int n>
+inline I down(I v) {
+    return _mm512_srli_epi16(v, n);
+}
+template <int n>
+inline I up(I v) {
+    return _mm512_slli_epi16(v, n);
+}
+template <int n>
+inline I signed_down(I v) {
+    return _mm512_srai_epi16(v, n);
+}
+inline I less(I v, int n) { return _mm512_sub_epi16(v, _mm512_set1_epi16(static_cast<int16_t>(n))); }
+inline I times(I a, I b) { return _mm512_mullo_epi16(a, b); }
+template <int n>
+inline I byte(I v) {
+    return _mm512_and_si512(_mm512_srli_epi32(v, n * 8), _mm512_set1_epi32(0xff));
+}
+template <int n>
+inline I spread_byte(I v) {
+    const __m128i high = _mm_setr_epi8(-1, n, -1, n, -1, n + 4, -1, n + 4, -1, n + 8, -1, n + 8, -1, n + 12, -1, n + 12);
+    return _mm512_srai_epi16(_mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(high)), 8);
+}
+template <int n>
+inline F half_of_lane(I v) {
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(v, n * 16)));
+}
+
+// 16 bytes of four rows side by side, four rows apart, then a transposition of each four by four.
+YIVL_INLINE void dwords(const std::byte* p, int64_t stride, I* out) {
+    const auto four_rows = [p, stride](int64_t first) YIVL_TARGET_LAMBDA {
+        const auto row = [p, stride](int64_t r) YIVL_TARGET_LAMBDA {
+            return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + r * stride));
+        };
+        __m512i v = _mm512_castsi128_si512(row(first));
+        v = _mm512_inserti32x4(v, row(first + 4), 1);
+        v = _mm512_inserti32x4(v, row(first + 8), 2);
+        return _mm512_inserti32x4(v, row(first + 12), 3);
+    };
+    const I a = four_rows(0), b = four_rows(1), c = four_rows(2), d = four_rows(3);
+    const I ab_low = _mm512_unpacklo_epi32(a, b), ab_high = _mm512_unpackhi_epi32(a, b);
+    const I cd_low = _mm512_unpacklo_epi32(c, d), cd_high = _mm512_unpackhi_epi32(c, d);
+    out[0] = _mm512_unpacklo_epi64(ab_low, cd_low);
+    out[1] = _mm512_unpackhi_epi64(ab_low, cd_low);
+    out[2] = _mm512_unpacklo_epi64(ab_high, cd_high);
+    out[3] = _mm512_unpackhi_epi64(ab_high, cd_high);
+}
+
+YIVL_INLINE F halves(const std::byte* p, int64_t stride) {
+    return _mm512_cvtph_ps(_mm256_set_m128i(eight_halves(p + 8 * stride, stride), eight_halves(p, stride)));
+}
+
+inline float largest_magnitude(const float* x) {
+    const I magnitude = _mm512_set1_epi32(0x7fffffff);
+    const I a = _mm512_and_si512(_mm512_loadu_si512(x), magnitude);
+    const I b = _mm512_and_si512(_mm512_loadu_si512(x + 16), magnitude);
+    return __builtin_bit_cast(float, _mm512_reduce_max_epi32(_mm512_max_epi32(a, b)));
+}
+inline int32_t round_block(const float* x, float factor, int16_t* dst) {
+    const I a = _mm512_cvtps_epi32(mul(load(x), set1(factor)));
+    const I b = _mm512_cvtps_epi32(mul(load(x + 16), set1(factor)));
+    const I all = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(a)), _mm512_cvtepi32_epi16(b), 1);
+    _mm512_store_si512(dst, _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(all, 0xd8), 0xd8));
+    return _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+}
+
 }  // namespace
 
 #include "cpu/kernels_body.h"
-#include "cpu/kernels_bytes_x86.h"
 #include "cpu/kernels_weights.h"
+
+namespace plain {
+
+namespace {
+inline I multiply_pairs(I sums, I a, I b) { return _mm512_add_epi32(sums, _mm512_madd_epi16(a, b)); }
+}  // namespace
+
+#include "cpu/kernels_integer.h"
+
+}  // namespace plain
+
+// With the instruction that does both. In a region of its own it could not use what is defined above.
+namespace vnni {
+
+namespace {
+YIVL_INLINE I multiply_pairs(I sums, I a, I b) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
+    return sums;
+}
+}  // namespace
+
+#include "cpu/kernels_integer.h"
+
+}  // namespace vnni
 
 }  // namespace yivl::avx512
 
@@ -116,7 +226,8 @@ YIVL_TARGET_END
 
 namespace yivl {
 
-const Kernels kAvx512Kernels = YIVL_KERNELS("avx512", avx512);
+const Kernels kAvx512Kernels = YIVL_KERNELS("avx512", avx512, &avx512::plain::kIntegerKernels);
+const Kernels kAvx512VnniKernels = YIVL_KERNELS("avx512", avx512, &avx512::vnni::kIntegerKernels);
 
 }  // namespace yivl
 

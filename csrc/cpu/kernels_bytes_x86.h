@@ -1,4 +1,5 @@
-// Vectors of 32 bytes for kernels_weights.h, the same with AVX2 and AVX-512. Included inside a target region.
+// What kernels_weights.h and kernels_integer.h need that is the same with AVX2 and AVX-512. Included inside a target
+// region.
 
 namespace {
 
@@ -22,5 +23,23 @@ inline float half_to_float(half_bits h) { return _cvtsh_ss(h); }
 
 // Left to itself, GCC finds that a function which only prefetches does nothing, and drops the calls.
 YIVL_INLINE void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+YIVL_INLINE void prefetch_far(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+
+// The two bytes at each of eight places.
+YIVL_INLINE __m128i eight_halves(const std::byte* p, int64_t stride) {
+    const auto half = [p, stride](int64_t r) YIVL_TARGET_LAMBDA {
+        uint16_t h;
+        __builtin_memcpy(&h, p + r * stride, sizeof(h));
+        return static_cast<int>(h);
+    };
+    __m128i v = _mm_cvtsi32_si128(half(0));
+    v = _mm_insert_epi16(v, half(1), 1);
+    v = _mm_insert_epi16(v, half(2), 2);
+    v = _mm_insert_epi16(v, half(3), 3);
+    v = _mm_insert_epi16(v, half(4), 4);
+    v = _mm_insert_epi16(v, half(5), 5);
+    v = _mm_insert_epi16(v, half(6), 6);
+    return _mm_insert_epi16(v, half(7), 7);
+}
 
 }  // namespace

@@ -66,6 +66,6 @@ bool multiply(WeightType, float*, const float*, const std::byte*, int64_t, int64
 
 namespace yivl {
 
-const Kernels kPortableKernels = YIVL_KERNELS("portable", portable);
+const Kernels kPortableKernels = YIVL_KERNELS("portable", portable, nullptr);
 
 }  // namespace yivl

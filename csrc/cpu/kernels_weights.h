@@ -267,11 +267,6 @@ bool multiply(WeightType type, float* y, const float* x, const std::byte* w, int
     switch (type) {
         case WeightType::F16: return with(HalfRow<from_half>());
         case WeightType::BF16: return with(HalfRow<from_bfloat>());
-        case WeightType::Q8_0: return with(SimpleRow<BlockQ8_0>());
-        case WeightType::Q4_0: return with(SimpleRow<BlockQ4_0>());
-        case WeightType::Q4_K: return with(SuperRow<BlockQ4_K>());
-        case WeightType::Q5_K: return with(SuperRow<BlockQ5_K>());
-        case WeightType::Q6_K: return with(SuperRow<BlockQ6_K>());
         default: return false;
     }
 }

@@ -1,0 +1,542 @@
+// Products of weights that a file holds as small integers, with x rounded to 15-bit integers: a common scale for every 32
+// columns of a row of x, a relative error of about 5e-5. The products of 32 columns are summed exactly, whatever the
+// order, and these sums are scaled and added in float32 in order of the columns. So one token alone, whose weights go
+// from memory to the sum without a stop, gets the same values as one among many, for which they are unpacked once.
+//
+// Lanes are rows of the weights: four bytes of each of kLanes rows are brought together, from which come the
+// integers of pairs of columns. Columns are paired as bytes 0 and 2, 1 and 3.
+//
+// Included as kernels_body.h is, after it, and needs besides the names listed there:
+//
+//   I                              a vector of kLanes int32, or of 2 * kLanes int16
+//   kIntegerTokens                 tokens of a tile, which is two vectors of rows high
+//   load_integers(p) store_integers(p, v) integers(n) no_integers() add_integers(a, b) to_floats(v)     of int32
+//   pair(p)                        the two int16 at p, in every lane
+//   multiply_pairs(sums, a, b)     sums + a[2l] * b[2l] + a[2l + 1] * b[2l + 1] in every lane l
+//   low_bits(v, n) any_bits(a, b) down<n>(v) up<n>(v) signed_down<n>(v) less(v, n) times(a, b)      of int16: v & n,
+//                                  a | b, shifts, v - n, the low half of a product
+//   byte<n>(v)                     byte n of each lane, as int32
+//   spread_byte<n>(v)              byte n of each lane with its sign, as two int16
+//   half_of_lane<n>(v)             half n of each lane, a half-precision number, as a float
+//   dwords(p, stride, out)         out[j] = bytes [4j, 4j + 4) at p + l * stride in lane l, j in [0, 4)
+//   halves(p, stride)              the half-precision number at p + l * stride in lane l, as a float
+//   largest_magnitude(x)           of 32 numbers; a NaN is larger than all
+//   round_block(x, factor, dst)    32 numbers times `factor`, to the nearest integers, their columns paired; returns
+//                                  the sum of them
+//   prefetch_far(p)                the cache line at p, later
+
+namespace {
+
+constexpr int kPairs = kBlock / 2;  // of columns in a block
+constexpr int kSlabBlocks = kSuperBlock / kBlock;
+// Both operands are cut into slabs of this many columns.
+constexpr int64_t kSlabCols = kSuperBlock;
+// Sixteen bits less two: 32 products of a row of Q6_K, integers up to 32 * 128, must not overflow 32 bits.
+constexpr float kLargestInteger = 16383.0f;
+
+// A slab of one row of x.
+struct alignas(64) InputSlab {
+    int16_t integers[kSlabBlocks][kBlock];
+    float scale[kSlabBlocks];
+    float minus_sum[kSlabBlocks];  // of the rounded values
+    int32_t sum[kSlabBlocks];      // of the integers
+    int32_t padding[8];
+};
+
+// ---- weights ----
+//
+// unpack(p, row_bytes, sink) takes kBlocks blocks of kLanes rows. The sink gets vector<b, i>(v) with the integers of the
+// i-th pair of columns of block b, kOffset too large, then finish<b>(scale, minimum): weight = scale * integer - minimum.
+
+template <int n, class Fn>
+YIVL_INLINE void repeat(Fn&& fn) {
+    if constexpr (n > 0) {
+        repeat<n - 1>(fn);
+        fn.template operator()<n - 1>();
+    }
+}
+
+struct RowsQ8_0 {
+    static constexpr int kBlocks = 1, kOffset = 0;
+    static constexpr int64_t kBytes = sizeof(BlockQ8_0);
+    static constexpr bool kMinimum = false;
+    template <class Sink>
+    static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
+        I q[8];
+        dwords(p + 2, row_bytes, q);
+        dwords(p + 18, row_bytes, q + 4);
+        repeat<kPairs>([&]<int i>() YIVL_TARGET_LAMBDA {
+            sink.template vector<0, i>(signed_down<8>(i % 2 == 0 ? up<8>(q[i / 2]) : q[i / 2]));
+        });
+        sink.template finish<0>(halves(p, row_bytes), zero());
+    }
+};
+
+struct RowsQ4_0 {
+    static constexpr int kBlocks = 1, kOffset = 8;
+    static constexpr int64_t kBytes = sizeof(BlockQ4_0);
+    static constexpr bool kMinimum = false;
+    template <class Sink>
+    static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
+        I q[4];
+        dwords(p + 2, row_bytes, q);
+        repeat<kPairs>([&]<int i>() YIVL_TARGET_LAMBDA {
+            sink.template vector<0, i>(low_bits(down<i / 8 * 4 + i % 2 * 8>(q[i / 2 % 4]), 15));
+        });
+        sink.template finish<0>(halves(p, row_bytes), zero());
+    }
+};
+
+// Scales and minima of a Q4_K or Q5_K block of kLanes rows: six bits each in the file.
+struct SixBits {
+    F d, minimum;
+    I low_scales, high_scales, low_minima, high_minima;  // groups 0 to 3, 4 to 7 in the bytes of each lane
+
+    YIVL_INLINE SixBits(const std::byte* p, int64_t row_bytes) {
+        I w[4];
+        dwords(p, row_bytes, w);
+        d = half_of_lane<0>(w[0]);
+        minimum = half_of_lane<1>(w[0]);
+        low_scales = low_bits(w[1], 0x3f3f);
+        low_minima = low_bits(w[2], 0x3f3f);
+        high_scales = any_bits(low_bits(w[3], 0x0f0f), low_bits(down<2>(w[1]), 0x3030));
+        high_minima = any_bits(low_bits(down<4>(w[3]), 0x0f0f), low_bits(down<2>(w[2]), 0x3030));
+    }
+    template <int g, class Sink>
+    YIVL_INLINE void finish(Sink& sink) const {
+        const I scales = g < 4 ? low_scales : high_scales, minima = g < 4 ? low_minima : high_minima;
+        sink.template finish<g>(mul(d, to_floats(byte<g % 4>(scales))), mul(minimum, to_floats(byte<g % 4>(minima))));
+    }
+};
+
+struct RowsQ4_K {
+    static constexpr int kBlocks = kSlabBlocks, kOffset = 0;
+    static constexpr int64_t kBytes = sizeof(BlockQ4_K);
+    static constexpr bool kMinimum = true;
+    template <class Sink>
+    static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
+        const SixBits six_bits(p, row_bytes);
+        repeat<4>([&]<int two>() YIVL_TARGET_LAMBDA {
+            const std::byte* from = p + 16 + two * 32;
+            I q[8];
+            dwords(from, row_bytes, q);
+            dwords(from + 16, row_bytes, q + 4);
+            repeat<2>([&]<int g>() YIVL_TARGET_LAMBDA {
+                repeat<kPairs>([&]<int i>() YIVL_TARGET_LAMBDA {
+                    sink.template vector<two * 2 + g, i>(low_bits(down<g * 4 + i % 2 * 8>(q[i / 2]), 15));
+                });
+                six_bits.template finish<two * 2 + g>(sink);
+            });
+        });
+    }
+};
+
+struct RowsQ5_K {
+    static constexpr int kBlocks = kSlabBlocks, kOffset = 0;
+    static constexpr int64_t kBytes = sizeof(BlockQ5_K);
+    static constexpr bool kMinimum = true;
+    template <class Sink>
+    static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
+        const SixBits six_bits(p, row_bytes);
+        I fifth[8];
+        dwords(p + 16, row_bytes, fifth);
+        dwords(p + 32, row_bytes, fifth + 4);
+        repeat<4>([&]<int two>() YIVL_TARGET_LAMBDA {
+            const std::byte* from = p + 48 + two * 32;
+            I q[8];
+            dwords(from, row_bytes, q);
+            dwords(from + 16, row_bytes, q + 4);
+            repeat<2>([&]<int half>() YIVL_TARGET_LAMBDA {
+                constexpr int g = two * 2 + half;
+                repeat<kPairs>([&]<int i>() YIVL_TARGET_LAMBDA {
+                    // Bit g of each byte becomes bit 4.
+                    constexpr int by = g - 4 + i % 2 * 8;
+                    I high = fifth[i / 2];
+                    if constexpr (by >= 0) {
+                        high = down<by>(high);
+                    } else {
+                        high = up<-by>(high);
+                    }
+                    const I low = low_bits(down<half * 4 + i % 2 * 8>(q[i / 2]), 15);
+                    sink.template vector<g, i>(any_bits(low, low_bits(high, 16)));
+                });
+                six_bits.template finish<g>(sink);
+            });
+        });
+    }
+};
+
+// The scale of every 16 columns is an integer, so that it can go into the weights' integers.
+struct RowsQ6_K {
+    static constexpr int kBlocks = kSlabBlocks, kOffset = 0;
+    static constexpr int64_t kBytes = sizeof(BlockQ6_K);
+    static constexpr bool kMinimum = false;
+    template <class Sink>
+    static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
+        I scales[4];
+        dwords(p + 192, row_bytes, scales);
+        const F d = halves(p + 208, row_bytes);
+        repeat<2>([&]<int half>() YIVL_TARGET_LAMBDA {
+            // Columns [c, c + 16) of four blocks at a time.
+            repeat<2>([&]<int part>() YIVL_TARGET_LAMBDA {
+                I low[4], next[4], high[4];
+                dwords(p + half * 64 + part * 16, row_bytes, low);
+                dwords(p + half * 64 + part * 16 + 32, row_bytes, next);
+                dwords(p + 128 + half * 32 + part * 16, row_bytes, high);
+                repeat<4>([&]<int b>() YIVL_TARGET_LAMBDA {
+                    constexpr int group = half * 8 + b * 2 + part;  // of 16 columns
+                    const I scale = spread_byte<group % 4>(scales[group / 4]);
+                    repeat<kPairs / 2>([&]<int i>() YIVL_TARGET_LAMBDA {
+                        const I four = low_bits(down<b / 2 * 4 + i % 2 * 8>((b % 2 == 0 ? low : next)[i / 2]), 15);
+                        // Bits 2b and 2b + 1 of each byte become bits 4 and 5.
+                        constexpr int by = b * 2 - 4 + i % 2 * 8;
+                        I two = high[i / 2];
+                        if constexpr (by >= 0) {
+                            two = down<by>(two);
+                        } else {
+                            two = up<-by>(two);
+                        }
+                        const I q = less(any_bits(four, low_bits(two, 48)), 32);
+                        sink.template vector<half * 4 + b, part * (kPairs / 2) + i>(times(q, scale));
+                    });
+                });
+            });
+            repeat<4>([&]<int b>() YIVL_TARGET_LAMBDA { sink.template finish<half * 4 + b>(d, zero()); });
+        });
+    }
+};
+
+// ---- one token ----
+
+template <class Rows>
+struct SumSink {
+    // Two sums for each block, which need not wait for each other.
+    I sums[Rows::kBlocks][2];
+    const InputSlab* x;
+    int64_t block;  // the first one's, in the slab
+    F total;
+
+    YIVL_INLINE void begin() {
+        for (int b = 0; b < Rows::kBlocks; ++b) {
+            sums[b][0] = Rows::kOffset == 0 ? no_integers() : integers(x->sum[block + b] * -Rows::kOffset);
+            sums[b][1] = no_integers();
+        }
+    }
+    template <int b, int i>
+    YIVL_INLINE void vector(I v) {
+        sums[b][i % 2] = multiply_pairs(sums[b][i % 2], v, pair(x->integers[block + b] + i * 2));
+    }
+    template <int b>
+    YIVL_INLINE void finish(F scale, F minimum) {
+        const F sum = to_floats(add_integers(sums[b][0], sums[b][1]));
+        total = fma(sum, mul(scale, set1(x->scale[block + b])), total);
+        if constexpr (Rows::kMinimum) total = fma(minimum, set1(x->minus_sum[block + b]), total);
+    }
+};
+
+// Rows that a vector has no lanes for are few: they are copied to where all lanes may read.
+struct RestOfRows {
+    static constexpr int64_t kStride = 288;  // of a slab of the widest type and more
+    alignas(64) std::byte bytes[kLanes * kStride];
+
+    YIVL_INLINE void copy(const std::byte* p, int64_t row_bytes, int64_t n_rows, int64_t n_bytes) {
+        for (int64_t r = 0; r < kLanes; ++r) {
+            __builtin_memcpy(bytes + r * kStride, p + (r < n_rows ? r : 0) * row_bytes, static_cast<size_t>(n_bytes));
+        }
+    }
+};
+
+// y = or += sum + bias for n lanes
+inline void put_outputs(const PackedPiece& p, int64_t token, int64_t row, F sum, int64_t n) {
+    float* const y = p.y + token * p.y_stride + row;
+    if (p.bias != nullptr) sum = add(sum, load_some(p.bias + row, n));
+    if (p.add) sum = add(load_some(y, n), sum);
+    store_some(y, sum, n);
+}
+
+template <class Rows>
+void multiply_one(const PackedPiece& p) {
+    const InputSlab* const x = reinterpret_cast<const InputSlab*>(p.x);
+    constexpr int64_t kCols = Rows::kBlocks * kBlock;
+    for (int64_t row = 0; row < p.n_rows; row += kLanes) {
+        const std::byte* const w = p.w + row * p.row_bytes;
+        const int64_t n = min64(kLanes, p.n_rows - row);
+        SumSink<Rows> sink;
+        sink.total = zero();
+        if (n == kLanes) {
+            // The next rows lie behind these, and are fetched in the order of the file.
+            const std::byte* ahead = w + kLanes * p.row_bytes;
+            for (int64_t col = 0; col < p.cols; col += kCols) {
+                for (int64_t i = 0; i < kLanes * Rows::kBytes; i += 64) prefetch_far(ahead + i);
+                ahead += kLanes * Rows::kBytes;
+                sink.x = x + col / kSlabCols;
+                sink.block = col % kSlabCols / kBlock;
+                sink.begin();
+                Rows::unpack(w + col / kCols * Rows::kBytes, p.row_bytes, sink);
+            }
+        } else {
+            RestOfRows rest;
+            for (int64_t col = 0; col < p.cols; col += kCols) {
+                rest.copy(w + col / kCols * Rows::kBytes, p.row_bytes, n, Rows::kBytes);
+                sink.x = x + col / kSlabCols;
+                sink.block = col % kSlabCols / kBlock;
+                sink.begin();
+                Rows::unpack(rest.bytes, RestOfRows::kStride, sink);
+            }
+        }
+        put_outputs(p, 0, row, sink.total, n);
+    }
+}
+
+// ---- many tokens ----
+
+// A block of kLanes rows, unpacked.
+struct WeightBlock {
+    I pairs[kPairs];
+    F scale, minimum;
+};
+// A slab of kLanes rows.
+struct WeightSlab {
+    WeightBlock blocks[kSlabBlocks];
+};
+
+template <class Rows>
+struct StoreSink {
+    WeightBlock* blocks;
+
+    template <int b, int i>
+    YIVL_INLINE void vector(I v) {
+        if constexpr (Rows::kOffset != 0) v = less(v, Rows::kOffset);
+        store_integers(&blocks[b].pairs[i], v);
+    }
+    template <int b>
+    YIVL_INLINE void finish(F scale, F minimum) {
+        blocks[b].scale = scale;
+        blocks[b].minimum = minimum;
+    }
+};
+
+// Columns [col, col + n_blocks * 32) of n rows from p, the first of a slab.
+template <class Rows>
+void unpack_slab(WeightSlab& slab, const std::byte* p, int64_t row_bytes, int64_t n_rows, int64_t n_blocks) {
+    RestOfRows rest;
+    if (n_rows < kLanes) {
+        rest.copy(p, row_bytes, n_rows, n_blocks / Rows::kBlocks * Rows::kBytes);
+        p = rest.bytes;
+        row_bytes = RestOfRows::kStride;
+    }
+    for (int64_t b = 0; b < n_blocks; b += Rows::kBlocks, p += Rows::kBytes) {
+        StoreSink<Rows> sink{slab.blocks + b};
+        Rows::unpack(p, row_bytes, sink);
+    }
+}
+
+// T tokens against R x kLanes rows over a slab; `sums` (R, T) are read if not `first`.
+template <int R, int T, bool minimum>
+YIVL_INLINE void multiply_tile(F* sums, const WeightSlab* w, const InputSlab* x, int64_t x_step, int64_t n_blocks,
+                               bool first) {
+    F total[R][T];
+    YIVL_UNROLL
+    for (int r = 0; r < R; ++r) {
+        YIVL_UNROLL
+        for (int t = 0; t < T; ++t) total[r][t] = first ? zero() : sums[r * T + t];
+    }
+    for (int64_t b = 0; b < n_blocks; ++b) {
+        I acc[R][T];
+        YIVL_UNROLL
+        for (int r = 0; r < R; ++r) {
+            YIVL_UNROLL
+            for (int t = 0; t < T; ++t) acc[r][t] = no_integers();
+        }
+        for (int i = 0; i < kPairs; ++i) {
+            I ws[R];
+            YIVL_UNROLL
+            for (int r = 0; r < R; ++r) ws[r] = load_integers(&w[r].blocks[b].pairs[i]);
+            YIVL_UNROLL
+            for (int t = 0; t < T; ++t) {
+                const I xs = pair(x[t * x_step].integers[b] + i * 2);
+                YIVL_UNROLL
+                for (int r = 0; r < R; ++r) acc[r][t] = multiply_pairs(acc[r][t], ws[r], xs);
+            }
+        }
+        YIVL_UNROLL
+        for (int r = 0; r < R; ++r) {
+            const F scale = w[r].blocks[b].scale;
+            YIVL_UNROLL
+            for (int t = 0; t < T; ++t) {
+                const InputSlab& slab = x[t * x_step];
+                total[r][t] = fma(to_floats(acc[r][t]), mul(scale, set1(slab.scale[b])), total[r][t]);
+                if constexpr (minimum) {
+                    total[r][t] = fma(w[r].blocks[b].minimum, set1(slab.minus_sum[b]), total[r][t]);
+                }
+            }
+        }
+    }
+    YIVL_UNROLL
+    for (int r = 0; r < R; ++r) {
+        YIVL_UNROLL
+        for (int t = 0; t < T; ++t) sums[r * T + t] = total[r][t];
+    }
+}
+
+template <int R, int T, bool minimum>
+YIVL_INLINE void multiply_rest(int64_t n_tokens, F* sums, const WeightSlab* w, const InputSlab* x, int64_t x_step,
+                               int64_t n_blocks, bool first) {
+    if (n_tokens == T) {
+        multiply_tile<R, T, minimum>(sums, w, x, x_step, n_blocks, first);
+    } else if constexpr (T > 1) {
+        multiply_rest<R, T - 1, minimum>(n_tokens, sums, w, x, x_step, n_blocks, first);
+    }
+}
+
+// All tokens against R x kLanes rows over a slab.
+template <int R, bool minimum>
+void multiply_slab(F* sums, const WeightSlab* w, const InputSlab* x, int64_t x_step, int64_t n_tokens, int64_t n_blocks,
+                   bool first) {
+    int64_t t = 0;
+    for (; t + kIntegerTokens <= n_tokens; t += kIntegerTokens) {
+        multiply_tile<R, kIntegerTokens, minimum>(sums + t * R, w, x + t * x_step, x_step, n_blocks, first);
+    }
+    if (t < n_tokens) {
+        multiply_rest<R, kIntegerTokens - 1, minimum>(n_tokens - t, sums + t * R, w, x + t * x_step, x_step, n_blocks,
+                                                      first);
+    }
+}
+
+// Vectors of rows that are multiplied side by side.
+constexpr int kIntegerRows = 2;
+constexpr int64_t kSideRows = kIntegerRows * kLanes;
+
+template <class Rows>
+void multiply_many(const PackedPiece& p, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
+    const InputSlab* const x = reinterpret_cast<const InputSlab*>(p.x);
+    WeightSlab* const w = reinterpret_cast<WeightSlab*>(scratch);
+    F* const sums = reinterpret_cast<F*>(scratch + kIntegerRows * sizeof(WeightSlab));
+    const int64_t n_slabs = (p.cols + kSlabCols - 1) / kSlabCols;
+    for (int64_t s = 0; s < n_slabs; ++s) {
+        const int64_t n_blocks = min64(kSlabCols, p.cols - s * kSlabCols) / kBlock;
+        for (int64_t row = 0; row < p.n_rows; row += kSideRows) {
+            if (stop(stop_arg)) return;
+            const int64_t n_rows = min64(kSideRows, p.n_rows - row);
+            const std::byte* const from = p.w + row * p.row_bytes + s * (kSlabBlocks / Rows::kBlocks) * Rows::kBytes;
+            F* const mine = sums + row / kLanes * p.n_tokens;
+            // Tokens of a slab lie side by side.
+            const InputSlab* const slab = x + s * p.n_tokens;
+            unpack_slab<Rows>(w[0], from, p.row_bytes, min64(kLanes, n_rows), n_blocks);
+            if (n_rows > kLanes) {
+                unpack_slab<Rows>(w[1], from + kLanes * p.row_bytes, p.row_bytes, n_rows - kLanes, n_blocks);
+                multiply_slab<2, Rows::kMinimum>(mine, w, slab, 1, p.n_tokens, n_blocks, s == 0);
+            } else {
+                multiply_slab<1, Rows::kMinimum>(mine, w, slab, 1, p.n_tokens, n_blocks, s == 0);
+            }
+        }
+    }
+    for (int64_t row = 0; row < p.n_rows; row += kSideRows) {
+        const int64_t n_rows = min64(kSideRows, p.n_rows - row);
+        const int64_t vectors = (n_rows + kLanes - 1) / kLanes;
+        const F* const mine = sums + row / kLanes * p.n_tokens;
+        for (int64_t t = 0; t < p.n_tokens; ++t) {
+            // Sums of one tile lie together: (vectors, tokens of the tile).
+            const int64_t tile = t / kIntegerTokens * kIntegerTokens;
+            const int64_t width = min64(kIntegerTokens, p.n_tokens - tile);
+            for (int64_t r = 0; r < vectors; ++r) {
+                put_outputs(p, t, row + r * kLanes, mine[tile * vectors + r * width + t - tile],
+                            min64(kLanes, n_rows - r * kLanes));
+            }
+        }
+    }
+}
+
+// ---- the table ----
+
+int order_of_integers(WeightType type) {
+    switch (type) {
+        case WeightType::Q8_0:
+        case WeightType::Q4_0:
+        case WeightType::Q4_K:
+        case WeightType::Q5_K:
+        case WeightType::Q6_K: return 0;
+        default: return -1;
+    }
+}
+
+int64_t packed_integer_bytes(int64_t n_tokens, int64_t cols) {
+    return n_tokens * ((cols + kSlabCols - 1) / kSlabCols) * static_cast<int64_t>(sizeof(InputSlab));
+}
+
+void pack_block(InputSlab& slab, int64_t b, const float* x) {
+    const float most = largest_magnitude(x);
+    if (!(most <= 3.4028234e38f)) {  // an infinity or no number: neither may get lost
+        for (int16_t& n : slab.integers[b]) n = 0;
+        slab.scale[b] = slab.minus_sum[b] = __builtin_nanf("");
+        slab.sum[b] = 0;
+        return;
+    }
+    // What is smaller has no reciprocal, and counts as nothing.
+    const bool some = most > 1.0e-34f;
+    const float scale = some ? most / kLargestInteger : 0.0f;
+    const float factor = some ? kLargestInteger / most : 0.0f;
+    slab.sum[b] = round_block(x, factor, slab.integers[b]);
+    slab.scale[b] = scale;
+    slab.minus_sum[b] = -scale * static_cast<float>(slab.sum[b]);
+}
+
+void pack_integers(std::byte* dst, const PackedInput& p, int64_t group) {
+    InputSlab* const slabs = reinterpret_cast<InputSlab*>(dst);
+    const int64_t end = min64(group * 16 + 16, p.n_tokens);
+    for (int64_t t = group * 16; t < end; ++t) {
+        for (int64_t col = 0; col < p.cols; col += kBlock) {
+            pack_block(slabs[col / kSlabCols * p.n_tokens + t], col % kSlabCols / kBlock, p.x + t * p.x_stride + col);
+        }
+    }
+}
+
+int64_t integer_scratch_bytes(int64_t n_tokens, int64_t n_rows, int64_t) {
+    const int64_t vectors = (n_rows + kLanes - 1) / kLanes;
+    return kIntegerRows * static_cast<int64_t>(sizeof(WeightSlab)) +
+           vectors * n_tokens * static_cast<int64_t>(sizeof(F));
+}
+
+void multiply_integers(const PackedPiece& piece, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
+    const auto with = [&]<class Rows>(Rows) YIVL_TARGET_LAMBDA {
+        if (piece.n_tokens == 1) {
+            multiply_one<Rows>(piece);
+        } else {
+            multiply_many<Rows>(piece, scratch, stop, stop_arg);
+        }
+    };
+    switch (piece.type) {
+        case WeightType::Q8_0: return with(RowsQ8_0());
+        case WeightType::Q4_0: return with(RowsQ4_0());
+        case WeightType::Q4_K: return with(RowsQ4_K());
+        case WeightType::Q5_K: return with(RowsQ5_K());
+        case WeightType::Q6_K: return with(RowsQ6_K());
+        default: return;
+    }
+}
+
+int64_t multiply_add_integers(int64_t rounds) {
+    constexpr int kSums = kIntegerRows * kIntegerTokens;
+    I acc[kSums];
+    YIVL_UNROLL
+    for (int i = 0; i < kSums; ++i) acc[i] = integers(i);
+    const I a = integers(0x00010001);
+    for (int64_t r = 0; r < rounds; ++r) {
+        YIVL_UNROLL
+        for (int i = 0; i < kSums; ++i) acc[i] = multiply_pairs(acc[i], acc[(i + kSums / 2) % kSums], a);
+    }
+    for (int i = 1; i < kSums; ++i) acc[0] = add_integers(acc[0], acc[i]);
+    asm volatile("" : : "m"(acc[0]));  // or the compiler would leave it all out
+    return rounds * kSums * kLanes * 4;
+}
+
+const PackedKernels kIntegerKernels = {
+    .order = order_of_integers,
+    .packed_bytes = packed_integer_bytes,
+    .pack = pack_integers,
+    .scratch_bytes = integer_scratch_bytes,
+    .linear = multiply_integers,
+    .multiply_add = multiply_add_integers,
+};
+
+}  // namespace
