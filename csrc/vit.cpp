@@ -35,9 +35,9 @@ void embed_patches(const VitWeights& w, const VitConfig& c, VitState& s, Vec pix
 // x = x + W_o attention(W_q h, W_k h, W_v h)
 void self_attention(const VitBlockWeights& w, const VitConfig& c, VitState& s, Ops& ops) {
     const Mat h = s.h.view();
-    ops.linear(h, {{s.q.view(), w.q.weight, w.q.bias},
-                   {s.k.view(), w.k.weight, w.k.bias},
-                   {s.v.view(), w.v.weight, w.v.bias}});
+    ops.linear(
+        h,
+        {{s.q.view(), w.q.weight, w.q.bias}, {s.k.view(), w.k.weight, w.k.bias}, {s.v.view(), w.v.weight, w.v.bias}});
     ops.attention(s.attn.view(), s.q.view(), s.k.view(), s.v.view(),
                   {.n_heads = c.n_heads, .n_kv_heads = c.n_heads, .head_dim = c.head_dim, .causal = false});
     ops.linear(s.attn.view(), {{s.x.view(), w.out.weight, w.out.bias, Then::add}});

@@ -151,7 +151,8 @@ inline I byte(I v) {
 }
 template <int n>
 inline I spread_byte(I v) {
-    const __m128i high = _mm_setr_epi8(-1, n, -1, n, -1, n + 4, -1, n + 4, -1, n + 8, -1, n + 8, -1, n + 12, -1, n + 12);
+    const __m128i high =
+        _mm_setr_epi8(-1, n, -1, n, -1, n + 4, -1, n + 4, -1, n + 8, -1, n + 8, -1, n + 12, -1, n + 12);
     return _mm256_srai_epi16(_mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(high)), 8);
 }
 template <int n>
@@ -208,8 +209,8 @@ inline int32_t round_block(const float* x, float factor, int16_t* dst) {
 }  // namespace
 
 #include "cpu/kernels_body.h"
-#include "cpu/kernels_weights.h"
 #include "cpu/kernels_integer.h"
+#include "cpu/kernels_weights.h"
 
 }  // namespace yivl::avx2
 

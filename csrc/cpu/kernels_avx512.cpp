@@ -145,7 +145,8 @@ inline I byte(I v) {
 }
 template <int n>
 inline I spread_byte(I v) {
-    const __m128i high = _mm_setr_epi8(-1, n, -1, n, -1, n + 4, -1, n + 4, -1, n + 8, -1, n + 8, -1, n + 12, -1, n + 12);
+    const __m128i high =
+        _mm_setr_epi8(-1, n, -1, n, -1, n + 4, -1, n + 4, -1, n + 8, -1, n + 8, -1, n + 12, -1, n + 12);
     return _mm512_srai_epi16(_mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(high)), 8);
 }
 template <int n>

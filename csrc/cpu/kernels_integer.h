@@ -1,5 +1,5 @@
-// Products of weights that a file holds as small integers, with x rounded to 15-bit integers: a common scale for every 32
-// columns of a row of x, a relative error of about 5e-5. The products of 32 columns are summed exactly, whatever the
+// Products of weights that a file holds as small integers, with x rounded to 15-bit integers: a common scale for every
+// 32 columns of a row of x, a relative error of about 5e-5. The products of 32 columns are summed exactly, whatever the
 // order, and these sums are scaled and added in float32 in order of the columns. So one token alone, whose weights go
 // from memory to the sum without a stop, gets the same values as one among many, for which they are unpacked once.
 //
@@ -45,8 +45,9 @@ struct alignas(64) InputSlab {
 
 // ---- weights ----
 //
-// unpack(p, row_bytes, sink) takes kBlocks blocks of kLanes rows. The sink gets vector<b, i>(v) with the integers of the
-// i-th pair of columns of block b, kOffset too large, then finish<b>(scale, minimum): weight = scale * integer - minimum.
+// unpack(p, row_bytes, sink) takes kBlocks blocks of kLanes rows. The sink gets vector<b, i>(v) with the integers of
+// the i-th pair of columns of block b, kOffset too large, then finish<b>(scale, minimum): weight = scale * integer -
+// minimum.
 
 template <int n, class Fn>
 YIVL_INLINE void repeat(Fn&& fn) {
@@ -197,7 +198,7 @@ struct RowsQ6_K {
                             two = up<-by>(two);
                         }
                         const I q = less(any_bits(four, low_bits(two, 48)), 32);
-                        sink.template vector<half * 4 + b, part * (kPairs / 2) + i>(times(q, scale));
+                        sink.template vector<half * 4 + b, part*(kPairs / 2) + i>(times(q, scale));
                     });
                 });
             });
@@ -333,8 +334,7 @@ void unpack_slab(WeightSlab& slab, const std::byte* p, int64_t row_bytes, int64_
 
 // T tokens against R x kLanes rows over a slab; `sums` (R, T) are read if not `first`.
 template <int R, int T, bool minimum>
-YIVL_INLINE void multiply_tile(F* sums, const WeightSlab* w, const InputSlab* x, int64_t x_step, int64_t n_blocks,
-                               bool first) {
+YIVL_INLINE void multiply_tile(F* sums, const WeightSlab* w, const InputSlab* x, int64_t n_blocks, bool first) {
     F total[R][T];
     YIVL_UNROLL
     for (int r = 0; r < R; ++r) {
@@ -348,13 +348,16 @@ YIVL_INLINE void multiply_tile(F* sums, const WeightSlab* w, const InputSlab* x,
             YIVL_UNROLL
             for (int t = 0; t < T; ++t) acc[r][t] = no_integers();
         }
+        YIVL_UNROLL
+        for (int t = 0; t < T; ++t) prefetch(reinterpret_cast<const std::byte*>(x[T + t].integers[b]));
+        YIVL_UNROLL
         for (int i = 0; i < kPairs; ++i) {
             I ws[R];
             YIVL_UNROLL
             for (int r = 0; r < R; ++r) ws[r] = load_integers(&w[r].blocks[b].pairs[i]);
             YIVL_UNROLL
             for (int t = 0; t < T; ++t) {
-                const I xs = pair(x[t * x_step].integers[b] + i * 2);
+                const I xs = pair(x[t].integers[b] + i * 2);
                 YIVL_UNROLL
                 for (int r = 0; r < R; ++r) acc[r][t] = multiply_pairs(acc[r][t], ws[r], xs);
             }
@@ -364,7 +367,7 @@ YIVL_INLINE void multiply_tile(F* sums, const WeightSlab* w, const InputSlab* x,
             const F scale = w[r].blocks[b].scale;
             YIVL_UNROLL
             for (int t = 0; t < T; ++t) {
-                const InputSlab& slab = x[t * x_step];
+                const InputSlab& slab = x[t];
                 total[r][t] = fma(to_floats(acc[r][t]), mul(scale, set1(slab.scale[b])), total[r][t]);
                 if constexpr (minimum) {
                     total[r][t] = fma(w[r].blocks[b].minimum, set1(slab.minus_sum[b]), total[r][t]);
@@ -380,26 +383,24 @@ YIVL_INLINE void multiply_tile(F* sums, const WeightSlab* w, const InputSlab* x,
 }
 
 template <int R, int T, bool minimum>
-YIVL_INLINE void multiply_rest(int64_t n_tokens, F* sums, const WeightSlab* w, const InputSlab* x, int64_t x_step,
-                               int64_t n_blocks, bool first) {
+YIVL_INLINE void multiply_rest(int64_t n_tokens, F* sums, const WeightSlab* w, const InputSlab* x, int64_t n_blocks,
+                               bool first) {
     if (n_tokens == T) {
-        multiply_tile<R, T, minimum>(sums, w, x, x_step, n_blocks, first);
+        multiply_tile<R, T, minimum>(sums, w, x, n_blocks, first);
     } else if constexpr (T > 1) {
-        multiply_rest<R, T - 1, minimum>(n_tokens, sums, w, x, x_step, n_blocks, first);
+        multiply_rest<R, T - 1, minimum>(n_tokens, sums, w, x, n_blocks, first);
     }
 }
 
 // All tokens against R x kLanes rows over a slab.
 template <int R, bool minimum>
-void multiply_slab(F* sums, const WeightSlab* w, const InputSlab* x, int64_t x_step, int64_t n_tokens, int64_t n_blocks,
-                   bool first) {
+void multiply_slab(F* sums, const WeightSlab* w, const InputSlab* x, int64_t n_tokens, int64_t n_blocks, bool first) {
     int64_t t = 0;
     for (; t + kIntegerTokens <= n_tokens; t += kIntegerTokens) {
-        multiply_tile<R, kIntegerTokens, minimum>(sums + t * R, w, x + t * x_step, x_step, n_blocks, first);
+        multiply_tile<R, kIntegerTokens, minimum>(sums + t * R, w, x + t, n_blocks, first);
     }
     if (t < n_tokens) {
-        multiply_rest<R, kIntegerTokens - 1, minimum>(n_tokens - t, sums + t * R, w, x + t * x_step, x_step, n_blocks,
-                                                      first);
+        multiply_rest<R, kIntegerTokens - 1, minimum>(n_tokens - t, sums + t * R, w, x + t, n_blocks, first);
     }
 }
 
@@ -407,43 +408,54 @@ void multiply_slab(F* sums, const WeightSlab* w, const InputSlab* x, int64_t x_s
 constexpr int kIntegerRows = 2;
 constexpr int64_t kSideRows = kIntegerRows * kLanes;
 
+// Tokens whose slabs of x and sums stay in the second-level cache, while the weights are unpacked for each of them.
+constexpr int64_t kTokensAtOnce = 48 * kIntegerTokens;
+
+// Tokens [token, token + n_tokens) of the piece.
 template <class Rows>
-void multiply_many(const PackedPiece& p, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
-    const InputSlab* const x = reinterpret_cast<const InputSlab*>(p.x);
+void multiply_some(const PackedPiece& p, int64_t token, int64_t n_tokens, std::byte* scratch, bool (*stop)(const void*),
+                   const void* stop_arg) {
     WeightSlab* const w = reinterpret_cast<WeightSlab*>(scratch);
     F* const sums = reinterpret_cast<F*>(scratch + kIntegerRows * sizeof(WeightSlab));
     const int64_t n_slabs = (p.cols + kSlabCols - 1) / kSlabCols;
     for (int64_t s = 0; s < n_slabs; ++s) {
+        if (stop(stop_arg)) return;
         const int64_t n_blocks = min64(kSlabCols, p.cols - s * kSlabCols) / kBlock;
+        // A slab's tokens lie side by side.
+        const InputSlab* const x = reinterpret_cast<const InputSlab*>(p.x) + s * p.n_tokens + token;
         for (int64_t row = 0; row < p.n_rows; row += kSideRows) {
-            if (stop(stop_arg)) return;
             const int64_t n_rows = min64(kSideRows, p.n_rows - row);
             const std::byte* const from = p.w + row * p.row_bytes + s * (kSlabBlocks / Rows::kBlocks) * Rows::kBytes;
-            F* const mine = sums + row / kLanes * p.n_tokens;
-            // Tokens of a slab lie side by side.
-            const InputSlab* const slab = x + s * p.n_tokens;
+            F* const mine = sums + row / kLanes * n_tokens;
             unpack_slab<Rows>(w[0], from, p.row_bytes, min64(kLanes, n_rows), n_blocks);
             if (n_rows > kLanes) {
                 unpack_slab<Rows>(w[1], from + kLanes * p.row_bytes, p.row_bytes, n_rows - kLanes, n_blocks);
-                multiply_slab<2, Rows::kMinimum>(mine, w, slab, 1, p.n_tokens, n_blocks, s == 0);
+                multiply_slab<2, Rows::kMinimum>(mine, w, x, n_tokens, n_blocks, s == 0);
             } else {
-                multiply_slab<1, Rows::kMinimum>(mine, w, slab, 1, p.n_tokens, n_blocks, s == 0);
+                multiply_slab<1, Rows::kMinimum>(mine, w, x, n_tokens, n_blocks, s == 0);
             }
         }
     }
     for (int64_t row = 0; row < p.n_rows; row += kSideRows) {
         const int64_t n_rows = min64(kSideRows, p.n_rows - row);
         const int64_t vectors = (n_rows + kLanes - 1) / kLanes;
-        const F* const mine = sums + row / kLanes * p.n_tokens;
-        for (int64_t t = 0; t < p.n_tokens; ++t) {
+        const F* const mine = sums + row / kLanes * n_tokens;
+        for (int64_t t = 0; t < n_tokens; ++t) {
             // Sums of one tile lie together: (vectors, tokens of the tile).
             const int64_t tile = t / kIntegerTokens * kIntegerTokens;
-            const int64_t width = min64(kIntegerTokens, p.n_tokens - tile);
+            const int64_t width = min64(kIntegerTokens, n_tokens - tile);
             for (int64_t r = 0; r < vectors; ++r) {
-                put_outputs(p, t, row + r * kLanes, mine[tile * vectors + r * width + t - tile],
+                put_outputs(p, token + t, row + r * kLanes, mine[tile * vectors + r * width + t - tile],
                             min64(kLanes, n_rows - r * kLanes));
             }
         }
+    }
+}
+
+template <class Rows>
+void multiply_many(const PackedPiece& p, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
+    for (int64_t token = 0; token < p.n_tokens; token += kTokensAtOnce) {
+        multiply_some<Rows>(p, token, min64(kTokensAtOnce, p.n_tokens - token), scratch, stop, stop_arg);
     }
 }
 
@@ -494,7 +506,7 @@ void pack_integers(std::byte* dst, const PackedInput& p, int64_t group) {
 int64_t integer_scratch_bytes(int64_t n_tokens, int64_t n_rows, int64_t) {
     const int64_t vectors = (n_rows + kLanes - 1) / kLanes;
     return kIntegerRows * static_cast<int64_t>(sizeof(WeightSlab)) +
-           vectors * n_tokens * static_cast<int64_t>(sizeof(F));
+           vectors * min64(n_tokens, kTokensAtOnce) * static_cast<int64_t>(sizeof(F));
 }
 
 void multiply_integers(const PackedPiece& piece, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
@@ -516,14 +528,14 @@ void multiply_integers(const PackedPiece& piece, std::byte* scratch, bool (*stop
 }
 
 int64_t multiply_add_integers(int64_t rounds) {
-    constexpr int kSums = kIntegerRows * kIntegerTokens;
+    constexpr int kSums = 12;
     I acc[kSums];
     YIVL_UNROLL
     for (int i = 0; i < kSums; ++i) acc[i] = integers(i);
-    const I a = integers(0x00010001);
+    const I one = integers(1);
     for (int64_t r = 0; r < rounds; ++r) {
         YIVL_UNROLL
-        for (int i = 0; i < kSums; ++i) acc[i] = multiply_pairs(acc[i], acc[(i + kSums / 2) % kSums], a);
+        for (int i = 0; i < kSums; ++i) acc[i] = multiply_pairs(acc[i], acc[i], one);
     }
     for (int i = 1; i < kSums; ++i) acc[0] = add_integers(acc[0], acc[i]);
     asm volatile("" : : "m"(acc[0]));  // or the compiler would leave it all out

@@ -16,8 +16,8 @@ namespace {
 
 // Rows of x that are multiplied at a time.
 constexpr int64_t kTokenBlock = 1152;
-// Products in float32: rows of weights that are widened at a time, and rows of x that use them. A slab of both then fits
-// the second-level cache, and widening costs little beside its use.
+// Products in float32: rows of weights that are widened at a time, and rows of x that use them. A slab of both then
+// fits the second-level cache, and widening costs little beside its use.
 constexpr int64_t kRowBlock = 64;
 constexpr int64_t kSlabTokens = 256;
 // With few rows of x the widened weights are used only once: keep them in the first-level cache.
@@ -358,7 +358,9 @@ private:
                 .cols = w.cols,
                 .bias = piece_bias,
             };
-            const auto cancelled = [](const void* control) { return static_cast<const Control*>(control)->cancelled(); };
+            const auto cancelled = [](const void* control) {
+                return static_cast<const Control*>(control)->cancelled();
+            };
             kernels_.packed->linear(piece, scratch, cancelled, &control_);
             return;
         }
