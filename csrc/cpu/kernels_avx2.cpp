@@ -129,6 +129,7 @@ inline I pair(const int16_t* p) {
     return _mm256_set1_epi32(both);
 }
 inline I multiply_pairs(I sums, I a, I b) { return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b)); }
+inline I multiply_pairs_at(I sums, I a, const int16_t* p) { return multiply_pairs(sums, a, pair(p)); }
 inline I low_bits(I v, int n) { return _mm256_and_si256(v, _mm256_set1_epi16(static_cast<int16_t>(n))); }
 inline I any_bits(I a, I b) { return _mm256_or_si256(a, b); }
 template <int n>
@@ -164,8 +165,8 @@ inline F half_of_lane(I v) {
 
 // 16 bytes of two rows side by side, four rows apart, then a transposition of each four by four.
 YIVL_INLINE void dwords(const std::byte* p, int64_t stride, I* out) {
-    const auto two_rows = [p, stride](int64_t first) YIVL_TARGET_LAMBDA {
-        const auto row = [p, stride](int64_t r) YIVL_TARGET_LAMBDA {
+    const auto two_rows = [p, stride](int64_t first) YIVL_INLINE_LAMBDA {
+        const auto row = [p, stride](int64_t r) YIVL_INLINE_LAMBDA {
             return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + r * stride));
         };
         return _mm256_inserti128_si256(_mm256_castsi128_si256(row(first)), row(first + 4), 1);

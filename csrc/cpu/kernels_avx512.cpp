@@ -156,8 +156,8 @@ inline F half_of_lane(I v) {
 
 // 16 bytes of four rows side by side, four rows apart, then a transposition of each four by four.
 YIVL_INLINE void dwords(const std::byte* p, int64_t stride, I* out) {
-    const auto four_rows = [p, stride](int64_t first) YIVL_TARGET_LAMBDA {
-        const auto row = [p, stride](int64_t r) YIVL_TARGET_LAMBDA {
+    const auto four_rows = [p, stride](int64_t first) YIVL_INLINE_LAMBDA {
+        const auto row = [p, stride](int64_t r) YIVL_INLINE_LAMBDA {
             return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + r * stride));
         };
         __m512i v = _mm512_castsi128_si512(row(first));
@@ -201,6 +201,7 @@ namespace plain {
 
 namespace {
 inline I multiply_pairs(I sums, I a, I b) { return _mm512_add_epi32(sums, _mm512_madd_epi16(a, b)); }
+inline I multiply_pairs_at(I sums, I a, const int16_t* p) { return multiply_pairs(sums, a, pair(p)); }
 }  // namespace
 
 #include "cpu/kernels_integer.h"
@@ -213,6 +214,13 @@ namespace vnni {
 namespace {
 YIVL_INLINE I multiply_pairs(I sums, I a, I b) {
     asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
+    return sums;
+}
+YIVL_INLINE I multiply_pairs_at(I sums, I a, const int16_t* p) {
+    struct Pair {
+        int16_t n[2];
+    };
+    asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(a), "m"(*reinterpret_cast<const Pair*>(p)));
     return sums;
 }
 }  // namespace

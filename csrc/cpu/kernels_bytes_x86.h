@@ -27,7 +27,7 @@ YIVL_INLINE void prefetch_far(const std::byte* p) { _mm_prefetch(reinterpret_cas
 
 // The two bytes at each of eight places.
 YIVL_INLINE __m128i eight_halves(const std::byte* p, int64_t stride) {
-    const auto half = [p, stride](int64_t r) YIVL_TARGET_LAMBDA {
+    const auto half = [p, stride](int64_t r) YIVL_INLINE_LAMBDA {
         uint16_t h;
         __builtin_memcpy(&h, p + r * stride, sizeof(h));
         return static_cast<int>(h);

@@ -13,6 +13,7 @@
 //   load_integers(p) store_integers(p, v) integers(n) no_integers() add_integers(a, b) to_floats(v)     of int32
 //   pair(p)                        the two int16 at p, in every lane
 //   multiply_pairs(sums, a, b)     sums + a[2l] * b[2l] + a[2l + 1] * b[2l + 1] in every lane l
+//   multiply_pairs_at(sums, a, p)  the same with pair(p) for b
 //   low_bits(v, n) any_bits(a, b) down<n>(v) up<n>(v) signed_down<n>(v) less(v, n) times(a, b)      of int16: v & n,
 //                                  a | b, shifts, v - n, the low half of a product
 //   byte<n>(v)                     byte n of each lane, as int32
@@ -66,7 +67,7 @@ struct RowsQ8_0 {
         I q[8];
         dwords(p + 2, row_bytes, q);
         dwords(p + 18, row_bytes, q + 4);
-        repeat<kPairs>([&]<int i>() YIVL_TARGET_LAMBDA {
+        repeat<kPairs>([&]<int i>() YIVL_INLINE_LAMBDA {
             sink.template vector<0, i>(signed_down<8>(i % 2 == 0 ? up<8>(q[i / 2]) : q[i / 2]));
         });
         sink.template finish<0>(halves(p, row_bytes), zero());
@@ -81,7 +82,7 @@ struct RowsQ4_0 {
     static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
         I q[4];
         dwords(p + 2, row_bytes, q);
-        repeat<kPairs>([&]<int i>() YIVL_TARGET_LAMBDA {
+        repeat<kPairs>([&]<int i>() YIVL_INLINE_LAMBDA {
             sink.template vector<0, i>(low_bits(down<i / 8 * 4 + i % 2 * 8>(q[i / 2 % 4]), 15));
         });
         sink.template finish<0>(halves(p, row_bytes), zero());
@@ -117,13 +118,13 @@ struct RowsQ4_K {
     template <class Sink>
     static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
         const SixBits six_bits(p, row_bytes);
-        repeat<4>([&]<int two>() YIVL_TARGET_LAMBDA {
+        repeat<4>([&]<int two>() YIVL_INLINE_LAMBDA {
             const std::byte* from = p + 16 + two * 32;
             I q[8];
             dwords(from, row_bytes, q);
             dwords(from + 16, row_bytes, q + 4);
-            repeat<2>([&]<int g>() YIVL_TARGET_LAMBDA {
-                repeat<kPairs>([&]<int i>() YIVL_TARGET_LAMBDA {
+            repeat<2>([&]<int g>() YIVL_INLINE_LAMBDA {
+                repeat<kPairs>([&]<int i>() YIVL_INLINE_LAMBDA {
                     sink.template vector<two * 2 + g, i>(low_bits(down<g * 4 + i % 2 * 8>(q[i / 2]), 15));
                 });
                 six_bits.template finish<two * 2 + g>(sink);
@@ -142,14 +143,14 @@ struct RowsQ5_K {
         I fifth[8];
         dwords(p + 16, row_bytes, fifth);
         dwords(p + 32, row_bytes, fifth + 4);
-        repeat<4>([&]<int two>() YIVL_TARGET_LAMBDA {
+        repeat<4>([&]<int two>() YIVL_INLINE_LAMBDA {
             const std::byte* from = p + 48 + two * 32;
             I q[8];
             dwords(from, row_bytes, q);
             dwords(from + 16, row_bytes, q + 4);
-            repeat<2>([&]<int half>() YIVL_TARGET_LAMBDA {
+            repeat<2>([&]<int half>() YIVL_INLINE_LAMBDA {
                 constexpr int g = two * 2 + half;
-                repeat<kPairs>([&]<int i>() YIVL_TARGET_LAMBDA {
+                repeat<kPairs>([&]<int i>() YIVL_INLINE_LAMBDA {
                     // Bit g of each byte becomes bit 4.
                     constexpr int by = g - 4 + i % 2 * 8;
                     I high = fifth[i / 2];
@@ -177,17 +178,17 @@ struct RowsQ6_K {
         I scales[4];
         dwords(p + 192, row_bytes, scales);
         const F d = halves(p + 208, row_bytes);
-        repeat<2>([&]<int half>() YIVL_TARGET_LAMBDA {
+        repeat<2>([&]<int half>() YIVL_INLINE_LAMBDA {
             // Columns [c, c + 16) of four blocks at a time.
-            repeat<2>([&]<int part>() YIVL_TARGET_LAMBDA {
+            repeat<2>([&]<int part>() YIVL_INLINE_LAMBDA {
                 I low[4], next[4], high[4];
                 dwords(p + half * 64 + part * 16, row_bytes, low);
                 dwords(p + half * 64 + part * 16 + 32, row_bytes, next);
                 dwords(p + 128 + half * 32 + part * 16, row_bytes, high);
-                repeat<4>([&]<int b>() YIVL_TARGET_LAMBDA {
+                repeat<4>([&]<int b>() YIVL_INLINE_LAMBDA {
                     constexpr int group = half * 8 + b * 2 + part;  // of 16 columns
                     const I scale = spread_byte<group % 4>(scales[group / 4]);
-                    repeat<kPairs / 2>([&]<int i>() YIVL_TARGET_LAMBDA {
+                    repeat<kPairs / 2>([&]<int i>() YIVL_INLINE_LAMBDA {
                         const I four = low_bits(down<b / 2 * 4 + i % 2 * 8>((b % 2 == 0 ? low : next)[i / 2]), 15);
                         // Bits 2b and 2b + 1 of each byte become bits 4 and 5.
                         constexpr int by = b * 2 - 4 + i % 2 * 8;
@@ -202,7 +203,7 @@ struct RowsQ6_K {
                     });
                 });
             });
-            repeat<4>([&]<int b>() YIVL_TARGET_LAMBDA { sink.template finish<half * 4 + b>(d, zero()); });
+            repeat<4>([&]<int b>() YIVL_INLINE_LAMBDA { sink.template finish<half * 4 + b>(d, zero()); });
         });
     }
 };
@@ -215,17 +216,28 @@ struct SumSink {
     I sums[Rows::kBlocks][2];
     const InputSlab* x;
     int64_t block;  // the first one's, in the slab
+    const std::byte* ahead;
     F total;
 
-    YIVL_INLINE void begin() {
-        for (int b = 0; b < Rows::kBlocks; ++b) {
-            sums[b][0] = Rows::kOffset == 0 ? no_integers() : integers(x->sum[block + b] * -Rows::kOffset);
-            sums[b][1] = no_integers();
+    // A little at a time: what is fetched from memory must not keep loads from the cache waiting.
+    template <int step>
+    YIVL_INLINE void fetch_ahead() {
+        constexpr int kSteps = Rows::kBlocks * kPairs, kLines = (kLanes * Rows::kBytes + 63) / 64;
+        if constexpr (step * kLines / kSteps != (step + 1) * kLines / kSteps) {
+            prefetch_far(ahead + step * kLines / kSteps * 64);
         }
     }
+
     template <int b, int i>
     YIVL_INLINE void vector(I v) {
-        sums[b][i % 2] = multiply_pairs(sums[b][i % 2], v, pair(x->integers[block + b] + i * 2));
+        fetch_ahead<b * kPairs + i>();
+        I& sum = sums[b][i % 2];
+        if constexpr (i == 0 && Rows::kOffset != 0) {
+            sum = integers(x->sum[block] * -Rows::kOffset);
+        } else if constexpr (i < 2) {
+            sum = no_integers();
+        }
+        sum = multiply_pairs_at(sum, v, x->integers[block + b] + i * 2);
     }
     template <int b>
     YIVL_INLINE void finish(F scale, F minimum) {
@@ -263,25 +275,24 @@ void multiply_one(const PackedPiece& p) {
         const std::byte* const w = p.w + row * p.row_bytes;
         const int64_t n = min64(kLanes, p.n_rows - row);
         SumSink<Rows> sink;
+        sink.block = 0;
+        sink.ahead = w;
         sink.total = zero();
         if (n == kLanes) {
             // The next rows lie behind these, and are fetched in the order of the file.
-            const std::byte* ahead = w + kLanes * p.row_bytes;
+            sink.ahead = w + kLanes * p.row_bytes;
             for (int64_t col = 0; col < p.cols; col += kCols) {
-                for (int64_t i = 0; i < kLanes * Rows::kBytes; i += 64) prefetch_far(ahead + i);
-                ahead += kLanes * Rows::kBytes;
                 sink.x = x + col / kSlabCols;
-                sink.block = col % kSlabCols / kBlock;
-                sink.begin();
+                if constexpr (Rows::kBlocks == 1) sink.block = col % kSlabCols / kBlock;
                 Rows::unpack(w + col / kCols * Rows::kBytes, p.row_bytes, sink);
+                sink.ahead += kLanes * Rows::kBytes;
             }
         } else {
             RestOfRows rest;
             for (int64_t col = 0; col < p.cols; col += kCols) {
                 rest.copy(w + col / kCols * Rows::kBytes, p.row_bytes, n, Rows::kBytes);
                 sink.x = x + col / kSlabCols;
-                sink.block = col % kSlabCols / kBlock;
-                sink.begin();
+                if constexpr (Rows::kBlocks == 1) sink.block = col % kSlabCols / kBlock;
                 Rows::unpack(rest.bytes, RestOfRows::kStride, sink);
             }
         }

@@ -23,6 +23,9 @@
 // Pieces of a kernel whose accumulators must stay in registers.
 #define YIVL_INLINE inline __attribute__((always_inline))
 
+// A lambda takes the target that a region defines as YIVL_TARGET_LAMBDA; this one stays in registers, too.
+#define YIVL_INLINE_LAMBDA YIVL_TARGET_LAMBDA __attribute__((always_inline))
+
 // Scales that are broadcast one by one come from memory for nothing; from a register each takes a shuffle, and shuffles
 // are what unpacking is short of. GCC would keep them in the register.
 #define YIVL_IN_MEMORY(object) asm("" : "+m"(object))
