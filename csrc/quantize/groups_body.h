@@ -180,6 +180,24 @@ YIVL_INLINE F affine_error(const Groups<N>& g, int lane, F scale, F minimum) {
     return error;
 }
 
+// Sums of w q, w q q and w q x for the q that an inverse scale and a minimum give.
+struct AffineSums {
+    F q, qq, qx;
+};
+template <int Top, int N>
+YIVL_INLINE AffineSums affine_sums(const Groups<N>& g, int lane, F inv, F minimum) {
+    AffineSums s{zero(), zero(), zero()};
+    for (int i = 0; i < N; ++i) {
+        const F x = load(&g.x[i][lane]);
+        const F q = Uniform<0, Top>::nearest((x + minimum) * inv);
+        const F wq = load(&g.w[i][lane]) * q;
+        s.q = s.q + wq;
+        s.qq = s.qq + wq * q;
+        s.qx = s.qx + wq * x;
+    }
+    return s;
+}
+
 struct Affine {
     F scale, minimum;
 };
@@ -206,15 +224,7 @@ YIVL_INLINE Affine fit_affine(const Groups<N>& g, int lane) {
     F error = set1(3e38f);
     Affine best{zero(), zero() - low};
     const auto consider = [&](F inv, F minimum) YIVL_TARGET_LAMBDA {
-        F sq = zero(), sqq = zero(), sqx = zero();
-        for (int i = 0; i < N; ++i) {
-            const F x = load(&g.x[i][lane]);
-            const F q = Uniform<0, Type::kTop>::nearest((x + minimum) * inv);
-            const F wq = load(&g.w[i][lane]) * q;
-            sq = sq + wq;
-            sqq = sqq + wq * q;
-            sqx = sqx + wq * x;
-        }
+        const auto [sq, sqq, sqx] = affine_sums<Type::kTop>(g, lane, inv, minimum);
         // Least squares for scale and offset; for the scale alone where the offset may not be above zero.
         F scale = max((sw * sqx - sq * sx) * inverse(sw * sqq - sq * sq), zero());
         F offset = (sx - scale * sq) * per_weight;

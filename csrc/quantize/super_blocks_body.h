@@ -190,16 +190,12 @@ void refit_affine_levels(const Groups<N>& g, const AffineLevels& a, AffineLevels
     for (int lane = 0; lane < kBatch; lane += kLanes) {
         const F level = load(a.level + lane), low = load(a.low_level + lane);
         const F inv = inverse(load(a.d + lane) * level), minimum = load(a.m + lane) * low;
-        F sw = zero(), sx = zero(), sq = zero(), sqq = zero(), sqx = zero();
+        const auto [sq, sqq, sqx] = affine_sums<Type::kTop>(g, lane, inv, minimum);
+        F sw = zero(), sx = zero();
         for (int i = 0; i < N; ++i) {
-            const F x = load(&g.x[i][lane]), w = load(&g.w[i][lane]);
-            const F q = Uniform<0, Type::kTop>::nearest((x + minimum) * inv);
-            const F wq = w * q;
+            const F w = load(&g.w[i][lane]);
             sw = sw + w;
-            sx = sx + w * x;
-            sq = sq + wq;
-            sqq = sqq + wq * q;
-            sqx = sqx + wq * x;
+            sx = sx + w * load(&g.x[i][lane]);
         }
         store(aa + lane, sqq * (level * level));
         store(ab + lane, sq * (level * low));

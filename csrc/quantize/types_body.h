@@ -170,24 +170,24 @@ inline void pack_super_nibbles(uint8_t* qs, const uint8_t* q) {
     }
 }
 
-struct Q4_K {
-    using Block = BlockQ4_K;
-    static constexpr int kGroup = 32, kTop = 15, kReach = 5, kLowReach = 2, kRefits = 1;
+// What Q4_K and Q5_K share.
+template <class BlockType, int Top>
+struct SixBitLevels {
+    using Block = BlockType;
+    static constexpr int kGroup = 32, kTop = Top, kReach = 5, kLowReach = 2, kRefits = 1;
     static constexpr bool kSigned = false;
     static constexpr float kTopLevel = 63;
     static constexpr const auto& kStarts = kCuts;
+};
+
+struct Q4_K : SixBitLevels<BlockQ4_K, 15> {
     static void pack(Block& b, const uint8_t* levels, const uint8_t* low_levels, const uint8_t* q) {
         pack_levels(b.scales, levels, low_levels);
         pack_super_nibbles(b.qs, q);
     }
 };
 
-struct Q5_K {
-    using Block = BlockQ5_K;
-    static constexpr int kGroup = 32, kTop = 31, kReach = 5, kLowReach = 2, kRefits = 1;
-    static constexpr bool kSigned = false;
-    static constexpr float kTopLevel = 63;
-    static constexpr const auto& kStarts = kCuts;
+struct Q5_K : SixBitLevels<BlockQ5_K, 31> {
     static void pack(Block& b, const uint8_t* levels, const uint8_t* low_levels, const uint8_t* q) {
         pack_levels(b.scales, levels, low_levels);
         pack_super_nibbles(b.qs, q);
