@@ -5,9 +5,9 @@ Example:
     python benchmarks/quantiser_speed.py FOLDER --llama-python LLAMA/bin/python --json quantiser-speed.json
 
 Both read the same bf16 text model (made here from FOLDER) and write a q4_k_m file on as many threads, until it is on
-the disk; they take turns, each time in a process of its own. LLAMA is a virtual environment with llama-cpp-python, whose
-library does the work of llama.cpp's llama-quantize. Ours makes hashes and the self-test too. Seconds are of the clock,
-and in brackets of the processor, which other work on the machine changes less; the tensors' types are compared.
+the disk; they take turns, each time in a process of its own. LLAMA is a virtual environment with llama-cpp-python;
+its library does the work of llama.cpp's llama-quantize. Ours makes hashes and the self-test too. Seconds are of the
+clock, and in brackets of the processor, which other work on the machine changes less. Tensors' types are compared.
 """
 
 from __future__ import annotations

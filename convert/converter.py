@@ -7,17 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod, sqrt
+from math import isfinite, prod, sqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from yivl_edge import _core, quantize
 from yivl_edge.convert.blas import one_blas_thread
 from yivl_edge.convert.checkpoint import FloatArray
 from yivl_edge.convert.errors import CheckpointError
+from yivl_edge.convert.header import Key
 from yivl_edge.convert.imatrix import read_imatrix
 from yivl_edge.convert.layout import ModelKeys, plan_files
 from yivl_edge.convert.metadata import general_keys, text_keys, vision_keys
@@ -28,7 +29,7 @@ from yivl_edge.convert.selftest import make_self_test, self_test_keys
 from yivl_edge.convert.source import Source, open_source
 from yivl_edge.convert.tensor_map import Part, Policy, Tensor
 from yivl_edge.convert.writer import Files, check_targets, writing
-from yivl_edge.selftest import ROUNDING_LIMITS, SCALE_LIMIT, TINY
+from yivl_edge.selftest import IMPORTANCE_KEY, TINY, rounding_limit, scale_limit
 
 # Weights in flight: small against any model, large enough for numpy; a cancel waits for one such slice.
 _CHUNK = 1 << 20
@@ -58,7 +59,11 @@ def run_conversion(
     types = {tensor: fitting_type(tensor, wanted[tensor]) for tensor in table}
     late = self_test_keys(source)
     keys = ModelKeys(
-        general=[*general_keys(source.config), *source.extra_keys],
+        general=[
+            *general_keys(source.config),
+            *source.extra_keys,
+            Key(IMPORTANCE_KEY, bool(importance), GGUFValueType.BOOL),
+        ],
         text=text_keys(source.config, source.tokenizer),
         vision=[] if source.config.vision is None else vision_keys(source.config, _vision_blocks(table)),
         late_general=late.general,
@@ -230,31 +235,43 @@ def _checked_rounding(
     coded: FloatArray,
     importance: npt.NDArray[np.float32] | None,
 ) -> float:
-    """sqrt(sum w (coded - rows)^2 / sum w rows^2), w importance; CheckpointError if that is more than rounding."""
-    columns = rows.size // len(rows)
-    rows, error = rows.reshape(-1, columns), (coded - rows).reshape(-1, columns)
+    """What rounding changed of some rows, relative to their size; CheckpointError if it is more than rounding can.
+
+    With importance, what matters little may change more: then the weighed change is what counts.
+    """
+    shape = (-1, rows.size // len(rows))
+    rows, error = rows.reshape(shape), (coded - rows).reshape(shape)
     if not error.any():
         return 0.0
-    weighed_rows, weighed_error = rows, error
-    if importance is not None and importance.any():
-        weights = importance / importance.mean()
-        weighed_rows, weighed_error = rows * weights, error * weights
-    of_rows, of_both, of_error = (
-        float(np.vdot(*pair)) / rows.size
-        for pair in ((weighed_rows, rows), (weighed_error, rows), (weighed_error, error))
+    weighed = importance is not None and bool(importance.any())
+    limit, most_off = rounding_limit(coded_type.name, weighed), scale_limit(weighed)
+    for weights in (None, importance) if weighed else (None,):
+        size, change, scale = _rounding(rows, error, weights)
+        # Below TINY nothing is certain.
+        if change <= limit * size + TINY and abs(scale - 1) * size <= most_off * size + TINY:
+            return min(change / max(size, TINY), limit)
+    raise CheckpointError(
+        f"{tensor.name}: as {coded_type.name} its weights are not what they were: they changed by "
+        f"{change / max(size, TINY):.3g} of their size, at most {limit:.3g} is expected, and by a factor of "
+        f"{1 / max(scale, 1e-9):.3g}. Please report this."
     )
-    size, rounding = sqrt(of_rows), sqrt(of_error)
-    # By least squares rows = scale * coded; where all is rounded to 0 there is nothing to fit.
+
+
+def _rounding(
+    rows: FloatArray, error: FloatArray, weights: npt.NDArray[np.float32] | None
+) -> tuple[float, float, float]:
+    """Root mean squares of rows and error, and the scale with the least sum w (rows - scale coded)^2; w by column."""
+
+    def mean(a: FloatArray, b: FloatArray) -> float:
+        weighed = a if weights is None else a * (weights / weights.mean())
+        found = float(np.vdot(weighed, b))
+        return (found if isfinite(found) else float(np.vdot(weighed.astype(np.float64), b))) / rows.size
+
+    of_rows, of_both, of_error = mean(rows, rows), mean(error, rows), mean(error, error)
     of_coded = of_rows + 2 * of_both + of_error
+    # Where all is rounded to 0 there is nothing to fit.
     scale = (of_rows + of_both) / of_coded if of_coded > 0 else 1.0
-    limit = ROUNDING_LIMITS[coded_type.name]
-    if rounding > limit * size + TINY or abs(scale - 1) * size > SCALE_LIMIT * size + TINY:
-        raise CheckpointError(
-            f"{tensor.name}: as {coded_type.name} its weights are not what they were: they changed by "
-            f"{rounding / max(size, TINY):.3g} of their size, at most {limit:.3g} is expected, and by a factor of "
-            f"{1 / max(scale, 1e-9):.3g}. Please report this."
-        )
-    return rounding / size if rounding > TINY else min(rounding / max(size, 1e-30), limit)
+    return sqrt(of_rows), sqrt(of_error), scale
 
 
 def _check_importance(importance: Mapping[str, npt.NDArray[np.float32]], table: Sequence[Tensor]) -> None:

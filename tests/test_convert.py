@@ -38,7 +38,7 @@ from yivl_edge.convert import writer as writer_module
 from yivl_edge.convert.__main__ import main
 from yivl_edge.convert.tokenizer import read_sentencepiece
 
-COMPUTED = ("yivl.selftest.", "yivl.rounding", "yivl.header_sha256")
+COMPUTED = ("yivl.selftest.", "yivl.rounding", "yivl.importance", "yivl.header_sha256")
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 GOLDEN_VIT = next((GOLDEN / "vit").iterdir())
 

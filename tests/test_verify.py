@@ -23,9 +23,9 @@ from twin import Twin
 from yivl_edge import Model, ModelFileError, _core
 from yivl_edge.cli import main
 from yivl_edge.convert import CheckpointError, convert
+from yivl_edge.convert.imatrix import write_imatrix
 from yivl_edge.hashes import HEADER_KEY, check_hashes, header_hash
 from yivl_edge.selftest import (
-    ROUNDING_LIMITS,
     STRUCTURE_LIMIT,
     SelfTest,
     picture,
@@ -344,12 +344,38 @@ def test_file_of_a_converter_that_does_not_look_is_found(
     forget_rope_order(monkeypatch)
     encoding("blk.2.ffn_up.weight", np.flipud)(monkeypatch)
     monkeypatch.setattr("yivl_edge.convert.reference.STRUCTURE_LIMIT", 9.0)
-    monkeypatch.setattr(converter_module, "ROUNDING_LIMITS", dict.fromkeys(ROUNDING_LIMITS, 9.0))
-    monkeypatch.setattr(converter_module, "SCALE_LIMIT", 9.0)
+    monkeypatch.setattr(converter_module, "rounding_limit", lambda *_: 9.0)
+    monkeypatch.setattr(converter_module, "scale_limit", lambda *_: 9.0)
     convert(GOLDEN, tmp_path / "faulty.gguf", type=preset)
     monkeypatch.undo()
     assert failed(tmp_path / "faulty.gguf") == ["rounding", "structure"]
     assert read(tmp_path / "faulty.gguf").structure > 100 * STRUCTURE_LIMIT
+
+
+def importance_of_golden(path: Path) -> Path:
+    """Columns that matter very differently."""
+    random = np.random.default_rng(0)
+    columns = {
+        tensor.name: (np.exp(4 * random.standard_normal(tensor.shape[-1])), 1)
+        for tensor in _core.GgufFile.open(path.with_name("f32.gguf")).tensors
+        if len(tensor.shape) == 2
+    }
+    write_imatrix(path, columns, datasets=["random"], chunk_count=1, chunk_size=1)
+    return path
+
+
+@pytest.mark.parametrize("preset", ["q4_k_m", "q2_k"])
+def test_importance_may_change_more_and_faults_still_show(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str
+) -> None:
+    matrix = importance_of_golden(files["f32"].with_name("imatrix.gguf"))
+    convert(GOLDEN, tmp_path / "sound.gguf", type=preset, imatrix=matrix)
+    assert verify(tmp_path / "sound.gguf").passed
+    for change in (np.flipud, np.negative, lambda x: 1.3 * x):
+        with monkeypatch.context() as patch:
+            encoding("blk.2.ffn_up.weight", change)(patch)
+            with pytest.raises(CheckpointError, match=r"blk\.2\.ffn_up\.weight: as "):
+                convert(GOLDEN, tmp_path / "faulty.gguf", type=preset, imatrix=matrix)
 
 
 @pytest.mark.parametrize("context", [1, 7, 40])

@@ -17,6 +17,7 @@ Floats = NDArray[np.float32]
 
 PREFIX = "yivl.selftest."
 ROUNDING_KEY = "yivl.rounding"
+IMPORTANCE_KEY = "yivl.importance"
 TEXT = "\n\n### Human: What is in the picture? 图中有什么？\n### Assistant:"
 _SAMPLE = (16, 32)  # rows and columns kept of a stage's output
 _LOGITS_SAMPLE = 64  # columns kept of every position's logits
@@ -28,14 +29,28 @@ STRUCTURE_LIMIT = 1e-4
 # What rounding to a type may change, as a root mean square relative to the weights': half as much again as the most
 # that was seen on normal, Laplace, t, uniform, sparse and one-sided weights, with wide rows and columns among them and
 # with importance. Weights that are not where they belong are at 1 and more.
-ROUNDING_LIMITS = {
+_ROUNDING_LIMITS = {
     "F32": 0.0, "BF16": 0.003, "F16": 0.0005, "Q8_0": 0.03, "Q6_K": 0.075, "Q5_K": 0.075, "Q5_1": 0.075, "Q5_0": 0.14,
     "Q4_K": 0.15, "Q4_1": 0.15, "Q4_0": 0.2, "IQ4_NL": 0.16, "IQ4_XS": 0.16, "Q3_K": 0.3, "Q2_K": 0.45,
 }  # fmt: skip
+# With importance what matters little may change more; the most seen, with importance as the inverse fourth power of the
+# columns' size, was 0.6.
+_IMPORTANCE_LIMIT = 0.7
 # Least squares keep the size of weights: how far the factor that fits the rounded ones best may be from 1.
-SCALE_LIMIT = 0.03
+_SCALE_LIMIT, _IMPORTANCE_SCALE_LIMIT = 0.03, 0.15
 # Weights near this are below what the half-precision scales of blocks resolve, and may be lost.
 TINY = 1e-5
+
+
+def rounding_limit(type_name: str, importance: bool) -> float:
+    """What rounding to a type may change, relative."""
+    weighed = importance and type_name not in ("F32", "F16", "BF16", "Q8_0")
+    return _IMPORTANCE_LIMIT if weighed else _ROUNDING_LIMITS[type_name]
+
+
+def scale_limit(importance: bool) -> float:
+    """How far the factor between weights and rounded ones may be from 1."""
+    return _IMPORTANCE_SCALE_LIMIT if importance else _SCALE_LIMIT
 
 
 def spread(count: int, n: int) -> NDArray[np.intp]:

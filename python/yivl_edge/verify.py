@@ -13,8 +13,8 @@ import numpy as np
 from yivl_edge import _core
 from yivl_edge.hashes import DamagedError, DamagedHeaderError, check_hashes
 from yivl_edge.selftest import (
+    IMPORTANCE_KEY,
     ROUNDING_KEY,
-    ROUNDING_LIMITS,
     STRUCTURE_LIMIT,
     DecoderTest,
     Expected,
@@ -22,6 +22,7 @@ from yivl_edge.selftest import (
     SelfTest,
     VisionTest,
     relative_error,
+    rounding_limit,
     sample,
     sample_logits,
 )
@@ -126,7 +127,8 @@ def _check_rounding(path: str | os.PathLike[str], file: _core.GgufFile, which: s
         raise _core.ModelFileError(
             f"{os.fspath(path)}: expected {ROUNDING_KEY} with a number for each tensor"
         )
-    limits = np.array([ROUNDING_LIMITS[tensor.type] for tensor in tensors])
+    importance = bool(file.metadata.get(IMPORTANCE_KEY))
+    limits = np.array([rounding_limit(tensor.type, importance) for tensor in tensors])
     shares = np.array(found) / np.maximum(limits, 1e-9)
     worst = int(shares.argmax())
     return Check(
