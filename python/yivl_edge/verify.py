@@ -28,7 +28,8 @@ from yivl_edge.selftest import (
 )
 
 # How far the engine's outputs may be from numpy's on the same weights, relative, by arithmetic: float32 sums in another
-# order differ by parts in a hundred thousand and grow through the blocks; bfloat16 activations have 8 bits.
+# order differ by parts in a million and grow through the blocks, products in integers round activations to 15 bits;
+# bfloat16 activations have 8 bits.
 _TOLERANCE = 1e-3
 _BFLOAT16_TOLERANCE = 2e-2
 
