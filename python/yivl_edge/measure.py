@@ -1,0 +1,149 @@
+"""How long the stages of an answer take, how much work they are, and what the machine can do at most."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from yivl_edge import _core
+from yivl_edge.messages import Messages
+from yivl_edge.model import ChatResult, Model
+
+_FIRST_ORDINARY_ID = 259  # after the special and the byte pieces
+_READ_BYTES = 1 << 28  # far more than the caches hold
+_MULTIPLY_ADD_ROUNDS = 1 << 22
+_BFLOAT_ROUNDS = 1 << 17
+_TRIES = 5
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What some threads of this machine reach together: the best of several tries each."""
+
+    read_bytes_per_second: float
+    flop_per_second: float
+    """float32 multiply-adds of the instruction set in use."""
+    bfloat_flop_per_second: float
+    """bfloat16 products with float32 sums; 0 where the instruction set has none."""
+
+    @property
+    def product_flop_per_second(self) -> float:
+        """Of the unit that matrix products use: bfloat16 where there is one."""
+        return self.bfloat_flop_per_second or self.flop_per_second
+
+
+def measure_ceilings(n_threads: int) -> Ceilings:
+    """The ceilings of so many threads. Takes some seconds and 256 MiB."""
+    machine = _core.Ceilings("", n_threads)
+    values = np.ones(_READ_BYTES // 4, np.float32)
+
+    def best(run: Callable[[], int]) -> float:
+        rates = []
+        for _ in range(_TRIES):
+            begin = time.perf_counter()
+            work = run()
+            rates.append(work / (time.perf_counter() - begin))
+        return max(rates)
+
+    def read() -> int:
+        machine.read(values)
+        return _READ_BYTES
+
+    return Ceilings(
+        best(read),
+        best(lambda: machine.multiply_add(_MULTIPLY_ADD_ROUNDS)),
+        best(lambda: machine.bfloat_multiply_add(_BFLOAT_ROUNDS)),
+    )
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process ever had resident, mapped files included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Stages:
+    """The stages of an answer, run one at a time with one model; what they cost in seconds, and in work."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._core = model._model
+        self._random = np.random.default_rng(0)
+
+    # --- Runs: each computes everything anew
+
+    def encode_image(self, picture: NDArray[np.uint8]) -> float:
+        """Seconds of vision tower and projector; the preprocessing of the picture (H, W, 3) is not counted."""
+        pixels = self.model.preprocess(picture)
+        with self.model._borrowed_session() as session:
+            begin = time.perf_counter()
+            session.encode_image(pixels, _core.Control())
+            return time.perf_counter() - begin
+
+    def prefill(self, prompt_tokens: int) -> float:
+        """Seconds of a prompt of random text."""
+        with self.model._borrowed_session() as session:
+            self._generate(session, self._ids(prompt_tokens), 1)
+            return session.timings[1]
+
+    def decode(self, context: int, tokens: int, runs: int) -> list[float]:
+        """Seconds per token of each run, after `context` tokens of random text, which are read once."""
+        seconds = []
+        prompt = self._ids(context)
+        with self.model._borrowed_session() as session:
+            self._generate(session, prompt, 2)  # reads the prompt, and warms up
+            for _ in range(runs):
+                spent, decoded = 0.0, 0
+                while decoded < tokens:  # a model may end its reply early: then another one begins
+                    prompt[-1:] = self._ids(1)
+                    decoded += self._generate(session, prompt, tokens - decoded + 1) - 1
+                    spent += session.timings[3]
+                seconds.append(spent / tokens)
+        return seconds
+
+    def answer(self, picture: NDArray[np.uint8] | str, messages: Messages) -> ChatResult:
+        """A reply of one token about a picture other than the last run's."""
+        with self.model._borrowed_session() as session:
+            self._generate(session, self._ids(1), 1)  # takes the place of the prompt that is cached
+        return self.model.chat(picture, messages, max_tokens=1, temperature=0.0)
+
+    def _ids(self, count: int) -> list[int]:
+        vocab = self._core.config.decoder.vocab_size
+        return [int(i) for i in self._random.integers(min(_FIRST_ORDINARY_ID, vocab - 1), vocab, count)]
+
+    def _generate(self, session: _core.Session, prompt: list[int], tokens: int) -> int:
+        """Greedily up to so many tokens; how many came."""
+        session.begin(prompt, None, tokens, _core.SamplingOptions(temperature=0.0), [])
+        while session.next(_core.Control()) is not None:
+            pass
+        return session.usage[2]
+
+    # --- The work of a run
+
+    @property
+    def image_flop(self) -> float:
+        """Operations of `encode_image`."""
+        vision = self._core.config.vision
+        assert vision is not None
+        n, w, d = vision.n_patches, vision.width, self._core.config.decoder.width
+        per_block = 2 * (n + 1) * (4 * w * w + 2 * w * vision.mlp_width) + 4 * (n + 1) ** 2 * w
+        return float(vision.n_blocks * per_block + 2 * n * (3 * vision.patch_size**2 * w + w * d + d * d))
+
+    def prefill_flop(self, prompt_tokens: int) -> float:
+        """Operations of a prompt of that length and of the logits after it; each token sees those before it."""
+        c, n = self._core.config.decoder, prompt_tokens
+        q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+        per_layer = 2 * n * (2 * c.width * (q + kv) + 3 * c.width * c.mlp_width) + 2 * n**2 * q
+        return float(c.n_layers * per_layer + 2 * c.width * c.vocab_size)
+
+    def decode_bytes(self, path: str, context: int, tokens: int) -> float:
+        """Bytes that one token of `decode` reads, on average: the weights in the model's file, keys and values."""
+        weights = sum(
+            t.nbytes for t in _core.GgufFile.open(path).tensors if t.name.startswith(("blk.", "output"))
+        )
+        return float(weights + _core.memory_needed(self._core.config, context + tokens // 2)[0])
