@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -42,6 +43,8 @@ HERE = Path(__file__).parent
 # More than this share of all cores used by other programs, and a measurement is made again, but not for ever.
 _DISTURBED = 0.05
 _TRIES = 3
+# Flash attention and batch, of which llama.cpp gets the best.
+_SETTINGS = ((True, 512), (False, 512), (True, 1024))
 
 
 # --- The columns of the table
@@ -89,6 +92,7 @@ COLUMNS = {
         {"decode": 0.85},
     ),
 }
+_QUICK_BLOCKS = 8
 LONG_SHARE = 0.85  # of the speed after a short context
 LOAD_SECONDS = 1.0
 
@@ -122,14 +126,19 @@ def llama_environment(isa: str, work: Path) -> Path:
     return folder
 
 
-def model_files(size: str, type_name: str, work: Path) -> dict[str, str]:
+def model_files(size: str, blocks: int, type_name: str, work: Path) -> dict[str, str]:
     """The text model and its mmproj file, both in the page cache."""
-    name = f"{size}-{type_name}"
+    name = f"{size}-{blocks}-{type_name}"
     files = {"text": work / f"{name}.gguf", "mmproj": work / f"{name}-mmproj.gguf"}
     if not all(path.exists() for path in files.values()):
         say(f"writing {files['text']} and {files['mmproj']}")
         write_random_model(
-            files["text"], size=size, type_name=type_name, vision_type=TYPES[type_name], layout="pair"
+            files["text"],
+            size=size,
+            type_name=type_name,
+            vision_type=TYPES[type_name],
+            blocks=blocks,
+            layout="pair",
         )
     for path in files.values():
         with path.open("rb", buffering=0) as file:
@@ -157,6 +166,17 @@ class Pictures:
 def say(text: str) -> None:
     """Tell what goes on."""
     print(text, file=sys.stderr, flush=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """The file changes at once or not at all."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(value, indent=1) + "\n")
+    unfinished.replace(path)
+
+
+def _on(flag: bool) -> str:
+    return "on" if flag else "off"
 
 
 def _python(environment: Path) -> str:
@@ -204,6 +224,7 @@ class Figures:
     machine: str
     threads: int
     size: str
+    blocks: int  # of the decoder
     commit: str
     llama_cpp: dict[str, Any]  # version, what it is built for, settings
     ceilings: Ceilings
@@ -218,12 +239,6 @@ class Figures:
                 return row
         self.rows.append(Row(stage, type_name))
         return self.rows[-1]
-
-    def write(self, path: Path) -> None:
-        """As JSON; the file changes at once or not at all."""
-        unfinished = path.with_name(f"{path.name}.unfinished")
-        unfinished.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        unfinished.replace(path)
 
     @classmethod
     def read(cls, path: Path) -> Figures:
@@ -240,9 +255,12 @@ class Comparison:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.work: Path = arguments.work
         self.work.mkdir(parents=True, exist_ok=True)
+        self.json: Path = arguments.json
         self.isa: str = arguments.isa
         self.size: str = arguments.size
         self.threads: int = arguments.threads
+        decoder, _ = SIZES[self.size]
+        self.blocks = min(decoder.blocks, _QUICK_BLOCKS) if arguments.quick else decoder.blocks
         self.rounds = 1 if arguments.quick else arguments.rounds
         self.tokens = 16 if arguments.quick else 32
         self.llama: Path = arguments.llama or llama_environment(self.isa, self.work)
@@ -257,10 +275,17 @@ class Comparison:
         self.settings = self._best_settings()
         machine = f"{_cpu('model name')}, {os.cpu_count()} CPUs"
         self.figures = Figures(
-            self.isa, machine, self.threads, self.size, _commit(), about | self.settings, ceilings
+            self.isa,
+            machine,
+            self.threads,
+            self.size,
+            self.blocks,
+            _commit(),
+            about | self.settings,
+            ceilings,
         )
         if arguments.add:
-            self.figures = self._continued(Figures.read(arguments.json))
+            self.figures = self._continued(Figures.read(self.json))
 
     def run(self, stages: list[str], types: list[str]) -> Figures:
         """Measure these stages with these types."""
@@ -270,6 +295,7 @@ class Comparison:
                 peak = self.figures.peak.setdefault(type_name, {"ours": 0, "theirs": 0})
                 peak["ours"] = max(peak["ours"], ours.ask("peak"))
                 peak["theirs"] = max(peak["theirs"], theirs.ask("peak"))
+            self._save()
         return self.figures
 
     def _run_type(self, type_name: str, stages: list[str], ours: Worker, theirs: Worker) -> None:
@@ -280,6 +306,7 @@ class Comparison:
                 row = self.figures.row("load", type_name)
                 row.ours.append(seconds[0])
                 row.theirs.append(seconds[1])
+                self._save()
         for side in (ours, theirs):
             side.ask("warm_up", picture=self.pictures.next())
         for i in range(self.rounds):
@@ -296,6 +323,7 @@ class Comparison:
             found = self._calm(row, lambda: ours.ask("decode", **asked), ours)
             row.ours += found["seconds"]
             row.work = found["bytes"]
+            self._save()
 
     def _answers(self, type_name: str, ours: Worker, theirs: Worker) -> None:
         rows = {
@@ -318,14 +346,20 @@ class Comparison:
             row.ours.append(mine[key])
             row.theirs.append(other[key])
             row.work = mine.get(f"{key}_flop", 0.0)
+        self._save()
 
     def _decoding(self, type_name: str, ours: Worker, theirs: Worker) -> None:
         row = self.figures.row("decode", type_name)
         asked = {"context": CONTEXT, "tokens": self.tokens, "runs": 1}
         found = self._calm(row, lambda: ours.ask("decode", **asked), ours)
+        other = self._calm(row, lambda: theirs.ask("decode", **asked), theirs)
         row.ours += found["seconds"]
+        row.theirs += other
         row.work = found["bytes"]
-        row.theirs += self._calm(row, lambda: theirs.ask("decode", **asked), theirs)
+        self._save()
+
+    def _save(self) -> None:
+        write_json(self.json, asdict(self.figures))
 
     def _calm(self, row: Row, measure: Callable[[], Any], worker: Worker) -> Any:
         """The measurement in which other programs used least of the machine."""
@@ -333,6 +367,8 @@ class Comparison:
         while not found or (min(found)[0] > _DISTURBED and len(found) < _TRIES):
             answer = measure()
             found.append((worker.others, len(found), answer))
+            if worker.others > _DISTURBED:
+                say(f"  other programs used {worker.others:.0%} of the cores during {answer}")
         others, _, answer = min(found)
         row.others.append(others)
         return answer
@@ -348,12 +384,12 @@ class Comparison:
         return Worker(command, self.work / "llama-cpp-worker.log", {})
 
     def _open_ours(self, worker: Worker, type_name: str) -> float:
-        files = model_files(self.size, type_name, self.work)
+        files = model_files(self.size, self.blocks, type_name, self.work)
         seconds: float = worker.ask("open", **files, n_threads=self.threads)
         return seconds
 
     def _open_theirs(self, worker: Worker, type_name: str, settings: dict[str, Any]) -> float:
-        files = model_files(self.size, type_name, self.work)
+        files = model_files(self.size, self.blocks, type_name, self.work)
         seconds: float = worker.ask("open", **files, n_threads=self.threads, **settings)
         return seconds
 
@@ -375,29 +411,26 @@ class Comparison:
 
     def _best_settings(self) -> dict[str, Any]:
         """Flash attention in vision tower and decoder, and the batch: what is fastest for llama.cpp here."""
+        # Fewer blocks of the same sizes would give the same order.
         path = self.work / f"llama-{self.isa}-{self.size}-{self.threads}-threads.json"
-        if not path.exists():
-            say("trying llama.cpp's settings")
-            tried = []
+        tried: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+        for flash, ubatch in _SETTINGS[len(tried) :]:
+            say(f"trying llama.cpp with flash attention {_on(flash)} and batches of {ubatch}")
             with self._theirs() as theirs:
-                for flash, ubatch in ((True, 512), (False, 512), (True, 1024)):
-                    settings = {"flash": flash, "image_flash": flash, "ubatch": ubatch}
-                    self._open_theirs(theirs, "q4_0", settings)
-                    theirs.ask("warm_up", picture=self.pictures.next())
-                    trial = Row("settings", "q4_0")
-                    found = self._calm(trial, lambda: self._their_answer(theirs), theirs)
-                    tried.append(settings | found | {"others": trial.others[0]})
-                    say(f"  {tried[-1]}")
-            decoder = min(tried, key=lambda t: t["prefill"])
-            image = min(tried, key=lambda t: t["image"])
-            best = {"flash": decoder["flash"], "ubatch": decoder["ubatch"], "image_flash": image["flash"]}
-            path.write_text(json.dumps({"best": best, "tried": tried}, indent=1) + "\n")
-        fastest: dict[str, Any] = json.loads(path.read_text())["best"]
-        return fastest
+                settings = {"flash": flash, "image_flash": flash, "ubatch": ubatch}
+                self._open_theirs(theirs, "q4_0", settings)
+                theirs.ask("warm_up", picture=self.pictures.next())
+                trial = Row("settings", "q4_0")
+                found = self._calm(trial, lambda: self._their_answer(theirs), theirs)
+                tried.append(settings | found | {"others": trial.others[0]})
+            write_json(path, tried)
+        decoder = min(tried, key=lambda t: t["prefill"])
+        image = min(tried, key=lambda t: t["image"])
+        return {"flash": decoder["flash"], "ubatch": decoder["ubatch"], "image_flash": image["image_flash"]}
 
     def _continued(self, earlier: Figures) -> Figures:
         """Figures of an earlier run of the same two programs on this machine, to which this run adds."""
-        for name in ("isa", "machine", "threads", "size", "commit", "llama_cpp"):
+        for name in ("isa", "machine", "threads", "size", "blocks", "commit", "llama_cpp"):
             now, then = getattr(self.figures, name), getattr(earlier, name)
             if now != then:
                 raise WorkerError(f"--add: {name}: expected {now}, found {then} in the earlier figures")
@@ -418,12 +451,12 @@ def table(figures: Figures) -> str:
     column, ceilings = COLUMNS[figures.isa], figures.ceilings
     settings = figures.llama_cpp
     bfloat = ceilings.bfloat_flop_per_second
-    flash = {True: "on", False: "off"}
     lines = [
-        f"Yi-VL-{figures.size.upper()}; {figures.machine}; {figures.threads} threads; "
+        f"Random Yi-VL-{figures.size.upper()} with {figures.blocks} decoder blocks; "
+        f"{figures.machine}; {figures.threads} threads; "
         f"YIVL_ISA={figures.isa}; commit {figures.commit}; "
-        f"llama-cpp-python {settings['version']}: flash attention {flash[settings['flash']]}, in the vision tower "
-        f"{flash[settings['image_flash']]}, batches of {settings['ubatch']}.",
+        f"llama-cpp-python {settings['version']}: flash attention {_on(settings['flash'])}, in the vision tower "
+        f"{_on(settings['image_flash'])}, batches of {settings['ubatch']}.",
         "",
         f"Ceilings in the same run: {ceilings.read_bytes_per_second / 1e9:.1f} GB/s read, "
         f"{ceilings.flop_per_second / 1e12:.3f} TFLOP/s float32"
@@ -524,7 +557,9 @@ def main() -> None:
         "--threads", type=int, default=_core.default_thread_count(), help="(default: physical cores)"
     )
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each side (default: 3)")
-    parser.add_argument("--quick", action="store_true", help="one round, fewer tokens")
+    parser.add_argument(
+        "--quick", action="store_true", help="one round with 8 of the decoder's blocks, for a first look"
+    )
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="(default: all)")
     parser.add_argument(
         "--types", nargs="+", choices=tuple(TYPES), default=tuple(TYPES), help="(default: both)"
@@ -533,11 +568,12 @@ def main() -> None:
         "--add", action="store_true", help="add to the figures in OUT, to measure piece by piece"
     )
     arguments = parser.parse_args()
+    # As Ctrl-C does: what is measured so far is in the file, and no process stays behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         figures = Comparison(arguments).run(arguments.stages, arguments.types)
     except (WorkerError, OSError) as error:
         sys.exit(f"compare_llama_cpp.py: error: {error}")
-    figures.write(arguments.json)
     print(table(figures))
 
 

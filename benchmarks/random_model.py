@@ -16,7 +16,7 @@ import random
 import resource
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -292,13 +292,21 @@ def _merges(han: list[str]) -> Iterator[str]:
 
 
 def write_random_model(
-    output: Path, *, size: str, type_name: str, vision_type: str, layout: Any = "single", seed: int = 0
+    output: Path,
+    *,
+    size: str,
+    type_name: str,
+    vision_type: str,
+    blocks: int | None = None,
+    layout: Any = "single",
+    seed: int = 0,
 ) -> list[Path]:
-    """Write the file or the pair; return the paths."""
+    """Write the file or the pair, with so many decoder blocks (default: all); return the paths."""
     decoder, vision = SIZES[size]
+    decoder = replace(decoder, blocks=blocks or decoder.blocks)
     config = ModelConfig(f"random Yi-VL {size}", decoder, vision, IMAGE)
-    blocks = vision.blocks_run if layout == "single" else vision.blocks
-    table = list(tensors(config.sizes(), blocks=decoder.blocks, vision_blocks=blocks))
+    vision_blocks = vision.blocks_run if layout == "single" else vision.blocks
+    table = list(tensors(config.sizes(), blocks=decoder.blocks, vision_blocks=vision_blocks))
     chosen, group = choice(type_name, vision_type), decoder.heads // decoder.kv_heads
     types = {
         t: fitting_type(t, chosen.wanted(t, blocks=decoder.blocks, group=group, tied=False)) for t in table
@@ -306,7 +314,7 @@ def write_random_model(
     keys = ModelKeys(
         general_keys(config),
         text_keys(config, make_tokenizer(decoder.vocab_size)),
-        vision_keys(config, blocks),
+        vision_keys(config, vision_blocks),
     )
     plans = plan_files(
         output, layout, keys, types, file_type=FILE_TYPES[type_name], vision_file_type=FILE_TYPES[vision_type]
@@ -344,6 +352,7 @@ def main() -> None:
         choices=("f32", "f16", "bf16", "q8_0"),
         help="of the ViT and the projector (default: as --type for f32, f16 and bf16, otherwise q8_0)",
     )
+    parser.add_argument("--blocks", type=int, metavar="N", help="of the decoder (default: all)")
     parser.add_argument("--layout", choices=("single", "pair"), default="single", help="(default: single)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.gguf")
@@ -358,6 +367,7 @@ def main() -> None:
         size=arguments.size,
         type_name=arguments.type,
         vision_type=vision_type,
+        blocks=arguments.blocks,
         layout=arguments.layout,
         seed=arguments.seed,
     )

@@ -62,10 +62,10 @@ class Worker:
     def __enter__(self) -> Worker:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None:
+            self._process.kill()  # it may be in the middle of minutes of work
+        self._process.communicate()
 
 
 def _seconds_of_others() -> float:
@@ -89,7 +89,7 @@ def serve(actions: Mapping[str, Callable[..., Any]]) -> None:
             result = actions[arguments.pop("do")](**arguments)
             used, seconds = _seconds_of_others() - others, time.perf_counter() - began
             # Processor time is counted in ticks, too coarse for a moment.
-            share = max(used / seconds / (os.cpu_count() or 1), 0.0) if seconds > 1 else 0.0
+            share = max(used / seconds / (os.cpu_count() or 1), 0.0) if seconds > 0.2 else 0.0
             answer = {"answer": result, "others": share}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}

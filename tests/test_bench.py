@@ -6,6 +6,8 @@ import json
 
 import pytest
 from yivl_edge.cli import main
+from yivl_edge.image import load_image
+from yivl_edge.measure import Stages
 
 QUICK = ["--prompt-tokens", "40", "--generate", "6", "--runs", "2", "--threads", "1"]
 
@@ -36,12 +38,72 @@ def test_bench_prints_a_table_and_writes_the_same_figures_as_json(golden_f32, tm
     assert stages["decoding"]["bytes"] == weights + 2 * 3 * 128 * 4 * 7
 
 
+def test_bench_decodes_after_a_long_text_if_asked(golden_f32, tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    assert main(["bench", str(golden_f32), *QUICK, "--context", "50", "--json", str(out)]) == 0
+    stages = {row["stage"]: row for row in json.loads(out.read_text())["stages"]}
+    more = stages["decoding after 50 tokens"]["bytes"] - stages["decoding"]["bytes"]
+    assert more == 2 * 3 * 128 * 4 * (50 - 4)  # keys and values of 46 more positions, in 3 layers of 128
+    assert "decoding after 50 tokens" in capsys.readouterr().out
+
+
+def test_decoding_and_prefill_are_as_long_as_asked(golden_model):
+    stages = Stages(golden_model)
+    began = []
+    begin = golden_model._idle[0].__class__.begin
+
+    class Recording:
+        """A session that notes what it is asked to begin."""
+
+        def __init__(self, session):
+            self.session = session
+
+        def begin(self, ids, *rest):
+            began.append((len(ids), rest[1]))
+            begin(self.session, ids, *rest)
+
+        def __getattr__(self, name):
+            return getattr(self.session, name)
+
+    golden_model._idle = [Recording(session) for session in golden_model._idle]
+    try:
+        stages.prefill(21)
+        seconds = stages.decode(9, 5, 2)
+    finally:
+        golden_model._idle = [recording.session for recording in golden_model._idle]
+    assert began[0] == (21, 1)
+    assert len(seconds) == 2
+    assert began[1:] == [(9, 2), (9, 6), (9, 6)]
+
+
+def test_answer_computes_the_whole_prompt_again(golden_model, golden_image):
+    stages = Stages(golden_model)
+    picture = load_image(golden_image).copy()
+    cached = []
+    for value in (0, 255):
+        picture[0, 0] = value
+        reply = stages.answer(picture, "What is this?")
+        cached.append(reply.usage.cached_tokens)
+        assert reply.timings.image > 0
+        assert reply.usage.completion_tokens == 1
+    assert cached == [0, 0]
+
+
 def test_bench_of_a_text_model_leaves_the_picture_out(golden_pair, capsys):
     assert main(["bench", str(golden_pair[0]), *QUICK]) == 0
     assert "image encoding" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["--prompt-tokens", "5000"], ["--generate", "1"], ["--runs", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--prompt-tokens", "5000"],
+        ["--generate", "0"],
+        ["--context", "0"],
+        ["--context", "5000"],
+        ["--runs", "0"],
+    ],
+)
 def test_bench_refuses_what_it_cannot_measure_in_one_line(golden_f32, arguments, capsys):
     assert main(["bench", str(golden_f32), *arguments]) in (1, 2)
     captured = capsys.readouterr()
