@@ -544,7 +544,7 @@ def main() -> None:
         "--isa", choices=tuple(COLUMNS), required=True, help="the column: ours forced, theirs built for it"
     )
     parser.add_argument(
-        "--work", type=Path, required=True, metavar="DIR", help="folder of what is made once (12 GB)"
+        "--work", type=Path, required=True, metavar="DIR", help="folder of what is made once (10 GB)"
     )
     parser.add_argument("--json", type=Path, required=True, metavar="OUT", help="where the figures go")
     parser.add_argument(
