@@ -29,6 +29,7 @@ from PIL import Image
 from random_model import SIZES, write_random_model
 from worker import Worker, WorkerError
 from yivl_edge import _core
+from yivl_edge.files import check_output, write_whole
 from yivl_edge.measure import Ceilings
 
 LLAMA_CPP = "llama-cpp-python==0.3.36"
@@ -169,10 +170,8 @@ def say(text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """The file changes at once or not at all."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(json.dumps(value, indent=1) + "\n")
-    unfinished.replace(path)
+    """Write a file that changes at once or not at all."""
+    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def _on(flag: bool) -> str:
@@ -214,6 +213,7 @@ class Row:
         default_factory=list
     )  # of each of both: share of all cores used by other programs
     work: float = 0.0  # operations; bytes for decoding
+    unit: str = ""  # that computes the operations, as the ceilings name it
 
 
 @dataclass
@@ -342,7 +342,9 @@ class Comparison:
                 f"expected the same prompt on both sides, found {mine['tokens']} and {other['tokens']} tokens"
             )
         self.figures.prompt_tokens = mine["tokens"]
+        units = ours.ask("units")
         for key, row in rows.items():
+            row.unit = units.get(key, "")
             row.ours.append(mine[key])
             row.theirs.append(other[key])
             row.work = mine.get(f"{key}_flop", 0.0)
@@ -434,12 +436,11 @@ class Comparison:
             now, then = getattr(self.figures, name), getattr(earlier, name)
             if now != then:
                 raise WorkerError(f"--add: {name}: expected {now}, found {then} in the earlier figures")
-        earlier.ceilings = Ceilings(
-            **{
-                name: max(rate, getattr(earlier.ceilings, name))
-                for name, rate in asdict(self.figures.ceilings).items()
-            }
-        )
+        best = {
+            name: max(rate, getattr(earlier.ceilings, name))
+            for name, rate in asdict(self.figures.ceilings).items()
+        }
+        earlier.ceilings = Ceilings(**best)
         return earlier
 
 
@@ -450,7 +451,6 @@ def table(figures: Figures) -> str:
     """Markdown: llama.cpp's times, ours and their ratio; what ours is of the ceilings; the goals."""
     column, ceilings = COLUMNS[figures.isa], figures.ceilings
     settings = figures.llama_cpp
-    bfloat = ceilings.bfloat_flop_per_second
     lines = [
         f"Random Yi-VL-{figures.size.upper()} with {figures.blocks} decoder blocks; "
         f"{figures.machine}; {figures.threads} threads; "
@@ -458,10 +458,7 @@ def table(figures: Figures) -> str:
         f"llama-cpp-python {settings['version']}: flash attention {_on(settings['flash'])}, in the vision tower "
         f"{_on(settings['image_flash'])}, batches of {settings['ubatch']}.",
         "",
-        f"Ceilings in the same run: {ceilings.read_bytes_per_second / 1e9:.1f} GB/s read, "
-        f"{ceilings.flop_per_second / 1e12:.3f} TFLOP/s float32"
-        + (f", {bfloat / 1e12:.3f} TFLOP/s bfloat16" if bfloat else "")
-        + ".",
+        f"Ceilings in the same run: {ceilings}.",
         "",
         "| | llama.cpp | yivl-edge | times | goal | yivl-edge moves or computes | of the ceiling | goal |",
         "|---|---|---|---|---|---|---|---|",
@@ -492,9 +489,7 @@ def _cells(row: Row, figures: Figures, column: Column) -> list[str]:
     if row.work:
         bytes_bound = row.stage.startswith("decode")
         ceiling = (
-            figures.ceilings.read_bytes_per_second
-            if bytes_bound
-            else figures.ceilings.product_flop_per_second
+            figures.ceilings.read_bytes_per_second if bytes_bound else figures.ceilings.per_second(row.unit)
         )
         rate = (
             f"{row.work / median / 1e9:.1f} GB/s"
@@ -571,6 +566,7 @@ def main() -> None:
     # As Ctrl-C does: what is measured so far is in the file, and no process stays behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
+        check_output(arguments.json)
         figures = Comparison(arguments).run(arguments.stages, arguments.types)
     except (WorkerError, OSError) as error:
         sys.exit(f"compare_llama_cpp.py: error: {error}")

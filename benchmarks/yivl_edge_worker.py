@@ -21,16 +21,15 @@ class YivlEdge:
 
     def open(self, text: str, mmproj: str, n_threads: int) -> float:
         """Seconds until both files are ready for the first question."""
-        self._text = text
         began = time.perf_counter()
         self._model = Model(text, mmproj=mmproj, n_threads=n_threads)
         seconds = time.perf_counter() - began
-        self._stages = Stages(self._model)
+        self._stages = Stages(self._model, text, mmproj)
         return seconds
 
-    def about(self) -> dict[str, str]:
-        """The instruction set that computes."""
-        return {"isa": self._model.device}
+    def units(self) -> dict[str, str]:
+        """What computes the products of each stage."""
+        return {"image": self._stages.image_unit, "prefill": self._stages.prefill_unit}
 
     def prompt(self, system: str, question: str) -> str:
         """The text of the prompt, with a place for the picture."""
@@ -58,9 +57,9 @@ class YivlEdge:
     def decode(self, context: int, tokens: int, runs: int) -> dict[str, Any]:
         """Seconds per token of each run, and the bytes that a token reads."""
         seconds = self._stages.decode(context, tokens, runs)
-        return {"seconds": seconds, "bytes": self._stages.decode_bytes(self._text, context, tokens)}
+        return {"seconds": seconds, "bytes": self._stages.decode_bytes(context, tokens)}
 
-    def ceilings(self, n_threads: int) -> dict[str, float]:
+    def ceilings(self, n_threads: int) -> dict[str, Any]:
         """What so many threads of this machine can do at most."""
         return asdict(measure_ceilings(n_threads))
 
@@ -72,7 +71,7 @@ class YivlEdge:
 def main() -> None:
     """Serve compare_llama_cpp.py."""
     side = YivlEdge()
-    actions = ("open", "about", "prompt", "answer", "warm_up", "decode", "ceilings", "peak")
+    actions = ("open", "units", "prompt", "answer", "warm_up", "decode", "ceilings", "peak")
     serve({name: getattr(side, name) for name in actions})
 
 

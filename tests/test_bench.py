@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from yivl_edge import Model
 from yivl_edge.cli import main
 from yivl_edge.image import load_image
-from yivl_edge.measure import Stages
+from yivl_edge.measure import Stages, measure_ceilings
 
 QUICK = ["--prompt-tokens", "40", "--generate", "6", "--runs", "2", "--threads", "1"]
 
@@ -47,8 +48,8 @@ def test_bench_decodes_after_a_long_text_if_asked(golden_f32, tmp_path, capsys):
     assert "decoding after 50 tokens" in capsys.readouterr().out
 
 
-def test_decoding_and_prefill_are_as_long_as_asked(golden_model):
-    stages = Stages(golden_model)
+def test_decoding_and_prefill_are_as_long_as_asked(golden_model, golden_f32):
+    stages = Stages(golden_model, str(golden_f32))
     began = []
     begin = golden_model._idle[0].__class__.begin
 
@@ -76,8 +77,22 @@ def test_decoding_and_prefill_are_as_long_as_asked(golden_model):
     assert began[1:] == [(9, 2), (9, 6), (9, 6)]
 
 
-def test_answer_computes_the_whole_prompt_again(golden_model, golden_image):
-    stages = Stages(golden_model)
+def test_quantised_products_are_held_to_the_unit_that_computes_them(golden_model, golden_f32, golden_q4_0):
+    ceilings = measure_ceilings(1)
+    in_floats = Stages(golden_model, str(golden_f32))
+    assert (in_floats.image_unit, in_floats.prefill_unit) == ("float32", "float32")
+    assert ceilings.per_second("float32") == ceilings.float_per_second > 0
+    unit = Stages(Model(golden_q4_0), str(golden_q4_0)).prefill_unit
+    assert unit == (ceilings.packed_unit or "float32")
+    if ceilings.packed_unit:
+        assert ceilings.per_second(unit) == ceilings.packed_per_second > 0
+        assert ceilings.packed_unit in str(ceilings)
+    else:
+        assert ceilings.packed_per_second == 0
+
+
+def test_answer_computes_the_whole_prompt_again(golden_model, golden_f32, golden_image):
+    stages = Stages(golden_model, str(golden_f32))
     picture = load_image(golden_image).copy()
     cached = []
     for value in (0, 255):

@@ -185,7 +185,7 @@ def test_the_calmest_of_three_measurements_counts(compare):
 def figures(compare: ModuleType, isa: str, others: float = 0.0) -> Any:
     row = compare.Row("decode", "q4_k_m", [0.2, 0.25, 0.21], [0.4, 0.42, 0.5], [others], work=2e9)
     about = {"version": "0.3.36", "flash": True, "image_flash": False, "ubatch": 512}
-    ceilings = compare.Ceilings(12.5e9, 0.5e12, 0.0)
+    ceilings = compare.Ceilings(12.5e9, 0.5e12, 1e12, "int16")
     return compare.Figures(isa, "a machine", 2, "6b", 32, "abc", about, ceilings, 1075, [row])
 
 
@@ -196,6 +196,13 @@ def test_the_table_gives_medians_ratio_share_and_the_columns_goals(compare):
     assert "flash attention on, in the vision tower off, batches of 512" in table
     assert f"{cells} 1.2x | 9.5 GB/s | 76% | 85% |" in compare.table(figures(compare, "avx2"))
     assert f"{cells} 1.8x |" in compare.table(figures(compare, "amx"))
+
+
+def test_shares_are_of_the_unit_that_computes(compare):
+    found = figures(compare, "avx512")
+    for unit, share in (("float32", "80%"), ("int16", "40%")):
+        found.rows = [compare.Row("image", "q4_0", [1.0], [2.0], [0.0], 0.4e12, unit)]
+        assert f"| 2.00x | 4x | 0.400 TFLOP/s | {share} |" in compare.table(found)
 
 
 def test_a_disturbed_row_is_marked(compare):

@@ -17,9 +17,9 @@ from yivl_edge.model import ChatResult, Model
 
 _FIRST_ORDINARY_ID = 259  # after the special and the byte pieces
 _READ_BYTES = 1 << 28  # far more than the caches hold
-_MULTIPLY_ADD_ROUNDS = 1 << 22
-_BFLOAT_ROUNDS = 1 << 17
 _TRIES = 5
+_TRY_SECONDS = 0.05
+_FLOAT_TYPES = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -27,39 +27,62 @@ class Ceilings:
     """What some threads of this machine reach together: the best of several tries each."""
 
     read_bytes_per_second: float
-    flop_per_second: float
-    """float32 multiply-adds of the instruction set in use."""
-    bfloat_flop_per_second: float
-    """bfloat16 products with float32 sums; 0 where the instruction set has none."""
+    float_per_second: float
+    """float32 operations, a multiply-add being two."""
+    packed_per_second: float
+    """The same of the unit for packed operands; 0 where the instruction set in use has none."""
+    packed_unit: str
+    """``bfloat16`` (AMX tiles) or ``int16``, both with 32-bit sums; empty where there is none."""
 
-    @property
-    def product_flop_per_second(self) -> float:
-        """Of the unit that matrix products use: bfloat16 where there is one."""
-        return self.bfloat_flop_per_second or self.flop_per_second
+    def per_second(self, unit: str) -> float:
+        """Operations of the unit ``float32`` or `packed_unit`."""
+        return self.packed_per_second if unit == self.packed_unit else self.float_per_second
+
+    def __str__(self) -> str:
+        text = f"{self.read_bytes_per_second / 1e9:.1f} GB/s read, {self.float_per_second / 1e12:.3f} TFLOP/s float32"
+        return text + (
+            f", {self.packed_per_second / 1e12:.3f} TFLOP/s {self.packed_unit}" if self.packed_unit else ""
+        )
 
 
 def measure_ceilings(n_threads: int) -> Ceilings:
-    """The ceilings of so many threads. Takes some seconds and 256 MiB."""
+    """The ceilings of so many threads with the instruction set in use. Takes some seconds and 256 MiB."""
     machine = _core.Ceilings("", n_threads)
     values = np.ones(_READ_BYTES // 4, np.float32)
 
-    def best(run: Callable[[], int]) -> float:
-        rates = []
-        for _ in range(_TRIES):
-            begin = time.perf_counter()
-            work = run()
-            rates.append(work / (time.perf_counter() - begin))
-        return max(rates)
-
-    def read() -> int:
-        machine.read(values)
-        return _READ_BYTES
+    def read(times: int) -> int:
+        for _ in range(times):
+            machine.read(values)
+        return times * _READ_BYTES
 
     return Ceilings(
-        best(read),
-        best(lambda: machine.multiply_add(_MULTIPLY_ADD_ROUNDS)),
-        best(lambda: machine.bfloat_multiply_add(_BFLOAT_ROUNDS)),
+        _best_rate(read),
+        _best_rate(machine.multiply_add),
+        _best_rate(machine.bfloat_multiply_add),
+        _packed_unit(),
     )
+
+
+def _best_rate(work: Callable[[int], int]) -> float:
+    """Of work that takes a number of rounds and returns how much that was: the most done in a second."""
+    rounds, rates = 1, list[float]()
+    while len(rates) < _TRIES:
+        begin = time.perf_counter()
+        done = work(rounds)
+        seconds = time.perf_counter() - begin
+        if done == 0:
+            return 0.0
+        if seconds < _TRY_SECONDS:
+            rounds *= 2
+        else:
+            rates.append(done / seconds)
+    return max(rates)
+
+
+def _packed_unit() -> str:
+    if _core.Ceilings("", 1).bfloat_multiply_add(1) == 0:
+        return ""
+    return "bfloat16" if _core.isa_name() == "amx" else "int16"
 
 
 def peak_resident_bytes() -> int:
@@ -68,12 +91,31 @@ def peak_resident_bytes() -> int:
 
 
 class Stages:
-    """The stages of an answer, run one at a time with one model; what they cost in seconds, and in work."""
+    """The stages of an answer, run one at a time with one model; what they cost in seconds, and in work.
 
-    def __init__(self, model: Model) -> None:
+    Args:
+        model: The model.
+        path: Its file; of a pair, the text model.
+        mmproj: Of a pair, the file with the vision tower.
+    """
+
+    def __init__(self, model: Model, path: str, mmproj: str | None = None) -> None:
         self.model = model
         self._core = model._model
         self._random = np.random.default_rng(0)
+        tensors = [t for file in (path, mmproj) if file for t in _core.GgufFile.open(file).tensors]
+        self._decoder_bytes = sum(t.nbytes for t in tensors if t.name.startswith(("blk.", "output")))
+        # What most of the work is done with: the MLP's matrices.
+        types = {t.name: t.type for t in tensors}
+        self.prefill_unit = self._unit(types["blk.0.ffn_up.weight"])
+        """The unit that computes the decoder's products: ``float32`` or the ceilings' `packed_unit`."""
+        self.image_unit = self._unit(types.get("v.blk.0.ffn_up.weight", "F32"))
+        """The same of the vision tower."""
+
+    def _unit(self, weight_type: str) -> str:
+        amx = self.model.device == "amx"
+        floats = weight_type in (("F32",) if amx else _FLOAT_TYPES)
+        return "float32" if floats else _packed_unit() or "float32"
 
     # --- Runs: each computes everything anew
 
@@ -141,9 +183,6 @@ class Stages:
         per_layer = 2 * n * (2 * c.width * (q + kv) + 3 * c.width * c.mlp_width) + 2 * n**2 * q
         return float(c.n_layers * per_layer + 2 * c.width * c.vocab_size)
 
-    def decode_bytes(self, path: str, context: int, tokens: int) -> float:
-        """Bytes that one token of `decode` reads, on average: the weights in the model's file, keys and values."""
-        weights = sum(
-            t.nbytes for t in _core.GgufFile.open(path).tensors if t.name.startswith(("blk.", "output"))
-        )
-        return float(weights + _core.memory_needed(self._core.config, context + tokens // 2)[0])
+    def decode_bytes(self, context: int, tokens: int) -> float:
+        """Bytes that one token of `decode` reads, on average: the decoder's weights, keys and values."""
+        return float(self._decoder_bytes + _core.memory_needed(self._core.config, context + tokens // 2)[0])

@@ -51,6 +51,7 @@ class Row:
     stage: str
     seconds: list[float]
     flop: float = 0.0
+    unit: str = ""  # that computes them, as the ceilings name it
     bytes: float = 0.0
     tokens: int = 0
 
@@ -89,8 +90,11 @@ def add_parser(commands: Any) -> None:
 
 def run(args: _Args) -> int:
     """Measures and prints the table; writes JSON if asked."""
+    from yivl_edge.files import check_output, write_whole
     from yivl_edge.measure import measure_ceilings, peak_resident_bytes
 
+    if args.json is not None:
+        check_output(args.json)
     bench = _Bench(args)
     rows = bench.rows()
     peak = peak_resident_bytes()  # of the model alone: the ceilings take memory of their own
@@ -105,9 +109,7 @@ def run(args: _Args) -> int:
             "stages": [asdict(row) | {"median": row.median} for row in rows],
             "peak_resident_bytes": peak,
         }
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=2)
-            file.write("\n")
+        write_whole(args.json, (json.dumps(result, indent=2) + "\n").encode())
     return 0
 
 
@@ -132,7 +134,7 @@ class _Bench:
             begin = time.perf_counter()
             self.model = Model(args.file, mmproj=args.mmproj, n_threads=args.threads)
             self.load_seconds.append(time.perf_counter() - begin)
-        self.stages = Stages(self.model)
+        self.stages = Stages(self.model, args.file, args.mmproj)
         limit = self.model.config.decoder.context_length
         for option, tokens, generated in (
             ("--prompt-tokens", args.prompt_tokens, 1),
@@ -176,7 +178,7 @@ class _Bench:
         for i in range(self.args.runs):
             self._say("image encoding", i)
             seconds.append(self.stages.encode_image(self._next_picture()))
-        return Row("image encoding", seconds, flop=self.stages.image_flop)
+        return Row("image encoding", seconds, flop=self.stages.image_flop, unit=self.stages.image_unit)
 
     def _prefill(self) -> Row:
         count = self.args.prompt_tokens
@@ -184,13 +186,14 @@ class _Bench:
         for i in range(self.args.runs):
             self._say("prefill", i)
             seconds.append(self.stages.prefill(count))
-        return Row("prefill", seconds, flop=self.stages.prefill_flop(count), tokens=count)
+        flop, unit = self.stages.prefill_flop(count), self.stages.prefill_unit
+        return Row("prefill", seconds, flop=flop, unit=unit, tokens=count)
 
     def _decode(self, stage: str, context: int) -> Row:
         tokens, runs = self.args.generate, self.args.runs
         self._say(stage, runs - 1)
         seconds = self.stages.decode(context, tokens, runs)
-        return Row(stage, seconds, bytes=self.stages.decode_bytes(self.args.file, context, tokens), tokens=1)
+        return Row(stage, seconds, bytes=self.stages.decode_bytes(context, tokens), tokens=1)
 
     def _first_token(self) -> Row:
         seconds, tokens = [], 0
@@ -203,12 +206,9 @@ class _Bench:
 
 
 def _table(bench: _Bench, rows: list[Row], ceilings: Ceilings, peak: int) -> str:
-    bfloat = ceilings.bfloat_flop_per_second
     lines = [
         f"{os.path.basename(bench.args.file)}, {bench.model.n_threads} threads, {bench.model.device}",
-        f"ceilings: {ceilings.read_bytes_per_second / 1e9:.1f} GB/s read, "
-        f"{ceilings.flop_per_second / 1e12:.3f} TFLOP/s float32"
-        + (f", {bfloat / 1e12:.3f} TFLOP/s bfloat16" if bfloat else ""),
+        f"ceilings: {ceilings}",
         "",
         f"{'stage':36} {'median':>10} {'fastest':>10} {'slowest':>10} {'rate':>14} {'of ceiling':>10}",
     ]
@@ -216,7 +216,7 @@ def _table(bench: _Bench, rows: list[Row], ceilings: Ceilings, peak: int) -> str
         rate, share = "", ""
         if row.flop:
             rate = f"{row.flop / row.median / 1e12:.3f} TFLOP/s"
-            share = f"{row.flop / row.median / ceilings.product_flop_per_second:.0%}"
+            share = f"{row.flop / row.median / ceilings.per_second(row.unit):.0%}"
         elif row.bytes:
             rate = f"{row.bytes / row.median / 1e9:.1f} GB/s"
             share = f"{row.bytes / row.median / ceilings.read_bytes_per_second:.0%}"
