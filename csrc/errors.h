@@ -1,8 +1,10 @@
 // Every way in which the core reports failure. The bindings map each to a Python exception of the same name.
 #pragma once
 
+#include <new>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace yivl {
 
@@ -19,6 +21,21 @@ struct ImageError : std::invalid_argument {
 // A conversation that does not fit the context: raised before anything is computed.
 struct ContextOverflowError : std::invalid_argument {
     using std::invalid_argument::invalid_argument;
+};
+
+// A device that cannot be used, or that failed: names what is missing or what was being done.
+struct DeviceError : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// Memory that cannot be had: names how much was needed, and on a device how much was free.
+class AllocationError : public std::bad_alloc {
+public:
+    explicit AllocationError(std::string message) : message_(std::move(message)) {}
+    const char* what() const noexcept override { return message_.c_str(); }
+
+private:
+    std::string message_;
 };
 
 // The caller asked for the work to end. The model and the session stay usable.

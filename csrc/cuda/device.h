@@ -1,0 +1,248 @@
+// What a kernel may use of the card. Natively these are intrinsics and PTX; a test build that has no nvcc takes the same
+// names from tests/cuda_emulator. A kernel uses nothing else of CUDA but __global__, __device__ and __launch_bounds__.
+//
+// A block is one-dimensional and a whole number of warps. What is said to be of the warp must be called by all its
+// lanes together.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace yivl::cuda {
+
+inline constexpr int kWarp = 32;
+
+// IEEE half precision and bfloat16 as memory holds them.
+struct Half {
+    uint16_t bits;
+};
+struct Bfloat {
+    uint16_t bits;
+};
+
+// 16 bytes that move at once.
+struct alignas(16) Words {
+    uint32_t word[4];
+};
+
+}  // namespace yivl::cuda
+
+#ifndef __CUDACC__
+#include "cuda_emulator.h"
+#else
+
+namespace yivl::cuda {
+
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+
+// ---- where ----
+
+__device__ __forceinline__ int thread_id() { return static_cast<int>(threadIdx.x); }
+__device__ __forceinline__ int block_threads() { return static_cast<int>(blockDim.x); }
+__device__ __forceinline__ int lane_id() { return thread_id() % kWarp; }
+__device__ __forceinline__ int warp_id() { return thread_id() / kWarp; }
+__device__ __forceinline__ int block_x() { return static_cast<int>(blockIdx.x); }
+__device__ __forceinline__ int block_y() { return static_cast<int>(blockIdx.y); }
+__device__ __forceinline__ int block_z() { return static_cast<int>(blockIdx.z); }
+__device__ __forceinline__ int grid_x() { return static_cast<int>(gridDim.x); }
+
+// ---- together ----
+
+// Waits for every thread of the block; all must come, and to the same place.
+__device__ __forceinline__ void sync_block() { __syncthreads(); }
+// Waits for every lane of the warp, which then sees what the others wrote before.
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+
+// The value of another lane of the warp. T: int, unsigned or float.
+template <class T>
+__device__ __forceinline__ T shuffle(T value, int lane) {
+    return __shfl_sync(kAllLanes, value, lane);
+}
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T value, int mask) {
+    return __shfl_xor_sync(kAllLanes, value, mask);
+}
+// Bit i: what lane i of the warp says.
+__device__ __forceinline__ unsigned ballot(bool value) { return __ballot_sync(kAllLanes, value); }
+
+// ---- shared memory ----
+
+// The block's one object of type T, a struct of arrays, not initialised. At most 48 KiB for all of a kernel's.
+template <class T>
+__device__ __forceinline__ T& shared() {
+    __shared__ T object;
+    return object;
+}
+// The bytes that the launch asked for, aligned to 16.
+__device__ __forceinline__ std::byte* dynamic_shared() {
+    extern __shared__ Words dynamic_shared_words[];
+    return reinterpret_cast<std::byte*>(dynamic_shared_words);
+}
+
+// ---- memory ----
+
+// 16 bytes, aligned, of memory that no thread of the kernel writes.
+__device__ __forceinline__ Words load_words(const void* from) {
+    const uint4 v = __ldg(static_cast<const uint4*>(from));
+    return {{v.x, v.y, v.z, v.w}};
+}
+
+// Begins to copy 16 bytes from global to shared memory, both aligned to 16; zeros where not `valid`, and then `from` is
+// not read. They are there after wait_copies in the same thread (and a sync for the others).
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool valid = true) {
+#if __CUDA_ARCH__ >= 800
+    const auto shared_address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address),
+                 "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0)
+                 : "memory");
+#else
+    *static_cast<Words*>(to) = valid ? load_words(from) : Words{};
+#endif
+}
+// Makes one group of the copies that this thread began since the last group.
+__device__ __forceinline__ void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Waits until at most kPending of this thread's latest groups are under way.
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// Each returns what was there before. Float sums come out in the order of the threads' arrival, so differ from run to
+// run: not for activations.
+__device__ __forceinline__ float atomic_add(float* at, float value) { return atomicAdd(at, value); }
+__device__ __forceinline__ int atomic_add(int* at, int value) { return atomicAdd(at, value); }
+__device__ __forceinline__ int atomic_max(int* at, int value) { return atomicMax(at, value); }
+// What this thread wrote before is seen by whoever sees what it writes after.
+__device__ __forceinline__ void fence() { __threadfence(); }
+
+// ---- arithmetic ----
+
+// sum + the products of the four signed bytes of a with those of b.
+__device__ __forceinline__ int dp4a(int a, int b, int sum) { return __dp4a(a, b, sum); }
+
+// e^x with a relative error of about 2^-21 * (1 + |x|), for attention's weights; expf is exact to 2 ulp.
+__device__ __forceinline__ float fast_exp(float x) { return __expf(x); }
+// 2^x, the card's own instruction: 2 ulp.
+__device__ __forceinline__ float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float to_float(Half h) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h.bits));
+    return f;
+}
+__device__ __forceinline__ float to_float(Bfloat b) { return __uint_as_float(static_cast<uint32_t>(b.bits) << 16); }
+
+// To nearest, ties to even; beyond the largest comes infinity.
+__device__ __forceinline__ Half to_half(float f) {
+    Half h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h.bits) : "f"(f));
+    return h;
+}
+__device__ __forceinline__ Bfloat to_bfloat(float f) {
+#if __CUDA_ARCH__ >= 800
+    Bfloat b;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(b.bits) : "f"(f));
+    return b;
+#else
+    const uint32_t bits = __float_as_uint(f);
+    if (f != f) return {0x7fff};
+    return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+#endif
+}
+// Two in one register, `low` in the lower half: an operand of mma.
+__device__ __forceinline__ uint32_t pack_halves(float low, float high) {
+    return to_half(low).bits | static_cast<uint32_t>(to_half(high).bits) << 16;
+}
+__device__ __forceinline__ uint32_t pack_bfloats(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+    uint32_t packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+#else
+    return to_bfloat(low).bits | static_cast<uint32_t>(to_bfloat(high).bits) << 16;
+#endif
+}
+
+// ---- matrices in the registers of a warp ----
+// With g = lane / 4 and t = lane % 4, two elements to a register, the first in its lower half:
+//   a (16, 16)  a[0]: row g, columns 2t and 2t+1   a[1]: row g+8   a[2]: row g, columns 2t+8, 2t+9   a[3]: row g+8
+//   b (16, 8)   b[0]: rows 2t and 2t+1, column g   b[1]: rows 2t+8 and 2t+9
+//   d (16, 8)   d[0], d[1]: row g, columns 2t and 2t+1   d[2], d[3]: row g+8
+
+#if __CUDA_ARCH__ < 800
+// Cards without the instruction: the elements of a and b are passed round. Slow, but the same sums.
+inline __device__ void mma_bfloat_by_shuffles(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    const int g = lane_id() / 4, t = lane_id() % 4;
+    const auto element = [](uint32_t pair, int i) { return to_float(Bfloat{static_cast<uint16_t>(pair >> i * 16)}); };
+    for (int k = 0; k < 16; ++k) {
+        const int owner = k % 8 / 2, half = k / 8;
+        const uint32_t row = shuffle(a[half * 2], g * 4 + owner), row8 = shuffle(a[half * 2 + 1], g * 4 + owner);
+        for (int j = 0; j < 2; ++j) {
+            const float column = element(shuffle(b[half], (2 * t + j) * 4 + owner), k % 2);
+            d[j] += element(row, k % 2) * column;
+            d[2 + j] += element(row8, k % 2) * column;
+        }
+    }
+}
+#endif
+
+// d += a b, of the warp.
+__device__ __forceinline__ void mma_bfloat(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    mma_bfloat_by_shuffles(d, a, b);
+#endif
+}
+__device__ __forceinline__ void mma_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    for (int half = 0; half < 2; ++half) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[half * 2]), "r"(a[half * 2 + 1]), "r"(b[half]));
+    }
+#endif
+}
+
+// Four 8 x 8 matrices of 16-bit elements from shared memory, of the warp: lane i gives the address, aligned to 16, of
+// row i % 8 of matrix i / 8, and gets of each matrix elements 2t and 2t+1 of row g. The transposed one gets rows 2t
+// and 2t+1 of column g.
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+}  // namespace yivl::cuda
+
+#endif

@@ -1,0 +1,44 @@
+// The one way to start a kernel.
+#pragma once
+
+#include "cuda/device.h"
+#include "cuda/runtime.h"
+
+#ifdef __CUDACC__
+#include "cuda/check.h"
+#endif
+
+namespace yivl::cuda {
+
+struct Grid {
+    int64_t x = 1, y = 1, z = 1;  // blocks; y and z at most 65535
+};
+
+// Starts `kernel` on every thread of the grid, after the stream's earlier work: launch(stream, "name", kernel, grid,
+// threads, dynamic shared bytes, arguments...). A grid without blocks starts nothing. Throws DeviceError naming the
+// kernel. On the card an error inside a kernel shows at a later call of the stream.
+template <class... Parameters, class... Arguments>
+void launch([[maybe_unused]] Stream& stream, const char* name, void (*kernel)(Parameters...), Grid grid, int threads,
+            size_t dynamic_shared, Arguments... arguments) {
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+#ifdef __CUDACC__
+    check(cudaSetDevice(stream.device()), name);
+    // More than this must be asked for, once for each kernel and device; asking again costs little.
+    constexpr size_t kWithoutAsking = 48 << 10;
+    if (dynamic_shared > kWithoutAsking) {
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(dynamic_shared)),
+              name);
+    }
+    const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
+    kernel<<<blocks, threads, dynamic_shared, static_cast<cudaStream_t>(stream.handle())>>>(
+        static_cast<Parameters>(arguments)...);
+    check(cudaGetLastError(), name);
+#else
+    const emulator::Index blocks{static_cast<int>(grid.x), static_cast<int>(grid.y), static_cast<int>(grid.z)};
+    emulator::run_grid(name, blocks, threads, dynamic_shared,
+                       [=] { kernel(static_cast<Parameters>(arguments)...); });
+#endif
+}
+
+}  // namespace yivl::cuda

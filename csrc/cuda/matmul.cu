@@ -1,0 +1,110 @@
+// Products with weights of any type: plain and exact to float32, each weight unpacked once for kTokens rows of x.
+#include "cuda/dequant.cuh"
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+#include "cuda/math.cuh"
+
+namespace yivl::cuda {
+
+namespace {
+
+// A block computes kRows outputs of kTokens tokens, each thread one of them, over kSlab columns at a time.
+constexpr int kRows = 8;
+constexpr int kTokens = 16;
+constexpr int kThreads = kRows * kTokens;
+constexpr int kSlab = 256;
+constexpr int kSums = 4;  // of a thread: additions that do not wait for each other
+
+struct WeightTile {
+    float w[kRows][kSlab];
+};
+
+struct Output {
+    int64_t row;    // o
+    int64_t token;  // t
+};
+__device__ __forceinline__ Output output_of_thread() {
+    return {int64_t{block_x()} * kRows + thread_id() % kRows, int64_t{block_y()} * kTokens + thread_id() / kRows};
+}
+
+Grid over_outputs(int64_t n_tokens, int64_t n_rows) {
+    return {(n_rows + kRows - 1) / kRows, (n_tokens + kTokens - 1) / kTokens};
+}
+
+// x[token] . W[row] for the thread's output; 0 outside. The whole block comes here together.
+template <WeightType kType>
+__device__ float dot(ConstMat x, const std::byte* w, int64_t row_bytes, int64_t n_rows) {
+    WeightTile& tile = shared<WeightTile>();
+    const Output at = output_of_thread();
+    const int64_t first_row = int64_t{block_x()} * kRows;
+    float sums[kSums] = {};
+    for (int64_t begin = 0; begin < x.cols; begin += kSlab) {
+        sync_block();  // the last slab has been used
+        for (int i = thread_id(); i < kRows * kSlab; i += kThreads) {
+            const int64_t row = first_row + i / kSlab, col = begin + i % kSlab;
+            const bool inside = row < n_rows && col < x.cols;
+            tile.w[i / kSlab][i % kSlab] = inside ? weight_value<kType>(w + row * row_bytes, col) : 0.0f;
+        }
+        sync_block();
+        if (at.token >= x.rows) continue;
+        const float* from = x.data + at.token * x.stride + begin;
+        const float* weights = tile.w[thread_id() % kRows];
+        const int n = static_cast<int>(x.cols - begin < kSlab ? x.cols - begin : kSlab);
+        int k = 0;
+        for (; k + kSums <= n; k += kSums) {
+            for (int j = 0; j < kSums; ++j) sums[j] += from[k + j] * weights[k + j];
+        }
+        for (; k < n; ++k) sums[0] += from[k] * weights[k];
+    }
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+template <WeightType kType>
+__global__ void linear_kernel(Mat y, ConstMat x, const std::byte* w, int64_t row_bytes, const float* bias, Then then) {
+    float sum = dot<kType>(x, w, row_bytes, y.cols);
+    const Output at = output_of_thread();
+    if (at.row >= y.cols || at.token >= y.rows) return;
+    float& to = y.data[at.token * y.stride + at.row];
+    if (bias != nullptr) sum += bias[at.row];
+    switch (then) {
+        case Then::store: to = sum; break;
+        case Then::add: to += sum; break;
+        case Then::gelu: to = gelu_of(sum); break;
+    }
+}
+
+// Of a type each: a file may give them different ones.
+template <WeightType kType>
+__global__ void silu_linear_kernel(Mat y, ConstMat x, const std::byte* w, int64_t row_bytes) {
+    const float sum = dot<kType>(x, w, row_bytes, y.cols);
+    const Output at = output_of_thread();
+    if (at.row < y.cols && at.token < y.rows) y.data[at.token * y.stride + at.row] = silu_of(sum);
+}
+template <WeightType kType>
+__global__ void times_linear_kernel(Mat y, ConstMat x, const std::byte* w, int64_t row_bytes) {
+    const float sum = dot<kType>(x, w, row_bytes, y.cols);
+    const Output at = output_of_thread();
+    if (at.row < y.cols && at.token < y.rows) y.data[at.token * y.stride + at.row] *= sum;
+}
+
+}  // namespace
+
+void linear(Stream& stream, ConstMat x, const Product& product) {
+    const Weight& w = product.w;
+    with_type(w.type, [&]<WeightType kType> {
+        launch(stream, "linear", linear_kernel<kType>, over_outputs(x.rows, w.rows), kThreads, 0, product.y, x, w.data,
+               w.row_bytes(), product.bias.empty() ? nullptr : product.bias.data(), product.then);
+    });
+}
+
+void gated_linear(Stream& stream, Mat y, ConstMat x, const Weight& gate, const Weight& up) {
+    const Grid grid = over_outputs(x.rows, gate.rows);
+    with_type(gate.type, [&]<WeightType kType> {
+        launch(stream, "silu_linear", silu_linear_kernel<kType>, grid, kThreads, 0, y, x, gate.data, gate.row_bytes());
+    });
+    with_type(up.type, [&]<WeightType kType> {
+        launch(stream, "times_linear", times_linear_kernel<kType>, grid, kThreads, 0, y, x, up.data, up.row_bytes());
+    });
+}
+
+}  // namespace yivl::cuda

@@ -1,0 +1,44 @@
+// Rotary position embedding. Angles are the reference's float32 steps: inv_freq = 1 / theta^(2j/hd), angle = position *
+// inv_freq; an error in inv_freq would grow with the position, so that the functions are computed in double.
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+
+namespace yivl::cuda {
+
+namespace {
+
+constexpr int kThreads = 128;
+
+__global__ void rotations_kernel(Mat cos_sin, int64_t first, float theta) {
+    for (int64_t j = thread_id(); j < cos_sin.cols / 2; j += kThreads) {
+        const float exponent = static_cast<float>(2 * j) / static_cast<float>(cos_sin.cols);
+        const float inv_freq =
+            1.0f / static_cast<float>(pow(static_cast<double>(theta), static_cast<double>(exponent)));
+        const float angle = static_cast<float>(first + block_x()) * inv_freq;
+        float* to = cos_sin.data + block_x() * cos_sin.stride + 2 * j;
+        to[0] = static_cast<float>(cos(static_cast<double>(angle)));
+        to[1] = static_cast<float>(sin(static_cast<double>(angle)));
+    }
+}
+
+__global__ void rotate_kernel(Mat x, ConstMat cos_sin) {
+    const int64_t pair = int64_t{block_y()} * kThreads + thread_id();
+    if (pair >= x.cols / 2) return;
+    const float* rotation = cos_sin.data + block_x() * cos_sin.stride + 2 * pair % cos_sin.cols;
+    float* at = x.data + block_x() * x.stride + 2 * pair;
+    const float a = at[0], b = at[1];
+    at[0] = a * rotation[0] - b * rotation[1];
+    at[1] = a * rotation[1] + b * rotation[0];
+}
+
+}  // namespace
+
+void rotations(Stream& stream, Mat cos_sin, int64_t first, float theta) {
+    launch(stream, "rotations", rotations_kernel, {cos_sin.rows}, kThreads, 0, cos_sin, first, theta);
+}
+void rotate(Stream& stream, Mat x, ConstMat cos_sin) {
+    const Grid grid{x.rows, (x.cols / 2 + kThreads - 1) / kThreads};
+    launch(stream, "rotate", rotate_kernel, grid, kThreads, 0, x, cos_sin);
+}
+
+}  // namespace yivl::cuda

@@ -1,0 +1,147 @@
+#include "cuda/runtime.h"
+
+#include "cuda/check.h"
+
+namespace yivl::cuda {
+
+namespace {
+
+constexpr int kOldestCapability = 75;
+
+void use(int device) { check(cudaSetDevice(device), "choosing the device"); }
+
+std::string version_text(int version) {
+    return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+void copy_rows(Stream& stream, void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
+               size_t rows, cudaMemcpyKind kind) {
+    if (width == 0 || rows == 0) return;
+    use(stream.device());
+    const auto handle = static_cast<cudaStream_t>(stream.handle());
+    // The runtime takes no pitch beyond 2 GiB.
+    const bool side_by_side = rows == 1 || (to_pitch == width && from_pitch == width);
+    check(side_by_side ? cudaMemcpyAsync(to, from, width * rows, kind, handle)
+                       : cudaMemcpy2DAsync(to, to_pitch, from, from_pitch, width, rows, kind, handle),
+          "copying");
+}
+
+}  // namespace
+
+int device_count() {
+    int driver = 0, runtime = 0;
+    check(cudaRuntimeGetVersion(&runtime), "asking for the runtime's version");
+    check(cudaDriverGetVersion(&driver), "asking for the driver's version");
+    if (driver == 0) throw DeviceError("CUDA: expected an NVIDIA driver, found none");
+    int count = 0;
+    const cudaError_t result = cudaGetDeviceCount(&count);
+    if (result == cudaErrorInsufficientDriver) {
+        cudaGetLastError();
+        throw DeviceError("CUDA: expected a driver for CUDA " + version_text(runtime) + ", found one for CUDA " +
+                          version_text(driver));
+    }
+    if (result != cudaErrorNoDevice) check(result, "looking for devices");
+    cudaGetLastError();
+    if (count == 0) throw DeviceError("CUDA: expected an NVIDIA GPU, found none");
+    return count;
+}
+
+DeviceInfo device_info(int device) {
+    const int count = device_count();
+    if (device < 0 || device >= count) {
+        throw DeviceError("CUDA: expected a device from 0 to " + std::to_string(count - 1) + ", found " +
+                          std::to_string(device));
+    }
+    cudaDeviceProp properties;
+    check(cudaGetDeviceProperties(&properties, device), "asking for the device's properties");
+    const int capability = 10 * properties.major + properties.minor;
+    if (capability < kOldestCapability) {
+        throw DeviceError("CUDA: expected compute capability 7.5 or newer, found " + std::to_string(properties.major) +
+                          "." + std::to_string(properties.minor) + " (" + properties.name + ")");
+    }
+    use(device);
+    size_t free = 0, total = 0;
+    check(cudaMemGetInfo(&free, &total), "asking for free memory");
+    return {properties.name, capability, properties.multiProcessorCount, static_cast<int64_t>(total),
+            static_cast<int64_t>(free)};
+}
+
+std::byte* allocate(int device, size_t bytes) {
+    use(device);
+    void* memory = nullptr;
+    const cudaError_t result = cudaMalloc(&memory, bytes);
+    if (result == cudaErrorMemoryAllocation) {
+        cudaGetLastError();
+        size_t free = 0, total = 0;
+        check(cudaMemGetInfo(&free, &total), "asking for free memory");
+        throw AllocationError("CUDA: cannot allocate " + std::to_string(bytes) + " bytes on device " +
+                              std::to_string(device) + ", which has " + std::to_string(free) + " of " +
+                              std::to_string(total) + " free");
+    }
+    check(result, "allocating memory");
+    return static_cast<std::byte*>(memory);
+}
+
+void release(int device, std::byte* memory) noexcept {
+    // At the process's end the runtime may be gone before us; the memory is then free already.
+    if (cudaSetDevice(device) != cudaSuccess || cudaFree(memory) != cudaSuccess) cudaGetLastError();
+}
+
+Stream::Stream(int device) : device_(device) {
+    use(device_);
+    cudaStream_t stream;
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
+    handle_ = stream;
+}
+
+Stream::~Stream() {
+    if (cudaSetDevice(device_) != cudaSuccess ||
+        cudaStreamDestroy(static_cast<cudaStream_t>(handle_)) != cudaSuccess) {
+        cudaGetLastError();
+    }
+}
+
+void Stream::copy_in(void* to, size_t to_pitch, const void* host, size_t host_pitch, size_t width, size_t rows) {
+    // From pageable memory the call returns when the bytes have been taken, though not all may have arrived.
+    copy_rows(*this, to, to_pitch, host, host_pitch, width, rows, cudaMemcpyHostToDevice);
+}
+
+void Stream::copy_out(void* host, size_t host_pitch, const void* from, size_t from_pitch, size_t width, size_t rows) {
+    copy_rows(*this, host, host_pitch, from, from_pitch, width, rows, cudaMemcpyDeviceToHost);
+    synchronize();
+}
+
+void Stream::copy(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t rows) {
+    copy_rows(*this, to, to_pitch, from, from_pitch, width, rows, cudaMemcpyDeviceToDevice);
+}
+
+void Stream::synchronize() {
+    use(device_);
+    check(cudaStreamSynchronize(static_cast<cudaStream_t>(handle_)), "waiting for the device");
+}
+
+Event::Event(int device) : device_(device) {
+    use(device_);
+    cudaEvent_t event;
+    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "making an event");
+    handle_ = event;
+}
+
+Event::~Event() {
+    if (cudaSetDevice(device_) != cudaSuccess || cudaEventDestroy(static_cast<cudaEvent_t>(handle_)) != cudaSuccess) {
+        cudaGetLastError();
+    }
+}
+
+void Event::record(Stream& stream) {
+    use(device_);
+    check(cudaEventRecord(static_cast<cudaEvent_t>(handle_), static_cast<cudaStream_t>(stream.handle())),
+          "recording an event");
+}
+
+void Event::wait() {
+    use(device_);
+    check(cudaEventSynchronize(static_cast<cudaEvent_t>(handle_)), "waiting for the device");
+}
+
+}  // namespace yivl::cuda

@@ -1,0 +1,70 @@
+// What the backend uses of the CUDA runtime, so that nothing else knows it: runtime.cpp calls the runtime itself, a test
+// build has tests/cuda_emulator. Every function may be called from any thread; failures are DeviceErrors, too little
+// memory an AllocationError.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace yivl::cuda {
+
+struct DeviceInfo {
+    std::string name;
+    int capability;  // 10 * major + minor, e.g. 89
+    int n_multiprocessors;
+    int64_t total_bytes;
+    int64_t free_bytes;
+};
+
+// Throws DeviceError saying what is missing when there is none: the driver, a newer one, or a card.
+int device_count();
+DeviceInfo device_info(int device);
+
+// Bytes on a device, aligned to 256, not initialised.
+std::byte* allocate(int device, size_t bytes);
+void release(int device, std::byte* memory) noexcept;
+
+// Work in order. Belongs to one caller at a time.
+class Stream {
+public:
+    explicit Stream(int device);
+    ~Stream();
+    Stream(const Stream&) = delete;
+    Stream& operator=(const Stream&) = delete;
+
+    int device() const { return device_; }
+    void* handle() const { return handle_; }
+
+    // Rows of `width` bytes that begin `pitch` bytes apart. The host's memory may be used again when a call returns,
+    // and holds what was copied out.
+    void copy_in(void* to, size_t to_pitch, const void* host, size_t host_pitch, size_t width, size_t rows);
+    void copy_out(void* host, size_t host_pitch, const void* from, size_t from_pitch, size_t width, size_t rows);
+    void copy(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t rows);
+
+    // Waits until all work so far is done.
+    void synchronize();
+
+private:
+    int device_;
+    void* handle_ = nullptr;
+};
+
+// A place in a stream's work that can be waited for.
+class Event {
+public:
+    explicit Event(int device);
+    ~Event();
+    Event(const Event&) = delete;
+    Event& operator=(const Event&) = delete;
+
+    void record(Stream& stream);
+    // Returns at once if it was never recorded.
+    void wait();
+
+private:
+    int device_;
+    void* handle_ = nullptr;
+};
+
+}  // namespace yivl::cuda

@@ -1,0 +1,79 @@
+// Matrices that somebody else owns, as operations take them: plain addresses and shapes, of the host's memory or of a
+// device's.
+#pragma once
+
+#include <cassert>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <type_traits>
+
+#include "quant_blocks.h"
+
+namespace yivl {
+
+// A row-major matrix that somebody else owns; `stride` elements from one row to the next.
+template <class T>
+struct View {
+    T* data = nullptr;
+    int64_t rows = 0;
+    int64_t cols = 0;
+    int64_t stride = 0;
+
+    View() = default;
+    View(T* data, int64_t rows, int64_t cols) : View(data, rows, cols, cols) {}
+    View(T* data, int64_t rows, int64_t cols, int64_t stride) : data(data), rows(rows), cols(cols), stride(stride) {}
+    template <class U>
+        requires std::is_convertible_v<U (*)[], T (*)[]>
+    View(const View<U>& other) : View(other.data, other.rows, other.cols, other.stride) {}
+
+    std::span<T> row(int64_t i) const {
+        assert(i >= 0 && i < rows);
+        return {data + i * stride, static_cast<size_t>(cols)};
+    }
+    View row_range(int64_t begin, int64_t count) const {
+        assert(begin >= 0 && begin + count <= rows);
+        return {data + begin * stride, count, cols, stride};
+    }
+    View col_range(int64_t begin, int64_t count) const {
+        assert(begin >= 0 && begin + count <= cols);
+        return {data + begin, rows, count, stride};
+    }
+};
+using Mat = View<float>;
+using ConstMat = View<const float>;
+
+// A weight matrix (O, I) as the file holds it: rows of quantised blocks, one after the other.
+struct Weight {
+    WeightType type = WeightType::F32;
+    int64_t rows = 0;  // O, outputs
+    int64_t cols = 0;  // I, inputs
+    const std::byte* data = nullptr;
+
+    int64_t row_bytes() const {
+        const TypeInfo& info = type_info(type);
+        return cols / info.block * info.bytes;
+    }
+};
+
+using Vec = std::span<const float>;
+
+// What becomes of a product v: y = v, y = y + v or y = gelu(v).
+enum class Then { store, add, gelu };
+
+// y (T, O) = x W^T + b, for the x (T, I) of the call; an empty bias is none.
+struct Product {
+    Mat y;
+    Weight w;
+    Vec bias = {};
+    Then then = Then::store;
+};
+
+struct AttentionShape {
+    int64_t n_heads;     // H
+    int64_t n_kv_heads;  // K, divides H
+    int64_t head_dim;    // hd
+    bool causal;         // row i of q sits at position k.rows - q.rows + i and sees no later one
+};
+
+}  // namespace yivl

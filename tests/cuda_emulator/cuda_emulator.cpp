@@ -1,0 +1,509 @@
+// Fibres, barriers and shared memory of an emulated block. Blocks are handed to the threads of a pool; on each, the
+// emulated threads of a block run one after the other, each until it must wait for others.
+#include "cuda/device.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cassert>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <random>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "cpu/threads.h"
+#include "emulated_memory.h"
+#include "errors.h"
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace yivl::cuda::emulator {
+
+thread_local const Position* position = nullptr;
+
+namespace {
+
+// Of cards from 75 on: threads of a block, shared memory of a kernel's objects, and all that a launch may ask for (the
+// least of 80, 86, 89, 90 and 120).
+constexpr int kMaxThreads = 1024;
+constexpr size_t kStaticShared = 48 << 10;
+constexpr size_t kMaxShared = 99 << 10;
+constexpr int kMaxGridYZ = 65535;
+
+// What shared memory holds before a block writes it: as float32, half or bfloat16 not a number.
+constexpr int kPoison = 0xff;
+constexpr size_t kFence = 64;  // bytes of poison after each object
+
+constexpr size_t kStack = 64 << 10;
+// Stacks a power of two apart would compete for the same cache lines.
+constexpr size_t kStagger = 192;
+
+// ---- fibres ----
+
+#if defined(__x86_64__)
+
+// Keeps what a called function must keep and goes on where `to` was kept.
+extern "C" void yivl_switch_fibre(void** from, void* to);
+asm(R"(
+.text
+.type yivl_switch_fibre, @function
+yivl_switch_fibre:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size yivl_switch_fibre, .-yivl_switch_fibre
+)");
+
+class Fibre {
+public:
+    void prepare(std::byte* stack_end, void (*entry)()) {
+        // Six registers, where to return to, and what would be the return address of `entry`, at whose entry the stack
+        // is 8 bytes off a multiple of 16.
+        auto** top = reinterpret_cast<void**>(stack_end) - 8;
+        std::fill_n(top, 8, nullptr);
+        top[6] = reinterpret_cast<void*>(entry);
+        stack_ = top;
+    }
+    static void change(Fibre& from, Fibre& to) { yivl_switch_fibre(&from.stack_, to.stack_); }
+
+private:
+    void* stack_ = nullptr;
+};
+
+#else
+
+class Fibre {
+public:
+    void prepare(std::byte* stack_end, void (*entry)()) {
+        getcontext(&context_);
+        context_.uc_stack.ss_sp = stack_end - (kStack / 2);
+        context_.uc_stack.ss_size = kStack / 2;
+        makecontext(&context_, entry, 0);
+    }
+    static void change(Fibre& from, Fibre& to) { swapcontext(&from.context_, &to.context_); }
+
+private:
+    ucontext_t context_;
+};
+
+#endif
+
+// The stacks of a thread's fibres, made when first needed. Below each lies a page that may not be touched.
+class Stacks {
+public:
+    Stacks() {
+        const size_t bytes = kMaxThreads * kStack;
+        void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (memory == MAP_FAILED) throw std::bad_alloc();
+        memory_ = static_cast<std::byte*>(memory);
+        for (int i = 0; i < kMaxThreads; ++i) mprotect(memory_ + i * kStack, getpagesize(), PROT_NONE);
+    }
+    ~Stacks() { munmap(memory_, kMaxThreads * kStack); }
+    Stacks(const Stacks&) = delete;
+    Stacks& operator=(const Stacks&) = delete;
+
+    std::byte* end_of(int i) const { return memory_ + (i + 1) * kStack - i % 32 * kStagger; }
+
+private:
+    std::byte* memory_;
+};
+
+// ---- one block ----
+
+enum class Order { forward, reverse, shuffled };
+
+Order chosen_order() {
+    const char* variable = std::getenv("YIVL_EMULATOR_ORDER");
+    const std::string_view name = variable == nullptr ? "forward" : variable;
+    if (name == "forward") return Order::forward;
+    if (name == "reverse") return Order::reverse;
+    if (name == "shuffled") return Order::shuffled;
+    throw DeviceError("YIVL_EMULATOR_ORDER: expected forward, reverse or shuffled, found " + std::string(name));
+}
+
+std::string text(const Place& place) {
+    const std::string_view file = place.file_name();
+    return std::string(file.substr(file.rfind('/') + 1)) + ":" + std::to_string(place.line());
+}
+
+struct Copy {
+    void* to;
+    const void* from;
+    bool valid;
+    int group;
+};
+
+enum class Wait { none, warp, block, end };
+
+struct Thread {
+    Position position;
+    Fibre fibre;
+    Wait wait;
+    const char* operation;  // that it waits in
+    Place place;
+    std::vector<Copy> copies;
+    int copy_group;
+};
+
+struct Warp {
+    uint32_t ready;    // lanes that can run
+    uint32_t arrived;  // lanes that wait in the operation
+    Operand operands[kWarp];
+};
+
+struct Launch {
+    const char* kernel;
+    Index grid;
+    int threads;
+    size_t dynamic_shared;
+    const std::function<void()>& body;
+    Order order;
+};
+
+// Runs blocks one after the other; belongs to a thread of the operating system.
+class BlockRunner {
+public:
+    void run(const Launch& launch, Index block) {
+        launch_ = &launch;
+        block_ = block;
+        error_.clear();
+        begin();
+        schedule();
+        position = nullptr;
+        if (error_.empty()) check_fences();
+        if (!error_.empty()) {
+            throw DeviceError("kernel " + std::string(launch.kernel) + ", block (" + std::to_string(block.x) + ", " +
+                              std::to_string(block.y) + ", " + std::to_string(block.z) + "): " + error_);
+        }
+    }
+
+    // From inside a fibre.
+
+    void sync_block(const Place& place) {
+        Thread& me = *current_;
+        me.wait = Wait::block;
+        me.operation = "sync_block";
+        me.place = place;
+        leave();
+    }
+
+    void meet(const char* operation, Operand mine, void (*compute)(const Operand (&)[kWarp]), const Place& place) {
+        Thread& me = *current_;
+        Warp& warp = warps_[me.position.thread / kWarp];
+        const int lane = me.position.thread % kWarp;
+        me.operation = operation;
+        me.place = place;
+        warp.operands[lane] = mine;
+        warp.arrived |= 1u << lane;
+        if (warp.arrived == ~0u) {
+            const Thread* first = &threads_[me.position.thread - lane];
+            for (int i = 0; i < kWarp; ++i) {
+                if (first[i].operation != operation || first[i].place.line() != place.line()) {
+                    fail("lanes of a warp do not meet: " + describe(me) + ", " + describe(first[i]));
+                }
+            }
+            compute(warp.operands);
+            warp.arrived = 0;
+            warp.ready = ~0u;
+            for (int i = 0; i < kWarp; ++i) threads_[me.position.thread - lane + i].wait = Wait::none;
+            return;
+        }
+        me.wait = Wait::warp;
+        leave();
+    }
+
+    [[noreturn]] void fail(std::string what) {
+        error_ = std::move(what);
+        // Never to return: the fibre is given up, and with it the block.
+        Fibre::change(current_->fibre, scheduler_);
+        std::abort();
+    }
+    [[noreturn]] void fail(const char* what, const Place& place) {
+        fail(text(place) + ": thread " + std::to_string(current_->position.thread) + ": " + what);
+    }
+
+    std::byte* shared_object(const void* key, size_t bytes, size_t alignment) {
+        for (const Object& object : objects_) {
+            if (object.key == key) return object.data;
+        }
+        const size_t begin = (shared_used_ + alignment - 1) / alignment * alignment;
+        static_used_ += bytes;
+        const size_t most = std::min(kStaticShared, kMaxShared - launch_->dynamic_shared);
+        if (static_used_ > most) {
+            fail("shared objects: expected at most " + std::to_string(most) + " bytes, found " +
+                 std::to_string(static_used_));
+        }
+        return objects_.emplace_back(key, place_object(begin, bytes), bytes).data;
+    }
+    std::byte* dynamic_shared() const { return objects_.front().data; }
+
+    void copy_async(void* to, const void* from, bool valid, const Place& place) {
+        if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0)) {
+            fail("copy_async: address not aligned to 16", place);
+        }
+        const auto* byte = static_cast<const std::byte*>(to);
+        if (byte < shared_.get() || byte + 16 > shared_.get() + kArena) {
+            fail("copy_async: expected an address in shared memory", place);
+        }
+        current_->copies.push_back({to, from, valid, current_->copy_group});
+    }
+    void commit_copies() { ++current_->copy_group; }
+    void wait_copies(int pending) {
+        Thread& me = *current_;
+        const auto done = std::ranges::find_if(
+            me.copies, [&](const Copy& copy) { return copy.group >= me.copy_group - pending; });
+        for (auto copy = me.copies.begin(); copy != done; ++copy) {
+            if (copy->valid) {
+                std::memcpy(copy->to, copy->from, 16);
+            } else {
+                std::memset(copy->to, 0, 16);
+            }
+        }
+        me.copies.erase(me.copies.begin(), done);
+    }
+
+    // The life of a fibre.
+    void live() {
+        launch_->body();
+        Thread& me = *current_;
+        me.wait = Wait::end;
+        me.operation = "end";
+        leave();
+        std::abort();  // nobody goes back to one that has ended
+    }
+
+private:
+    struct Object {
+        const void* key;
+        std::byte* data;
+        size_t bytes;
+    };
+    // Each object with its fence, and room to align it.
+    static constexpr size_t kArena = kMaxShared + 64 * kFence;
+
+    std::byte* place_object(size_t begin, size_t bytes) {
+        assert(begin + bytes + kFence <= kArena);
+        std::byte* data = shared_.get() + begin;
+        std::memset(data, kPoison, bytes + kFence);
+        shared_used_ = begin + bytes + kFence;
+        return data;
+    }
+
+    void begin() {
+        const int n = launch_->threads;
+        if (static_cast<int>(threads_.size()) < n) threads_.resize(n);
+        warps_.assign(n / kWarp, {.ready = ~0u, .arrived = 0, .operands = {}});
+        for (int i = 0; i < n; ++i) {
+            Thread& thread = threads_[i];
+            thread.position = {i, n, block_, launch_->grid};
+            thread.fibre.prepare(stacks_.end_of(i), &enter);
+            thread.wait = Wait::none;
+            thread.operation = "";
+            thread.copies.clear();
+            thread.copy_group = 0;
+        }
+        objects_.clear();
+        shared_used_ = static_used_ = 0;
+        objects_.emplace_back(nullptr, place_object(0, launch_->dynamic_shared), launch_->dynamic_shared);
+    }
+
+    static void enter();
+
+    // Runs warps until all threads have ended, or wait for ones that will not come.
+    void schedule() {
+        std::vector<int> order(warps_.size());
+        for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
+        if (launch_->order == Order::reverse) std::ranges::reverse(order);
+        for (;;) {
+            if (launch_->order == Order::shuffled) std::ranges::shuffle(order, random_);
+            for (const int w : order) {
+                if (warps_[w].ready == 0) continue;
+                current_ = &threads_[w * kWarp + next_lane(warps_[w])];
+                position = &current_->position;
+                Fibre::change(scheduler_, current_->fibre);
+                if (!error_.empty()) return;
+            }
+            if (all(Wait::end)) return;
+            if (!all(Wait::block)) return report_absent();
+            const Thread& first = threads_[0];
+            for (int i = 0; i < launch_->threads; ++i) {
+                if (threads_[i].place.line() == first.place.line()) continue;
+                error_ = "threads of the block wait in different places: " + describe(first) + ", " +
+                         describe(threads_[i]);
+                return;
+            }
+            for (int i = 0; i < launch_->threads; ++i) threads_[i].wait = Wait::none;
+            for (Warp& warp : warps_) warp.ready = ~0u;
+        }
+    }
+
+    bool all(Wait wait) const {
+        return std::all_of(threads_.begin(), threads_.begin() + launch_->threads,
+                           [wait](const Thread& thread) { return thread.wait == wait; });
+    }
+
+    // Some wait for others that have ended or wait elsewhere.
+    void report_absent() {
+        const auto end = threads_.begin() + launch_->threads;
+        // In a warp first: its lanes cannot reach the block's barrier.
+        auto waiting = std::find_if(threads_.begin(), end, [](const Thread& t) { return t.wait == Wait::warp; });
+        auto begin = threads_.begin();
+        auto last = end;
+        if (waiting == end) {
+            waiting = std::find_if(threads_.begin(), end, [](const Thread& t) { return t.wait == Wait::block; });
+        } else {
+            begin = threads_.begin() + waiting->position.thread / kWarp * kWarp;
+            last = begin + kWarp;
+        }
+        const auto absent =
+            std::find_if(begin, last, [&](const Thread& thread) { return thread.wait != waiting->wait; });
+        error_ = describe(*waiting) + " never meets " + describe(*absent);
+    }
+
+    static std::string describe(const Thread& thread) {
+        const std::string name = "thread " + std::to_string(thread.position.thread);
+        if (thread.wait == Wait::end) return name + " (ended)";
+        return name + " (" + thread.operation + " at " + text(thread.place) + ")";
+    }
+
+    void check_fences() {
+        for (const Object& object : objects_) {
+            const std::byte* fence = object.data + object.bytes;
+            const bool whole =
+                std::all_of(fence, fence + kFence, [](std::byte b) { return b == std::byte{kPoison}; });
+            if (whole) continue;
+            error_ = std::string("writes past the end of ") +
+                     (object.key == nullptr ? "its dynamic shared memory" : "a shared object") + " of " +
+                     std::to_string(object.bytes) + " bytes";
+        }
+    }
+
+    int next_lane(const Warp& warp) {
+        switch (launch_->order) {
+            case Order::forward: break;
+            case Order::reverse: return 31 - std::countl_zero(warp.ready);
+            case Order::shuffled:
+                if (const uint32_t some = warp.ready & random_(); some != 0) return std::countr_zero(some);
+        }
+        return std::countr_zero(warp.ready);
+    }
+
+    // The fibre that runs cannot go on: another lane of its warp does, or the scheduler.
+    void leave() {
+        Thread& me = *current_;
+        Warp& warp = warps_[me.position.thread / kWarp];
+        warp.ready &= ~(1u << me.position.thread % kWarp);
+        if (warp.ready == 0) {
+            Fibre::change(me.fibre, scheduler_);
+            return;
+        }
+        current_ = &threads_[me.position.thread / kWarp * kWarp + next_lane(warp)];
+        position = &current_->position;
+        Fibre::change(me.fibre, current_->fibre);
+    }
+
+    const Launch* launch_ = nullptr;
+    Index block_;
+    std::string error_;
+    Fibre scheduler_;
+    Thread* current_ = nullptr;
+    std::vector<Thread> threads_;
+    std::vector<Warp> warps_;
+    Stacks stacks_;
+    struct FreeAligned {
+        void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{128}); }
+    };
+    std::unique_ptr<std::byte, FreeAligned> shared_{
+        static_cast<std::byte*>(::operator new(kArena, std::align_val_t{128}))};
+    size_t shared_used_ = 0, static_used_ = 0;
+    std::vector<Object> objects_;  // the first is the dynamic memory
+    std::minstd_rand random_;
+};
+
+BlockRunner& runner() {
+    thread_local BlockRunner runner;
+    return runner;
+}
+
+void BlockRunner::enter() { runner().live(); }
+
+void check(const char* kernel, Index grid, int threads, size_t dynamic_shared) {
+    const auto expect = [&](bool good, const std::string& what) {
+        if (!good) throw DeviceError("kernel " + std::string(kernel) + ": " + what);
+    };
+    expect(threads > 0 && threads <= kMaxThreads && threads % kWarp == 0,
+           "expected a multiple of 32 threads up to 1024, found " + std::to_string(threads));
+    expect(grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.y <= kMaxGridYZ && grid.z <= kMaxGridYZ,
+           "expected a grid of at least one block and of at most 65535 in y and z, found (" + std::to_string(grid.x) +
+               ", " + std::to_string(grid.y) + ", " + std::to_string(grid.z) + ")");
+    expect(dynamic_shared <= kMaxShared, "expected at most " + std::to_string(kMaxShared) +
+                                             " bytes of shared memory, found " + std::to_string(dynamic_shared));
+}
+
+}  // namespace
+
+void run_grid(const char* kernel, Index grid, int threads, size_t dynamic_shared, const std::function<void()>& body) {
+    check(kernel, grid, threads, dynamic_shared);
+    // Lives as long as the process: at its end a thread may still be inside.
+    static ThreadPool& pool = *new ThreadPool(default_thread_count());
+    const Launch launch{kernel, grid, threads, dynamic_shared, body, chosen_order()};
+    const int64_t n = int64_t{grid.x} * grid.y * grid.z;
+    const auto run = [&](int64_t begin, int64_t end, int) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t b = launch.order == Order::reverse ? n - 1 - i : i;
+            runner().run(launch, {static_cast<int>(b % grid.x), static_cast<int>(b / grid.x % grid.y),
+                                  static_cast<int>(b / grid.x / grid.y)});
+        }
+    };
+    const DeviceAccess access;
+    Control control;
+    pool.parallel_for(control, n, std::max<int64_t>(n / (8 * pool.n_threads()), 1), run);
+}
+
+void fail(const char* what, const Place& place) { runner().fail(what, place); }
+void sync_block(const Place& place) { runner().sync_block(place); }
+void meet(const char* operation, Operand mine, void (*compute)(const Operand (&lanes)[kWarp]), const Place& place) {
+    runner().meet(operation, mine, compute, place);
+}
+std::byte* shared_object(const void* key, size_t bytes, size_t alignment) {
+    return runner().shared_object(key, bytes, alignment);
+}
+std::byte* dynamic_shared_bytes() { return runner().dynamic_shared(); }
+void copy_async(void* to, const void* from, bool valid, const Place& place) {
+    runner().copy_async(to, from, valid, place);
+}
+void commit_copies() { runner().commit_copies(); }
+void wait_copies(int pending) { runner().wait_copies(pending); }
+
+// GCC calls this when an index is outside its array (-fsanitize=bounds); its data begins with where.
+struct OutOfBounds {
+    const char* file;
+    uint32_t line;
+};
+extern "C" [[noreturn]] void __ubsan_handle_out_of_bounds_abort(const OutOfBounds* data, uintptr_t index) {
+    const std::string_view file = data->file;
+    runner().fail(std::string(file.substr(file.rfind('/') + 1)) + ":" + std::to_string(data->line) + ": index " +
+                  std::to_string(static_cast<intptr_t>(index)) + " is outside its array");
+}
+
+}  // namespace yivl::cuda::emulator

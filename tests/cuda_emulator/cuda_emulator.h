@@ -1,0 +1,265 @@
+// The names of csrc/cuda/device.h for a machine without a card or its compiler: kernels become ordinary functions, the
+// threads of a block fibres on one thread of the operating system. What each function does is said there.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <source_location>
+#include <type_traits>
+
+#include "half.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+namespace yivl::cuda {
+
+namespace emulator {
+
+using Place = std::source_location;
+
+struct Index {
+    int x = 0, y = 0, z = 0;
+};
+
+// Where the fibre that runs is.
+struct Position {
+    int thread = 0;
+    int block_threads = 0;
+    Index block, grid;
+};
+// Of this thread of the operating system: an emulated thread never moves to another.
+extern thread_local const Position* position __attribute__((tls_model("initial-exec")));
+
+// Calls body once for every thread of every block. Throws DeviceError naming the kernel and the place if the threads of
+// a block do not meet, if shared memory is overrun or if a launch asks for more than a card has.
+void run_grid(const char* kernel, Index grid, int threads, size_t dynamic_shared, const std::function<void()>& body);
+
+// Ends the kernel with an error from inside it.
+[[noreturn]] void fail(const char* what, const Place& place);
+
+void sync_block(const Place& place);
+
+// What one lane of the warp brings to an operation of all lanes, and takes from it.
+struct Operand {
+    const void* in;
+    void* out;
+};
+// Waits for all lanes of the warp; the last to come computes the results of all 32.
+void meet(const char* operation, Operand mine, void (*compute)(const Operand (&lanes)[kWarp]), const Place& place);
+
+// The block's object of that key: poisoned when first asked for in a block.
+std::byte* shared_object(const void* key, size_t bytes, size_t alignment);
+std::byte* dynamic_shared_bytes();
+
+// Copies wait in a queue, so that a kernel that does not wait for them finds poison.
+void copy_async(void* to, const void* from, bool valid, const Place& place);
+void commit_copies();
+void wait_copies(int pending);
+
+template <class T>
+inline constexpr char kSharedKey{};
+
+}  // namespace emulator
+
+inline int thread_id() { return emulator::position->thread; }
+inline int block_threads() { return emulator::position->block_threads; }
+inline int lane_id() { return thread_id() % kWarp; }
+inline int warp_id() { return thread_id() / kWarp; }
+inline int block_x() { return emulator::position->block.x; }
+inline int block_y() { return emulator::position->block.y; }
+inline int block_z() { return emulator::position->block.z; }
+inline int grid_x() { return emulator::position->grid.x; }
+
+inline void sync_block(const emulator::Place& place = emulator::Place::current()) { emulator::sync_block(place); }
+inline void sync_warp(const emulator::Place& place = emulator::Place::current()) {
+    emulator::meet("sync_warp", {}, [](const emulator::Operand (&)[kWarp]) {}, place);
+}
+
+template <class T>
+T shuffle(T value, int lane, const emulator::Place& place = emulator::Place::current()) {
+    struct In {
+        T value;
+        int lane;
+    } in{value, lane};
+    T out;
+    emulator::meet(
+        "shuffle", {&in, &out},
+        [](const emulator::Operand(&lanes)[kWarp]) {
+            for (const emulator::Operand& lane : lanes) {
+                const int from = static_cast<const In*>(lane.in)->lane & (kWarp - 1);
+                *static_cast<T*>(lane.out) = static_cast<const In*>(lanes[from].in)->value;
+            }
+        },
+        place);
+    return out;
+}
+template <class T>
+T shuffle_xor(T value, int mask, const emulator::Place& place = emulator::Place::current()) {
+    return cuda::shuffle(value, lane_id() ^ mask, place);
+}
+inline unsigned ballot(bool value, const emulator::Place& place = emulator::Place::current()) {
+    unsigned out;
+    emulator::meet(
+        "ballot", {&value, &out},
+        [](const emulator::Operand(&lanes)[kWarp]) {
+            unsigned bits = 0;
+            for (int i = 0; i < kWarp; ++i) bits |= unsigned{*static_cast<const bool*>(lanes[i].in)} << i;
+            for (const emulator::Operand& lane : lanes) *static_cast<unsigned*>(lane.out) = bits;
+        },
+        place);
+    return out;
+}
+
+template <class T>
+T& shared() {
+    static_assert(std::is_trivially_default_constructible_v<T> && std::is_trivially_destructible_v<T>);
+    return *reinterpret_cast<T*>(emulator::shared_object(&emulator::kSharedKey<T>, sizeof(T), alignof(T)));
+}
+inline std::byte* dynamic_shared() { return emulator::dynamic_shared_bytes(); }
+
+inline Words load_words(const void* from, const emulator::Place& place = emulator::Place::current()) {
+    if (reinterpret_cast<uintptr_t>(from) % 16 != 0) emulator::fail("load_words: address not aligned to 16", place);
+    Words words;
+    std::memcpy(&words, from, sizeof(words));
+    return words;
+}
+
+inline void copy_async(void* to, const void* from, bool valid = true, const emulator::Place& place = emulator::Place::current()) {
+    emulator::copy_async(to, from, valid, place);
+}
+inline void commit_copies() { emulator::commit_copies(); }
+template <int kPending>
+void wait_copies() {
+    emulator::wait_copies(kPending);
+}
+
+// Blocks run on several threads of the operating system.
+inline float atomic_add(float* at, float value) {
+    float old = *at, sum;
+    do {
+        sum = old + value;
+    } while (!__atomic_compare_exchange(at, &old, &sum, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    return old;
+}
+inline int atomic_add(int* at, int value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
+inline int atomic_max(int* at, int value) {
+    int old = *at;
+    while (old < value && !__atomic_compare_exchange_n(at, &old, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+    return old;
+}
+inline void fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+
+inline int dp4a(int a, int b, int sum) {
+    for (int i = 0; i < 32; i += 8) sum += static_cast<int8_t>(a >> i) * static_cast<int8_t>(b >> i);
+    return sum;
+}
+
+inline float fast_exp(float x) { return std::exp(x); }
+inline float fast_exp2(float x) { return std::exp2(x); }
+
+inline float to_float(Half h) { return half_to_float(h.bits); }
+inline float to_float(Bfloat b) { return __builtin_bit_cast(float, static_cast<uint32_t>(b.bits) << 16); }
+
+inline Half to_half(float f) {
+    if (f != f) return {0x7fff};
+    constexpr float kRoundsToInfinity = 65520.0f;
+    if (std::fabs(f) >= kRoundsToInfinity) return {static_cast<uint16_t>(std::signbit(f) ? 0xfc00 : 0x7c00)};
+    return {half_from_float(f)};
+}
+inline Bfloat to_bfloat(float f) {
+    if (f != f) return {0x7fff};
+    const auto bits = __builtin_bit_cast(uint32_t, f);
+    return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+inline uint32_t pack_halves(float low, float high) {
+    return to_half(low).bits | static_cast<uint32_t>(to_half(high).bits) << 16;
+}
+inline uint32_t pack_bfloats(float low, float high) {
+    return to_bfloat(low).bits | static_cast<uint32_t>(to_bfloat(high).bits) << 16;
+}
+
+namespace emulator {
+
+struct MmaOperands {
+    const uint32_t* a;
+    const uint32_t* b;
+};
+
+// The fragments of csrc/cuda/device.h put together, multiplied, and d handed out again.
+template <class Element>
+void multiply(const Operand (&lanes)[kWarp]) {
+    float a[16][16], b[16][8];
+    for (int lane = 0; lane < kWarp; ++lane) {
+        const auto* in = static_cast<const MmaOperands*>(lanes[lane].in);
+        const int g = lane / 4, t = lane % 4;
+        for (int i = 0; i < 2; ++i) {
+            const auto element = [i](uint32_t pair) {
+                return to_float(Element{static_cast<uint16_t>(pair >> 16 * i)});
+            };
+            for (int r = 0; r < 4; ++r) a[g + r % 2 * 8][2 * t + i + r / 2 * 8] = element(in->a[r]);
+            for (int r = 0; r < 2; ++r) b[2 * t + i + r * 8][g] = element(in->b[r]);
+        }
+    }
+    for (int lane = 0; lane < kWarp; ++lane) {
+        auto* d = static_cast<float*>(lanes[lane].out);
+        const int g = lane / 4, t = lane % 4;
+        for (int r = 0; r < 4; ++r) {
+            float sum = d[r];
+            for (int k = 0; k < 16; ++k) sum += a[g + r / 2 * 8][k] * b[k][2 * t + r % 2];
+            d[r] = sum;
+        }
+    }
+}
+
+template <bool kTransposed>
+void hand_out_matrices(const Operand (&lanes)[kWarp]) {
+    for (int lane = 0; lane < kWarp; ++lane) {
+        const int g = lane / 4, t = lane % 4;
+        for (int m = 0; m < 4; ++m) {
+            const auto element = [&](int row, int column) {
+                uint16_t bits;
+                std::memcpy(&bits, static_cast<const uint16_t*>(lanes[m * 8 + row].in) + column, sizeof(bits));
+                return uint32_t{bits};
+            };
+            static_cast<uint32_t*>(lanes[lane].out)[m] = kTransposed
+                                                             ? element(2 * t, g) | element(2 * t + 1, g) << 16
+                                                             : element(g, 2 * t) | element(g, 2 * t + 1) << 16;
+        }
+    }
+}
+
+inline void check_row(const void* row, const Place& place) {
+    if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("load_matrices: row not aligned to 16", place);
+}
+
+}  // namespace emulator
+
+inline void mma_bfloat(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                       const emulator::Place& place = emulator::Place::current()) {
+    const emulator::MmaOperands in{a, b};
+    emulator::meet("mma_bfloat", {&in, d}, emulator::multiply<Bfloat>, place);
+}
+inline void mma_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                     const emulator::Place& place = emulator::Place::current()) {
+    const emulator::MmaOperands in{a, b};
+    emulator::meet("mma_half", {&in, d}, emulator::multiply<Half>, place);
+}
+
+inline void load_matrices(uint32_t (&r)[4], const void* row, const emulator::Place& place = emulator::Place::current()) {
+    emulator::check_row(row, place);
+    emulator::meet("load_matrices", {row, r}, emulator::hand_out_matrices<false>, place);
+}
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row, const emulator::Place& place = emulator::Place::current()) {
+    emulator::check_row(row, place);
+    emulator::meet("load_matrices_transposed", {row, r}, emulator::hand_out_matrices<true>, place);
+}
+
+}  // namespace yivl::cuda

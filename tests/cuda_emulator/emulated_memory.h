@@ -1,0 +1,15 @@
+// When the memory of the emulated device may be touched.
+#pragma once
+
+namespace yivl::cuda::emulator {
+
+// Lets this process read and write device memory as long as one of them lives.
+class DeviceAccess {
+public:
+    DeviceAccess();
+    ~DeviceAccess();
+    DeviceAccess(const DeviceAccess&) = delete;
+    DeviceAccess& operator=(const DeviceAccess&) = delete;
+};
+
+}  // namespace yivl::cuda::emulator

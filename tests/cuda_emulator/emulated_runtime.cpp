@@ -1,0 +1,160 @@
+// csrc/cuda/runtime.h without a card. Device memory is memory of the process that nobody may touch but kernels and
+// copies: elsewhere it is protected, so that code of the host that takes a device's pointer for its own stops at once.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <string>
+
+#include "cuda/runtime.h"
+#include "emulated_memory.h"
+#include "errors.h"
+
+namespace yivl::cuda {
+
+namespace {
+
+constexpr int kPoison = 0xff;   // float32, half and bfloat16 read as not a number
+constexpr size_t kFence = 256;  // bytes of poison after each allocation, and the alignment of all
+constexpr size_t kTotal = size_t{8} << 30;
+
+class DeviceHeap {
+public:
+    DeviceHeap() {
+        void* memory = mmap(nullptr, kTotal, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (memory == MAP_FAILED) throw std::bad_alloc();
+        base_ = static_cast<std::byte*>(memory);
+        free_.emplace(base_, kTotal);
+    }
+
+    std::byte* allocate(size_t bytes) {
+        const size_t needed = with_fence(bytes);
+        const emulator::DeviceAccess access;
+        const std::lock_guard lock(mutex_);
+        const auto range = std::ranges::find_if(free_, [&](const auto& r) { return r.second >= needed; });
+        if (range == free_.end()) {
+            throw AllocationError("emulated device: cannot allocate " + std::to_string(bytes) + " bytes, " +
+                                  std::to_string(free_bytes_locked()) + " of " + std::to_string(kTotal) + " are free");
+        }
+        const auto [begin, size] = *range;
+        free_.erase(range);
+        if (size > needed) free_.emplace(begin + needed, size - needed);
+        used_.emplace(begin, bytes);
+        std::memset(begin, kPoison, needed);
+        return begin;
+    }
+
+    // Whether the fence after the bytes was whole.
+    bool release(std::byte* memory) {
+        const emulator::DeviceAccess access;
+        const std::lock_guard lock(mutex_);
+        const auto allocation = used_.find(memory);
+        const size_t bytes = allocation->second;
+        const size_t needed = with_fence(bytes);
+        const bool whole =
+            std::all_of(memory + bytes, memory + needed, [](std::byte b) { return b == std::byte{kPoison}; });
+        used_.erase(allocation);
+        auto range = free_.emplace(memory, needed).first;
+        if (const auto next = std::next(range); next != free_.end() && range->first + range->second == next->first) {
+            range->second += next->second;
+            free_.erase(next);
+        }
+        if (range != free_.begin()) {
+            const auto before = std::prev(range);
+            if (before->first + before->second == range->first) {
+                before->second += range->second;
+                free_.erase(range);
+            }
+        }
+        return whole;
+    }
+
+    size_t free_bytes() {
+        const std::lock_guard lock(mutex_);
+        return free_bytes_locked();
+    }
+
+    void enter() {
+        const std::lock_guard lock(access_mutex_);
+        if (inside_++ == 0) mprotect(base_, kTotal, PROT_READ | PROT_WRITE);
+    }
+    void leave() {
+        const std::lock_guard lock(access_mutex_);
+        if (--inside_ == 0) mprotect(base_, kTotal, PROT_NONE);
+    }
+
+private:
+    static size_t with_fence(size_t bytes) { return (bytes + 2 * kFence - 1) / kFence * kFence; }
+    size_t free_bytes_locked() const {
+        size_t bytes = 0;
+        for (const auto& [begin, size] : free_) bytes += size;
+        return bytes;
+    }
+
+    std::byte* base_;
+    std::mutex mutex_;
+    std::map<std::byte*, size_t> free_, used_;
+    std::mutex access_mutex_;
+    int inside_ = 0;
+};
+
+DeviceHeap& heap() {
+    static DeviceHeap& heap = *new DeviceHeap;
+    return heap;
+}
+
+void copy_rows(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t rows) {
+    const emulator::DeviceAccess access;
+    for (size_t i = 0; i < rows; ++i) {
+        std::memcpy(static_cast<std::byte*>(to) + i * to_pitch, static_cast<const std::byte*>(from) + i * from_pitch,
+                    width);
+    }
+}
+
+}  // namespace
+
+emulator::DeviceAccess::DeviceAccess() { heap().enter(); }
+emulator::DeviceAccess::~DeviceAccess() { heap().leave(); }
+
+int device_count() { return 1; }
+
+DeviceInfo device_info(int device) {
+    if (device != 0) throw DeviceError("CUDA: expected a device from 0 to 0, found " + std::to_string(device));
+    return {"emulated device", 80, 2, static_cast<int64_t>(kTotal), static_cast<int64_t>(heap().free_bytes())};
+}
+
+std::byte* allocate(int, size_t bytes) { return heap().allocate(bytes); }
+
+void release(int, std::byte* memory) noexcept {
+    if (!heap().release(memory)) {
+        // Nobody to report to: a destructor may have called.
+        std::fputs("emulated device: a kernel wrote past the end of device memory\n", stderr);
+        std::abort();
+    }
+}
+
+// Work is done at once.
+
+Stream::Stream(int device) : device_(device) {}
+Stream::~Stream() = default;
+void Stream::copy_in(void* to, size_t to_pitch, const void* host, size_t host_pitch, size_t width, size_t rows) {
+    copy_rows(to, to_pitch, host, host_pitch, width, rows);
+}
+void Stream::copy_out(void* host, size_t host_pitch, const void* from, size_t from_pitch, size_t width, size_t rows) {
+    copy_rows(host, host_pitch, from, from_pitch, width, rows);
+}
+void Stream::copy(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t rows) {
+    copy_rows(to, to_pitch, from, from_pitch, width, rows);
+}
+void Stream::synchronize() {}
+
+Event::Event(int device) : device_(device) {}
+Event::~Event() = default;
+void Event::record(Stream&) {}
+void Event::wait() {}
+
+}  // namespace yivl::cuda
