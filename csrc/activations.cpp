@@ -11,13 +11,18 @@ public:
     RecordingOps(std::unique_ptr<Ops> ops, ActivationStatistics& statistics)
         : ops_(std::move(ops)), statistics_(statistics) {}
 
+    void upload(Mat y, ConstMat host) override { ops_->upload(y, host); }
+    void download(Mat host, ConstMat x) override { ops_->download(host, x); }
+    void copy(Mat y, ConstMat x) override { ops_->copy(y, x); }
     void linear(ConstMat x, std::span<const Product> products) override {
-        for (const Product& product : products) statistics_.add(product.w, x);
+        const ConstMat values = downloaded(x);
+        for (const Product& product : products) statistics_.add(product.w, values);
         ops_->linear(x, products);
     }
     void gated_linear(Mat y, ConstMat x, const Weight& gate, const Weight& up) override {
-        statistics_.add(gate, x);
-        statistics_.add(up, x);
+        const ConstMat values = downloaded(x);
+        statistics_.add(gate, values);
+        statistics_.add(up, values);
         ops_->gated_linear(y, x, gate, up);
     }
     void layer_norm(Mat y, ConstMat x, Vec weight, Vec bias, float eps) override {
@@ -31,20 +36,26 @@ public:
         ops_->attention(out, q, k, v, shape);
     }
     void embed(Mat y, const Weight& table, std::span<const int32_t> ids) override { ops_->embed(y, table, ids); }
+    int32_t argmax(ConstMat x) override { return ops_->argmax(x); }
 
 private:
+    ConstMat downloaded(ConstMat x) {
+        values_.resize(static_cast<size_t>(x.rows * x.cols));
+        const Mat values(values_.data(), x.rows, x.cols);
+        ops_->download(values, x);
+        return values;
+    }
+
     std::unique_ptr<Ops> ops_;
     ActivationStatistics& statistics_;
+    std::vector<float> values_;
 };
 
 }  // namespace
 
 ActivationStatistics::ActivationStatistics(const Weights& weights)
     : text_file_(weights.text_file), vision_file_(weights.vision_file) {
-    for (const GgufFile* file : {text_file_.get(), vision_file_.get()}) {
-        if (file == nullptr) continue;
-        for (const GgufTensor& tensor : file->tensors()) columns_[tensor.data.data()].name = tensor.name;
-    }
+    for (const auto& [data, name] : weights.names) columns_[data].name = name;
 }
 
 void ActivationStatistics::add(const Weight& w, ConstMat x) {

@@ -29,7 +29,7 @@ public:
 
 private:
     std::shared_ptr<const GgufFile> text_file_, vision_file_;  // hold the names
-    std::map<const std::byte*, Columns> columns_;              // by the address of the tensor's data
+    std::map<const std::byte*, Columns> columns_;              // by the address of the matrix
 };
 
 // Computes as `ops` does, and adds the input of every product to `statistics`, which must outlive the result.

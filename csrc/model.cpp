@@ -58,17 +58,35 @@ int64_t checked_batch(int64_t batch, int64_t n_ctx) {
     return std::min(batch, n_ctx);
 }
 
+// Rows of logits that are computed at once where every position's are wanted.
+constexpr int64_t kLogitsRows = 256;
+
+std::vector<float> downloaded(ConstMat x, Ops& ops) {
+    std::vector<float> values(static_cast<size_t>(x.rows * x.cols));
+    ops.download(Mat(values.data(), x.rows, x.cols), x);
+    return values;
+}
+
+// What weights and one session take of a device.
+int64_t bytes_needed(const GgufFile& text, const GgufFile* vision, const Config& c, int64_t n_ctx) {
+    n_ctx = checked_context(c, n_ctx);
+    int64_t bytes = tensor_bytes(text) + DecoderState::kv_bytes(c.decoder, n_ctx) +
+                    DecoderState::activation_bytes(c.decoder, checked_batch(kDefaultBatch, n_ctx));
+    if (vision != nullptr && vision != &text) bytes += tensor_bytes(*vision);
+    if (c.vit) bytes += VitState::bytes(*c.vit, c.decoder.width);
+    return bytes;
+}
+
 }  // namespace
 
-Model::Model(Config config, Weights weights, Tokenizer tokenizer, std::unique_ptr<Backend> backend)
+Model::Model(Config config, std::unique_ptr<Backend> backend, Weights weights, Tokenizer tokenizer)
     : config_(std::move(config)),
+      backend_(std::move(backend)),
       weights_(std::move(weights)),
-      tokenizer_(std::move(tokenizer)),
-      backend_(std::move(backend)) {}
+      tokenizer_(std::move(tokenizer)) {}
 
 std::shared_ptr<const Model> Model::open(const ModelOptions& options, Control& control) {
     control.progress(Stage::load, 0.0);
-    std::unique_ptr<Backend> backend = make_cpu_backend(options.n_threads);
     std::shared_ptr<const GgufFile> text = GgufFile::open(options.path);
     std::shared_ptr<const GgufFile> vision;
     if (!options.mmproj.empty()) {
@@ -78,10 +96,12 @@ std::shared_ptr<const Model> Model::open(const ModelOptions& options, Control& c
     }
     Config config = read_config(*text, vision.get());
     Tokenizer tokenizer(Tokenizer::read_config(*text));
-    Weights weights = bind_weights(text, vision, config, *backend->ops(control));
+    std::unique_ptr<Backend> backend =
+        make_backend(options.device, options.n_threads, bytes_needed(*text, vision.get(), config, options.n_ctx));
+    Weights weights = bind_weights(text, vision, config, *backend, control);
     control.progress(Stage::load, 1.0);
     return std::shared_ptr<const Model>(
-        new Model(std::move(config), std::move(weights), std::move(tokenizer), std::move(backend)));
+        new Model(std::move(config), std::move(backend), std::move(weights), std::move(tokenizer)));
 }
 
 int64_t Model::n_positions(std::span<const int32_t> ids) const {
@@ -133,10 +153,10 @@ void Model::check(std::span<const int32_t> ids, const GenerateOptions& options, 
 
 Session::Session(std::shared_ptr<const Model> model, int64_t n_ctx, int64_t batch)
     : model_(std::move(model)),
-      decoder_(model_->config().decoder, checked_context(model_->config(), n_ctx),
+      decoder_(model_->backend(), model_->config().decoder, checked_context(model_->config(), n_ctx),
                checked_batch(batch, checked_context(model_->config(), n_ctx))) {
     const Config& c = model_->config();
-    if (c.vit) vit_.emplace(*c.vit, c.decoder.width);
+    if (c.vit) vit_.emplace(model_->backend(), *c.vit, c.decoder.width);
     positions_.reserve(decoder_.n_ctx);
 }
 
@@ -198,10 +218,7 @@ void Session::embed(std::span<const int32_t> positions, int64_t first_image_row,
         while (end < positions.size() && (positions[end] == kImageId) == image) ++end;
         const Mat rows = x.row_range(static_cast<int64_t>(i), static_cast<int64_t>(end - i));
         if (image) {
-            const ConstMat embeddings = vit_->embeddings.view();
-            for (int64_t r = 0; r < rows.rows; ++r) {
-                std::ranges::copy(embeddings.row(first_image_row + r), rows.row(r).begin());
-            }
+            ops.copy(rows, vit_->embeddings.view().row_range(first_image_row, rows.rows));
         } else {
             ops.embed(rows, model_->weights().decoder.token_embedding, positions.subspan(i, end - i));
         }
@@ -249,7 +266,7 @@ void Session::begin(std::span<const int32_t> ids, Pixels pixels, const GenerateO
 
 // Encodes the picture if it is not the last one, and computes the positions that the cache lacks; the last one always,
 // since its logits choose the first id.
-void Session::read_prompt(Control& control) {
+int32_t Session::read_prompt(Control& control) {
     Reply& r = *reply_;
     const int64_t cached = std::min(matching_prefix(r.prompt, r.pixels), r.usage.prompt_tokens - 1);
     r.usage.cached_tokens = cached;
@@ -264,10 +281,11 @@ void Session::read_prompt(Control& control) {
         decoder_logits(model_->weights().decoder, model_->config().decoder, decoder_, T - 1, decoder_.logits.view(),
                        *ops);
     });
+    return sample(*ops);
 }
 
 // The last sampled id enters the cache and gives the next logits.
-void Session::decode_step(Control& control) {
+int32_t Session::decode_step(Control& control) {
     const std::unique_ptr<Ops> ops = model_->backend().ops(control);
     const int32_t id = reply_->history.back();
     embed({&id, 1}, 0, *ops);
@@ -275,6 +293,18 @@ void Session::decode_step(Control& control) {
                     static_cast<int64_t>(positions_.size()), *ops);
     decoder_logits(model_->weights().decoder, model_->config().decoder, decoder_, 0, decoder_.logits.view(), *ops);
     positions_.push_back(id);
+    return sample(*ops);
+}
+
+int32_t Session::sample(Ops& ops) {
+    const ConstMat logits = decoder_.logits.view();
+    if (reply_->sampler.takes_largest()) {
+        const int32_t id = ops.argmax(logits);
+        if (id >= 0) return id;
+    }
+    logits_.resize(static_cast<size_t>(logits.cols));
+    ops.download(Mat(logits_.data(), 1, logits.cols), logits);
+    return reply_->sampler.sample(logits_, reply_->history);
 }
 
 std::optional<std::string> Session::next(Control& control) {
@@ -286,8 +316,7 @@ std::optional<std::string> Session::next(Control& control) {
         try {
             const Timer timer(first ? r.timings.first_token : r.timings.decode);
             control.check();
-            first ? read_prompt(control) : decode_step(control);
-            id = r.sampler.sample(decoder_.logits.view().row(0), r.history);
+            id = first ? read_prompt(control) : decode_step(control);
         } catch (const Cancelled&) {
             r.finish = FinishReason::cancelled;
             break;
@@ -327,15 +356,15 @@ std::vector<float> Session::vision_features(const Pixels& pixels, Control& contr
     embedded_pixels_.reset();
     const std::unique_ptr<Ops> ops = model_->backend().ops(control);
     const ConstMat features = vit_forward(*model_->weights().vit, *c.vit, *vit_, *pixels, *ops, control);
-    return {features.data, features.data + features.rows * features.cols};
+    return downloaded(features, *ops);
 }
 
 std::vector<float> Session::encode_image(const Pixels& pixels, Control& control) {
     model_->require_vision();
     check_pixels(std::array{kImageId}, pixels);
-    embed_image(pixels, *model_->backend().ops(control), control);
-    const Mat embeddings = vit_->embeddings.view();
-    return {embeddings.data, embeddings.data + embeddings.rows * embeddings.cols};
+    const std::unique_ptr<Ops> ops = model_->backend().ops(control);
+    embed_image(pixels, *ops, control);
+    return downloaded(vit_->embeddings.view(), *ops);
 }
 
 std::vector<float> Session::logits(std::span<const int32_t> ids, const Pixels& pixels, Control& control,
@@ -353,17 +382,19 @@ std::vector<float> Session::logits(std::span<const int32_t> ids, const Pixels& p
 
     const int64_t V = model_->config().decoder.vocab_size;
     std::vector<float> result(wanted.size() * static_cast<size_t>(V));
+    const Buffer some(model_->backend(), std::min(decoder_.batch, kLogitsRows), V);
     size_t done = 0;
     prefill(positions, 0, pixels, *ops, control, [&](int64_t T, int64_t first) {
         while (done < wanted.size() && wanted[done] < first + T) {
             // Positions that stand together are computed together.
             int64_t rows = 1;
-            while (done + rows < wanted.size() && wanted[done + rows] == wanted[done] + rows &&
+            while (rows < kLogitsRows && done + rows < wanted.size() && wanted[done + rows] == wanted[done] + rows &&
                    wanted[done + rows] < first + T) {
                 ++rows;
             }
             decoder_logits(model_->weights().decoder, model_->config().decoder, decoder_, wanted[done] - first,
-                           Mat(&result[done * static_cast<size_t>(V)], rows, V), *ops);
+                           some.rows(rows), *ops);
+            ops->download(Mat(&result[done * static_cast<size_t>(V)], rows, V), some.rows(rows));
             done += rows;
         }
     });

@@ -21,6 +21,8 @@ struct ModelOptions {
     std::string path;
     std::string mmproj;  // empty: the file holds the vision tower itself, or there is none
     int n_threads = 0;   // 0: one per physical core
+    std::string device = "auto";  // as for make_backend
+    int64_t n_ctx = 0;            // of the sessions that must fit the device's memory; 0: the model's context length
 };
 
 struct GenerateOptions {
@@ -38,7 +40,8 @@ struct LogitsOptions {
 // Weights, tokeniser and backend: read-only, shared by any number of sessions and threads.
 class Model {
 public:
-    // Throws ModelFileError, or std::invalid_argument for an unknown YIVL_ISA.
+    // Throws ModelFileError, std::invalid_argument for an unknown device or YIVL_ISA, and DeviceError or AllocationError
+    // for a device that cannot be used.
     static std::shared_ptr<const Model> open(const ModelOptions& options, Control& control);
 
     const Config& config() const { return config_; }
@@ -56,12 +59,12 @@ public:
     void require_vision() const;
 
 private:
-    Model(Config config, Weights weights, Tokenizer tokenizer, std::unique_ptr<Backend> backend);
+    Model(Config config, std::unique_ptr<Backend> backend, Weights weights, Tokenizer tokenizer);
 
     Config config_;
+    std::unique_ptr<Backend> backend_;
     Weights weights_;
     Tokenizer tokenizer_;
-    std::unique_ptr<Backend> backend_;
 };
 
 // pixels (3, S, S) of one picture; also the key under which its embeddings are kept.
@@ -138,12 +141,15 @@ private:
     // Computes positions [first, end) of `positions` in batches; `on_batch` sees each (row count, first position).
     void prefill(std::span<const int32_t> positions, int64_t first, const Pixels& pixels, Ops& ops, Control& control,
                  const std::function<void(int64_t, int64_t)>& on_batch);
-    void read_prompt(Control& control);
-    void decode_step(Control& control);
+    // The next id.
+    int32_t read_prompt(Control& control);
+    int32_t decode_step(Control& control);
+    int32_t sample(Ops& ops);
 
     std::shared_ptr<const Model> model_;
     std::optional<VitState> vit_;
     DecoderState decoder_;
+    std::vector<float> logits_;  // (V), downloaded
 
     std::vector<int32_t> positions_;  // what the KV cache holds, one id per position, kImageId for each image row
     Pixels cached_pixels_;            // the picture behind the image rows in the cache

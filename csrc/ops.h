@@ -4,88 +4,34 @@
 // In products alone: T rows of x, I columns of x (inputs), O rows of W (outputs).
 #pragma once
 
-#include <cassert>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
 #include <memory>
 #include <span>
+#include <string_view>
 
 #include "control.h"
-#include "quant_blocks.h"
+#include "tensor.h"
 
 namespace yivl {
 
-// A row-major matrix that somebody else owns; `stride` elements from one row to the next.
-template <class T>
-struct View {
-    T* data = nullptr;
-    int64_t rows = 0;
-    int64_t cols = 0;
-    int64_t stride = 0;
+// Memory that a backend computes in. On the CPU that is the host's, and stages could read it; elsewhere it is out of
+// reach but for the copies below, so they never do. Given back when the last owner goes.
+using Memory = std::shared_ptr<std::byte>;
 
-    View() = default;
-    View(T* data, int64_t rows, int64_t cols) : View(data, rows, cols, cols) {}
-    View(T* data, int64_t rows, int64_t cols, int64_t stride) : data(data), rows(rows), cols(cols), stride(stride) {}
-    template <class U>
-        requires std::is_convertible_v<U (*)[], T (*)[]>
-    View(const View<U>& other) : View(other.data, other.rows, other.cols, other.stride) {}
-
-    std::span<T> row(int64_t i) const {
-        assert(i >= 0 && i < rows);
-        return {data + i * stride, static_cast<size_t>(cols)};
-    }
-    View row_range(int64_t begin, int64_t count) const {
-        assert(begin >= 0 && begin + count <= rows);
-        return {data + begin * stride, count, cols, stride};
-    }
-    View col_range(int64_t begin, int64_t count) const {
-        assert(begin >= 0 && begin + count <= cols);
-        return {data + begin, rows, count, stride};
-    }
-};
-using Mat = View<float>;
-using ConstMat = View<const float>;
-
-// A weight matrix (O, I) as the file holds it: rows of quantised blocks, one after the other.
-struct Weight {
-    WeightType type = WeightType::F32;
-    int64_t rows = 0;  // O, outputs
-    int64_t cols = 0;  // I, inputs
-    const std::byte* data = nullptr;
-
-    int64_t row_bytes() const {
-        const TypeInfo& info = type_info(type);
-        return cols / info.block * info.bytes;
-    }
-};
-
-using Vec = std::span<const float>;
-
-// What becomes of a product v: y = v, y = y + v or y = gelu(v).
-enum class Then { store, add, gelu };
-
-// y (T, O) = x W^T + b, for the x (T, I) of the call; an empty bias is none.
-struct Product {
-    Mat y;
-    Weight w;
-    Vec bias = {};
-    Then then = Then::store;
-};
-
-struct AttentionShape {
-    int64_t n_heads;     // H
-    int64_t n_kv_heads;  // K, divides H
-    int64_t head_dim;    // hd
-    bool causal;         // row i of q sits at position k.rows - q.rows + i and sees no later one
-};
-
-// Operations on float32 activations. One object serves one caller at a time and throws Cancelled when its Control says
+// Operations on float32 activations in the backend's memory. One object serves one caller at a time and throws Cancelled when its Control says
 // so. Each output value is computed in an order that depends neither on the number of threads nor on how many rows
 // stand beside it, so that replies do not change with either.
 class Ops {
 public:
     virtual ~Ops() = default;
+
+    // y = x, of the same shape: from the host's memory into the backend's, back, and within it. The host's memory is
+    // free, or filled, when the call returns.
+    virtual void upload(Mat y, ConstMat host) = 0;
+    virtual void download(Mat host, ConstMat x) = 0;
+    virtual void copy(Mat y, ConstMat x) = 0;
 
     // Products of one x, which none of them may overwrite.
     virtual void linear(ConstMat x, std::span<const Product> products) = 0;
@@ -110,6 +56,9 @@ public:
     virtual void attention(Mat out, ConstMat q, ConstMat k, ConstMat v, const AttentionShape& shape) = 0;
     // y (T, D) = rows `ids` of the table (V, D).
     virtual void embed(Mat y, const Weight& table, std::span<const int32_t> ids) = 0;
+    // Where the largest of x (1, V) is, the first of several; -1 if one is NaN or infinite, and where reading x is just
+    // as good.
+    virtual int32_t argmax(ConstMat x) = 0;
 };
 
 // What a device offers: where weights live and how to compute there. Shared by all sessions of a model.
@@ -120,10 +69,24 @@ public:
     virtual const char* name() const = 0;
     virtual int n_threads() const = 0;
     virtual std::unique_ptr<Ops> ops(Control& control) = 0;
+    // Not initialised, aligned to 64 bytes or more. Throws AllocationError.
+    virtual Memory allocate(size_t bytes) = 0;
+    // Bytes of a mapped file where operations can read them: the same ones, or a copy that lives as long as the backend.
+    virtual const std::byte* place(std::span<const std::byte> bytes, Control& control) = 0;
 };
 
 // n_threads 0 means one per physical core. Throws std::invalid_argument when YIVL_ISA names an instruction set that is
 // unknown or that this CPU lacks.
 std::unique_ptr<Backend> make_cpu_backend(int n_threads);
+
+// Throws DeviceError naming what is missing: CUDA in this build, a driver, a card, a new enough one; AllocationError
+// when less than `needed_bytes` of its memory is free.
+std::unique_ptr<Backend> make_cuda_backend(int device, int64_t needed_bytes);
+// The device that make_cuda_backend should take when nobody chose one: the first with that much memory free; -1: none.
+int choose_cuda_device(int64_t needed_bytes);
+
+// The backend that `device` asks for: "cpu", "cuda", "cuda:1", or "auto", which is a GPU where the model fits and the
+// CPU elsewhere (and where YIVL_ISA chooses the CPU's instruction set). Throws std::invalid_argument for another name.
+std::unique_ptr<Backend> make_backend(std::string_view device, int n_threads, int64_t needed_bytes);
 
 }  // namespace yivl

@@ -32,6 +32,9 @@ public:
     // Allocates only when V is larger than ever before.
     int32_t sample(std::span<float> logits, std::span<const int32_t> previous_ids);
 
+    // Whether the next id is always the largest logit's, the first of several.
+    bool takes_largest() const { return options_.temperature == 0 && options_.repetition_penalty == 1; }
+
 private:
     struct Candidate {
         double weight;  // probability, not normalised: 1 for the most probable id

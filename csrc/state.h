@@ -2,34 +2,15 @@
 // session will need is known before anything is loaded.
 #pragma once
 
-#include <cstdlib>
-#include <memory>
 #include <vector>
 
+#include "buffer.h"
 #include "config.h"
-#include "ops.h"
 
 namespace yivl {
 
-// Floats aligned for vector loads. The memory is not touched, so pages cost nothing until they are used.
-class Buffer {
-public:
-    Buffer() = default;
-    Buffer(int64_t rows, int64_t cols);
-    Mat view() const { return {data_.get(), rows_, cols_}; }
-    Mat rows(int64_t count) const { return view().row_range(0, count); }
-
-private:
-    struct Free {
-        void operator()(float* p) const { std::free(p); }
-    };
-    std::unique_ptr<float, Free> data_;
-    int64_t rows_ = 0;
-    int64_t cols_ = 0;
-};
-
 struct VitState {
-    explicit VitState(const VitConfig& c, int64_t decoder_width);
+    VitState(Backend& backend, const VitConfig& c, int64_t decoder_width);
 
     Buffer patches;     // (N, 3 P P)
     Buffer x;           // (N + 1, W) residual stream, class row first
@@ -45,7 +26,7 @@ struct VitState {
 
 struct DecoderState {
     // `batch`: how many positions are computed at once in prefill.
-    DecoderState(const DecoderConfig& c, int64_t n_ctx, int64_t batch);
+    DecoderState(Backend& backend, const DecoderConfig& c, int64_t n_ctx, int64_t batch);
 
     int64_t n_ctx;
     int64_t batch;

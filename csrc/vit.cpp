@@ -1,6 +1,7 @@
 #include "vit.h"
 
 #include <algorithm>
+#include <vector>
 
 namespace yivl {
 
@@ -26,9 +27,12 @@ void cut_patches(Mat patches, Vec pixels, const VitConfig& c) {
 // x = [class; conv(pixels)] + position
 void embed_patches(const VitWeights& w, const VitConfig& c, VitState& s, Vec pixels, Ops& ops) {
     const Mat x = s.x.view();
-    cut_patches(s.patches.view(), pixels, c);
+    std::vector<float> cut(static_cast<size_t>(c.n_patches() * c.patch_pixels()));
+    const Mat patches(cut.data(), c.n_patches(), c.patch_pixels());
+    cut_patches(patches, pixels, c);
+    ops.upload(s.patches.view(), patches);
     ops.linear(s.patches.view(), {{x.row_range(1, c.n_patches()), w.patch_embedding}});
-    std::ranges::copy(w.class_embedding, x.row(0).begin());
+    ops.copy(x.row_range(0, 1), ConstMat(w.class_embedding.data(), 1, c.width));
     ops.add(x, w.position_embedding);
 }
 

@@ -15,8 +15,8 @@ std::string shape_text(std::span<const int64_t> shape) {
 
 class Binder {
 public:
-    Binder(const GgufFile& file, Ops& ops, std::vector<std::vector<float>>& vectors)
-        : file_(file), ops_(ops), vectors_(vectors) {}
+    Binder(const GgufFile& file, Backend& backend, Control& control, Weights& weights)
+        : file_(file), backend_(backend), control_(control), weights_(weights), ops_(backend.ops(control)) {}
 
     const GgufTensor& tensor(const std::string& name) const {
         const GgufTensor* found = file_.find_tensor(name);
@@ -27,7 +27,7 @@ public:
     bool has(const std::string& name) const { return file_.find_tensor(name) != nullptr; }
 
     // The tensor read as (rows, cols), whatever its number of dimensions.
-    Weight matrix(const std::string& name, std::span<const int64_t> shape) const {
+    Weight matrix(const std::string& name, std::span<const int64_t> shape) {
         const GgufTensor& t = tensor(name);
         if (!std::equal(t.shape.begin(), t.shape.end(), shape.begin(), shape.end())) {
             file_.fail("tensor '" + name + "': expected shape " + shape_text(shape) + ", found " + shape_text(t.shape));
@@ -38,9 +38,9 @@ public:
         }
         int64_t cols = 1;
         for (const int64_t n : shape.subspan(1)) cols *= n;
-        return {t.type, shape[0], cols, t.data.data()};
+        return {t.type, shape[0], cols, place(t)};
     }
-    Weight matrix(const std::string& name, int64_t rows, int64_t cols) const {
+    Weight matrix(const std::string& name, int64_t rows, int64_t cols) {
         return matrix(name, std::array{rows, cols});
     }
 
@@ -57,10 +57,10 @@ public:
         }
         const Weight w = matrix(name, shape);
         const Weight flat{w.type, 1, w.rows * w.cols, w.data};
-        std::vector<float>& values = vectors_.emplace_back(flat.cols);
+        const Mat values = weights_.vectors.emplace_back(backend_, 1, flat.cols).view();
         const int32_t first_row = 0;
-        ops_.embed(Mat(values.data(), 1, flat.cols), flat, {&first_row, 1});
-        return {values.data(), w.rows, w.cols};
+        ops_->embed(values, flat, {&first_row, 1});
+        return {values.data, w.rows, w.cols};
     }
     Vec vector(const std::string& name, int64_t size) {
         const ConstMat values = table(name, std::array{size});
@@ -75,9 +75,21 @@ public:
     }
 
 private:
+    const std::byte* place(const GgufTensor& t) {
+        const auto [at, is_new] = placed_.try_emplace(t.name, nullptr);  // an output head can be the embedding's table
+        if (is_new) {
+            at->second = backend_.place(t.data, control_);
+            weights_.names.emplace(at->second, t.name);
+        }
+        return at->second;
+    }
+
     const GgufFile& file_;
-    Ops& ops_;
-    std::vector<std::vector<float>>& vectors_;
+    Backend& backend_;
+    Control& control_;
+    Weights& weights_;
+    std::unique_ptr<Ops> ops_;
+    std::map<std::string_view, const std::byte*> placed_;
 };
 
 DecoderWeights bind_decoder(Binder& bind, const DecoderConfig& c) {
@@ -139,18 +151,24 @@ ProjectorWeights bind_projector(Binder& bind, const VitConfig& vit, int64_t deco
 }  // namespace
 
 Weights bind_weights(std::shared_ptr<const GgufFile> text, std::shared_ptr<const GgufFile> vision, const Config& config,
-                     Ops& ops) {
+                     Backend& backend, Control& control) {
     Weights w;
-    Binder decoder(*text, ops, w.vectors);
+    Binder decoder(*text, backend, control, w);
     w.decoder = bind_decoder(decoder, config.decoder);
     if (config.vit) {
-        Binder tower(*vision, ops, w.vectors);
+        Binder tower(*vision, backend, control, w);
         w.vit = bind_vit(tower, *config.vit);
         w.projector = bind_projector(tower, *config.vit, config.decoder.width);
     }
     w.text_file = std::move(text);
     w.vision_file = std::move(vision);
     return w;
+}
+
+int64_t tensor_bytes(const GgufFile& file) {
+    int64_t bytes = 0;
+    for (const GgufTensor& tensor : file.tensors()) bytes += static_cast<int64_t>(tensor.data.size());
+    return bytes;
 }
 
 }  // namespace yivl

@@ -1,13 +1,15 @@
 // One struct per stage, bound to the tensors of the file; every shape is checked here.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <optional>
+#include <string_view>
 #include <vector>
 
+#include "buffer.h"
 #include "config.h"
 #include "gguf.h"
-#include "ops.h"
 
 namespace yivl {
 
@@ -65,16 +67,20 @@ struct DecoderWeights {
 struct Weights {
     std::shared_ptr<const GgufFile> text_file;    // keeps the mapped matrices alive
     std::shared_ptr<const GgufFile> vision_file;  // the same file in the single layout; null without vision
-    std::vector<std::vector<float>> vectors;      // norms, biases and tables, widened to float32
+    std::vector<Buffer> vectors;                  // norms, biases and tables, widened to float32
+    std::map<const std::byte*, std::string_view> names;  // of the tensors, by where the backend has them
 
     DecoderWeights decoder;
     std::optional<VitWeights> vit;
     std::optional<ProjectorWeights> projector;
 };
 
-// Finds and checks every tensor that `config` calls for. `ops` widens the small ones. Throws ModelFileError naming
-// file, tensor, expected and found.
+// Finds and checks every tensor that `config` calls for, and places it where `backend` computes; the small ones are
+// widened. Throws ModelFileError naming file, tensor, expected and found, and what the backend throws.
 Weights bind_weights(std::shared_ptr<const GgufFile> text, std::shared_ptr<const GgufFile> vision, const Config& config,
-                     Ops& ops);
+                     Backend& backend, Control& control);
+
+// Bytes of all tensors of a file.
+int64_t tensor_bytes(const GgufFile& file);
 
 }  // namespace yivl

@@ -1,8 +1,9 @@
-// The CPU kernels, one operation at a time, on numpy arrays: for the tests and the benchmarks.
+// The kernels, one operation at a time, on numpy arrays: for the tests and the benchmarks.
 #include <algorithm>
 #include <atomic>
 
 #include "bindings.h"
+#include "buffer.h"
 #include "cpu/dequant.h"
 #include "cpu/isa.h"
 #include "cpu/ops_cpu.h"
@@ -74,22 +75,69 @@ public:
     Control control;
 };
 
+// One operation on the caller's arrays: as they are on the CPU, as copies on a device, with the same strides.
+class Call {
+public:
+    Call(Backend& backend, bool on_host, Control& control)
+        : ops(backend.ops(control)), backend_(backend), on_host_(on_host), control_(control) {}
+
+    ConstMat in(ConstMat host) {
+        if (on_host_) return host;
+        const Mat device = buffers_.emplace_back(backend_, host.rows, host.stride).view().col_range(0, host.cols);
+        ops->upload(device, host);
+        return device;
+    }
+    Vec in(Vec host) {
+        const auto n = static_cast<int64_t>(host.size());
+        return host.empty() ? host : Vec(in(ConstMat(host.data(), 1, n)).data, host.size());
+    }
+    Weight in(Weight w) {
+        w.data = backend_.place({w.data, static_cast<size_t>(w.rows * w.row_bytes())}, control_);
+        return w;
+    }
+    // Holds what the array holds; the array gets what it holds at the end.
+    Mat inout(Mat host) {
+        if (on_host_) return host;
+        const ConstMat device = in(ConstMat(host));
+        const Mat result(const_cast<float*>(device.data), device.rows, device.cols, device.stride);
+        results_.emplace_back(host, result);
+        return result;
+    }
+    void finish() {
+        for (const auto& [host, device] : results_) ops->download(host, device);
+    }
+
+    std::unique_ptr<Ops> ops;
+
+private:
+    Backend& backend_;
+    bool on_host_;
+    Control& control_;
+    std::vector<Buffer> buffers_;
+    std::vector<std::pair<Mat, Mat>> results_;
+};
+
 class KernelOps {
 public:
-    KernelOps(const std::string& isa, int n_threads) : backend_(make_cpu_backend(n_threads, choose_kernels(isa))) {}
+    KernelOps(const std::string& isa, int n_threads)
+        : on_host_(isa != "cuda"),
+          backend_(on_host_ ? make_cpu_backend(n_threads, choose_kernels(isa)) : make_cuda_backend(0, 0)) {}
 
     std::string isa() const { return backend_->name(); }
     int n_threads() const { return backend_->n_threads(); }
 
-    // Runs fn(ops) without the GIL.
+    // Runs fn(call) without the GIL.
     template <class Fn>
     void run(KernelControl* control, Fn&& fn) {
         const py::gil_scoped_release release;
         Control unwatched;
-        fn(*backend_->ops(control == nullptr ? unwatched : control->control));
+        Call call(*backend_, on_host_, control == nullptr ? unwatched : control->control);
+        fn(call);
+        call.finish();
     }
 
 private:
+    bool on_host_;
     std::unique_ptr<Backend> backend_;
 };
 
@@ -149,7 +197,7 @@ void linear(KernelOps& self, Floats y, const Floats& x, const Bytes& bytes, uint
     require(to.rows == from.rows && (b.empty() || static_cast<int64_t>(b.size()) == w.rows), "shapes do not match");
     require(then == "store" || then == "add" || then == "gelu", "then must be store, add or gelu");
     const Then what = then == "add" ? Then::add : then == "gelu" ? Then::gelu : Then::store;
-    self.run(control, [&](Ops& ops) { ops.linear(from, {{to, w, b, what}}); });
+    self.run(control, [&](Call& c) { c.ops->linear(c.in(from), {{c.inout(to), c.in(w), c.in(b), what}}); });
 }
 
 void layer_norm(KernelOps& self, Floats y, const Floats& x, const Floats& weight, const Floats& bias, float eps) {
@@ -157,18 +205,20 @@ void layer_norm(KernelOps& self, Floats y, const Floats& x, const Floats& weight
     const ConstMat from = in(x, "x");
     require(to.rows == from.rows && to.cols == from.cols && weight.size() == from.cols && bias.size() == from.cols,
             "shapes do not match");
-    self.run(nullptr, [&, w = vec(weight), b = vec(bias)](Ops& ops) { ops.layer_norm(to, from, w, b, eps); });
+    self.run(nullptr, [&, w = vec(weight), b = vec(bias)](Call& c) {
+        c.ops->layer_norm(c.inout(to), c.in(from), c.in(w), c.in(b), eps);
+    });
 }
 
 void rms_norm(KernelOps& self, Floats y, const Floats& x, const Floats& weight, float eps) {
     const Mat to = out(y, "y");
     const ConstMat from = in(x, "x");
     require(to.rows == from.rows && to.cols == from.cols && weight.size() == from.cols, "shapes do not match");
-    self.run(nullptr, [&, w = vec(weight)](Ops& ops) { ops.rms_norm(to, from, w, eps); });
+    self.run(nullptr, [&, w = vec(weight)](Call& c) { c.ops->rms_norm(c.inout(to), c.in(from), c.in(w), eps); });
 }
 
 void gelu(KernelOps& self, Floats x) {
-    self.run(nullptr, [to = out(x, "x")](Ops& ops) { ops.gelu(to); });
+    self.run(nullptr, [to = out(x, "x")](Call& c) { c.ops->gelu(c.inout(to)); });
 }
 
 void gated_linear(KernelOps& self, Floats y, const Floats& x, const Bytes& gate, uint32_t gate_type, const Bytes& up,
@@ -178,20 +228,20 @@ void gated_linear(KernelOps& self, Floats y, const Floats& x, const Bytes& gate,
     const Weight w_gate = weight(gate, gate_type, to.cols, from.cols);
     const Weight w_up = weight(up, up_type, to.cols, from.cols);
     require(to.rows == from.rows, "shapes do not match");
-    self.run(nullptr, [&](Ops& ops) { ops.gated_linear(to, from, w_gate, w_up); });
+    self.run(nullptr, [&](Call& c) { c.ops->gated_linear(c.inout(to), c.in(from), c.in(w_gate), c.in(w_up)); });
 }
 
 void add(KernelOps& self, Floats y, const Floats& x) {
     const Mat to = out(y, "y");
     const ConstMat from = in(x, "x");
     require(to.rows == from.rows && to.cols == from.cols, "shapes do not match");
-    self.run(nullptr, [&](Ops& ops) { ops.add(to, from); });
+    self.run(nullptr, [&](Call& c) { c.ops->add(c.inout(to), c.in(from)); });
 }
 
 void rope(KernelOps& self, Floats x, int64_t head_dim, int64_t first, float theta) {
     const Mat to = out(x, "x");
     require(head_dim > 0 && head_dim % 2 == 0 && to.cols % head_dim == 0, "shapes do not match");
-    self.run(nullptr, [&](Ops& ops) { ops.rope(to, head_dim, first, theta); });
+    self.run(nullptr, [&](Call& c) { c.ops->rope(c.inout(to), head_dim, first, theta); });
 }
 
 void attention(KernelOps& self, Floats y, const Floats& q, const Floats& k, const Floats& v, int64_t n_heads,
@@ -203,7 +253,9 @@ void attention(KernelOps& self, Floats y, const Floats& q, const Floats& k, cons
     require(to.rows == qs.rows && to.cols == qs.cols && ks.cols == n_kv_heads * head_dim && vs.cols == ks.cols &&
                 vs.rows == ks.rows && ks.rows >= 1 && (!causal || ks.rows >= qs.rows),
             "shapes do not match");
-    self.run(control, [&](Ops& ops) { ops.attention(to, qs, ks, vs, {n_heads, n_kv_heads, head_dim, causal}); });
+    self.run(control, [&](Call& c) {
+        c.ops->attention(c.inout(to), c.in(qs), c.in(ks), c.in(vs), {n_heads, n_kv_heads, head_dim, causal});
+    });
 }
 
 void embed(KernelOps& self, Floats y, const Bytes& bytes, uint32_t type, int64_t rows,
@@ -212,7 +264,15 @@ void embed(KernelOps& self, Floats y, const Bytes& bytes, uint32_t type, int64_t
     const Weight table = weight(bytes, type, rows, to.cols);
     require(to.rows == static_cast<int64_t>(ids.size()), "shapes do not match");
     for (const int32_t id : ids) require(id >= 0 && id < rows, "id out of range");
-    self.run(nullptr, [&](Ops& ops) { ops.embed(to, table, ids); });
+    self.run(nullptr, [&](Call& c) { c.ops->embed(c.inout(to), c.in(table), ids); });
+}
+
+int32_t argmax(KernelOps& self, const Floats& x) {
+    const ConstMat from = in(x, "x");
+    require(from.rows == 1 && from.cols > 0, "x must be one row of values");
+    int32_t index = -1;
+    self.run(nullptr, [&](Call& c) { index = c.ops->argmax(c.in(from)); });
+    return index;
 }
 
 }  // namespace
@@ -247,6 +307,13 @@ void bind_kernels(py::module_& m) {
         "isa_name", [] { return std::string(make_cpu_backend(1)->name()); },
         "The instruction set that a model would use, YIVL_ISA considered.");
 
+    m.def(
+        "cuda_device",
+        [] {
+            return std::string(make_cuda_backend(0, 0)->name());
+        },
+        "The name of the first CUDA device; DeviceError says why there is none.");
+
     py::class_<KernelControl>(m, "KernelControl")
         .def(py::init<const py::object&>(), py::arg("poll") = py::none())
         .def("cancel", [](KernelControl& self) { self.control.cancel(); });
@@ -275,6 +342,7 @@ void bind_kernels(py::module_& m) {
         .def("rope", &rope, to("x"), py::arg("head_dim"), py::arg("first"), py::arg("theta"))
         .def("attention", &attention, to("y"), to("q"), to("k"), to("v"), py::arg("n_heads"), py::arg("n_kv_heads"),
              py::arg("causal"), control)
+        .def("argmax", &argmax, py::arg("x"))
         .def("embed", &embed, to("y"), py::arg("bytes"), py::arg("type"), py::arg("rows"), py::arg("ids"));
 }
 

@@ -194,10 +194,12 @@ void bind_model(py::module_& m) {
     py::class_<Model, std::shared_ptr<Model>>(m, "Model")
         .def_static(
             "open",
-            [](const std::string& path, const std::string& mmproj, int n_threads, PyControl& control) {
-                return std::const_pointer_cast<Model>(Model::open({path, mmproj, n_threads}, control));
+            [](const std::string& path, const std::string& mmproj, int n_threads, PyControl& control,
+               const std::string& device, int64_t n_ctx) {
+                return std::const_pointer_cast<Model>(Model::open({path, mmproj, n_threads, device, n_ctx}, control));
             },
-            py::arg("path"), py::arg("mmproj"), py::arg("n_threads"), py::arg("control"),
+            py::arg("path"), py::arg("mmproj"), py::arg("n_threads"), py::arg("control"), py::arg("device") = "cpu",
+            py::arg("n_ctx") = 0,
             py::call_guard<py::gil_scoped_release>())
         .def_property_readonly("config", &Model::config, py::return_value_policy::reference_internal)
         .def_property_readonly("backend_name", [](const Model& model) { return model.backend().name(); })

@@ -8,6 +8,7 @@ PYBIND11_MODULE(_core, m) {
     py::register_exception<ModelFileError>(m, "ModelFileError", PyExc_ValueError);
     py::register_exception<ImageError>(m, "ImageError", PyExc_ValueError);
     py::register_exception<ContextOverflowError>(m, "ContextOverflowError", PyExc_ValueError);
+    py::register_exception<DeviceError>(m, "DeviceError", PyExc_RuntimeError);
     py::register_exception<Cancelled>(m, "Cancelled", PyExc_RuntimeError);
 
     bind_gguf(m);

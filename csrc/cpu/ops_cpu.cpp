@@ -2,9 +2,12 @@
 #include "cpu/ops_cpu.h"
 
 #include <algorithm>
+#include <cassert>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <new>
+#include <string>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -75,6 +78,13 @@ struct CpuState {
 class CpuOps final : public Ops {
 public:
     CpuOps(CpuState& state, Control& control) : state_(state), kernels_(state.kernels), control_(control) {}
+
+    void upload(Mat y, ConstMat host) override { copy(y, host); }
+    void download(Mat host, ConstMat x) override { copy(host, x); }
+    void copy(Mat y, ConstMat x) override {
+        assert(y.rows == x.rows && y.cols == x.cols);
+        each_row(x, kCopyWork, [&](int64_t i) { std::ranges::copy(x.row(i), y.row(i).begin()); });
+    }
 
     void linear(ConstMat x, std::span<const Product> products) override {
         for (int64_t token = 0; token < x.rows; token += kTokenBlock) {
@@ -171,6 +181,8 @@ public:
             kernels_.dequantize(table.type, table.data + id * table.row_bytes(), y.row(i).data(), y.cols);
         });
     }
+
+    int32_t argmax(ConstMat) override { return -1; }
 
 private:
     // cos and sin of every pair of a head at a range of positions, kept from one layer to the next. float32 steps as in
@@ -440,6 +452,17 @@ public:
         state_.pool.check_process();
         return std::make_unique<CpuOps>(state_, control);
     }
+    Memory allocate(size_t bytes) override {
+        constexpr size_t kAlignment = 64;  // a cache line, and the widest vector
+        const size_t rounded = std::max((bytes + kAlignment - 1) / kAlignment * kAlignment, kAlignment);
+        void* memory = std::aligned_alloc(kAlignment, rounded);
+        if (memory == nullptr) {
+            throw AllocationError("cannot allocate " + std::to_string(bytes) +
+                                  " bytes of activations or KV cache; a smaller n_ctx needs less");
+        }
+        return {static_cast<std::byte*>(memory), std::free};
+    }
+    const std::byte* place(std::span<const std::byte> bytes, Control&) override { return bytes.data(); }
 
 private:
     CpuState state_;

@@ -13,8 +13,9 @@ struct Best {
     int index;
 };
 
-// The larger, of equal ones the first; one that is not a number never wins.
+// The larger, of equal ones the first. A bad one has the index -1 and wins.
 __device__ __forceinline__ Best better(Best a, Best b) {
+    if (a.index < 0 || b.index < 0) return {INFINITY, -1};
     return b.value > a.value || (b.value == a.value && b.index < a.index) ? b : a;
 }
 
@@ -31,7 +32,7 @@ __global__ void argmax_kernel(int32_t* index, const float* values, int n) {
     };
     Partial& partial = shared<Partial>();
     Best best{-INFINITY, 0};
-    for (int i = thread_id(); i < n; i += kThreads) best = better(best, {values[i], i});
+    for (int i = thread_id(); i < n; i += kThreads) best = better(best, {values[i], isfinite(values[i]) ? i : -1});
     best = best_of_warp(best);
     if (lane_id() == 0) partial.of_warp[warp_id()] = best;
     sync_block();

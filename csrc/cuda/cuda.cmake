@@ -1,4 +1,5 @@
-# The CUDA backend of yivl_core, as YIVL_CUDA says; without one, a stub that says so.
+# The CUDA backend, as YIVL_CUDA says; without one, a stub. Sets YIVL_CUDA_KIND (native, emulated or none),
+# YIVL_CUDA_SOURCES and YIVL_CUDA_LIBRARIES.
 
 set(YIVL_CUDA_OLDEST_TOOLKIT 12.4)
 
@@ -23,9 +24,10 @@ message(STATUS "CUDA backend: ${YIVL_CUDA_KIND}")
 file(GLOB YIVL_CUDA_KERNELS CONFIGURE_DEPENDS csrc/cuda/*.cu)
 
 # The .cu files among `sources` are compiled as C++ against the emulator. An index outside its array ends the kernel.
-set(YIVL_EMULATED_FLAGS -fsanitize=bounds -fno-sanitize-recover=bounds)
-function(yivl_emulate sources)
-  set_source_files_properties(${sources} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-x;c++;${YIVL_EMULATED_FLAGS}")
+set(YIVL_EMULATOR ${CMAKE_CURRENT_SOURCE_DIR}/tests/cuda_emulator)
+function(yivl_emulate)
+  set_source_files_properties(${ARGN} PROPERTIES LANGUAGE CXX
+    COMPILE_OPTIONS "-x;c++;-fsanitize=bounds-strict;-fno-sanitize-recover=bounds-strict" INCLUDE_DIRECTORIES ${YIVL_EMULATOR})
 endfunction()
 
 if(YIVL_CUDA_KIND STREQUAL "native")
@@ -46,13 +48,14 @@ if(YIVL_CUDA_KIND STREQUAL "native")
   if(YIVL_WERROR)
     add_compile_options($<$<COMPILE_LANGUAGE:CUDA>:--Werror=all-warnings>)
   endif()
-  target_sources(yivl_core PRIVATE ${YIVL_CUDA_KERNELS} csrc/cuda/ops_cuda.cpp csrc/cuda/runtime.cpp)
-  target_link_libraries(yivl_core PUBLIC CUDA::cudart_static)
+  set(YIVL_CUDA_SOURCES ${YIVL_CUDA_KERNELS} csrc/cuda/ops_cuda.cpp csrc/cuda/runtime.cpp)
+  set(YIVL_CUDA_LIBRARIES CUDA::cudart_static)
 elseif(YIVL_CUDA_KIND STREQUAL "emulated")
-  yivl_emulate("${YIVL_CUDA_KERNELS}")
-  target_sources(yivl_core PRIVATE ${YIVL_CUDA_KERNELS} csrc/cuda/ops_cuda.cpp
-                 tests/cuda_emulator/cuda_emulator.cpp tests/cuda_emulator/emulated_runtime.cpp)
-  target_include_directories(yivl_core PUBLIC tests/cuda_emulator)
+  yivl_emulate(${YIVL_CUDA_KERNELS})
+  set(YIVL_CUDA_SOURCES ${YIVL_CUDA_KERNELS} csrc/cuda/ops_cuda.cpp
+      ${YIVL_EMULATOR}/cuda_emulator.cpp ${YIVL_EMULATOR}/emulated_runtime.cpp)
+  set_source_files_properties(${YIVL_EMULATOR}/cuda_emulator.cpp ${YIVL_EMULATOR}/emulated_runtime.cpp
+    PROPERTIES INCLUDE_DIRECTORIES ${YIVL_EMULATOR})
 else()
-  target_sources(yivl_core PRIVATE csrc/cuda/stub.cpp)
+  set(YIVL_CUDA_SOURCES csrc/cuda/stub.cpp)
 endif()

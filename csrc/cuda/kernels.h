@@ -34,7 +34,7 @@ void attention(Stream& stream, Mat out, ConstMat q, ConstMat k, ConstMat v, cons
 void embed(Stream& stream, Mat y, const Weight& table, const int32_t* ids);
 
 // argmax.cu
-// *index = where the largest of the values is, the first of several, in device memory.
+// *index in device memory = where the largest of the values is, the first of several; -1 if one is NaN or infinite.
 void argmax(Stream& stream, int32_t* index, Vec values);
 
 }  // namespace yivl::cuda

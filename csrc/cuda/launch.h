@@ -35,6 +35,7 @@ void launch([[maybe_unused]] Stream& stream, const char* name, void (*kernel)(Pa
         static_cast<Parameters>(arguments)...);
     check(cudaGetLastError(), name);
 #else
+    (emulator::check_argument(name, arguments), ...);
     const emulator::Index blocks{static_cast<int>(grid.x), static_cast<int>(grid.y), static_cast<int>(grid.z)};
     emulator::run_grid(name, blocks, threads, dynamic_shared,
                        [=] { kernel(static_cast<Parameters>(arguments)...); });

@@ -63,7 +63,7 @@ DeviceInfo device_info(int device) {
     size_t free = 0, total = 0;
     check(cudaMemGetInfo(&free, &total), "asking for free memory");
     return {properties.name, capability, properties.multiProcessorCount, static_cast<int64_t>(total),
-            static_cast<int64_t>(free)};
+            static_cast<int64_t>(free), false};
 }
 
 std::byte* allocate(int device, size_t bytes) {

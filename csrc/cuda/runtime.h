@@ -15,6 +15,7 @@ struct DeviceInfo {
     int n_multiprocessors;
     int64_t total_bytes;
     int64_t free_bytes;
+    bool emulated;  // for tests: correct, and slower than any CPU
 };
 
 // Throws DeviceError saying what is missing when there is none: the driver, a newer one, or a card.

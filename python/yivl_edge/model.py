@@ -224,7 +224,8 @@ class Model:
     Args:
         path: The model file; in the pair layout, the text model.
         mmproj: In the pair layout, the file with the vision tower. Without it a text model answers text only.
-        device: ``"auto"`` or ``"cpu"``.
+        device: ``"cpu"``; ``"cuda"`` or ``"cuda:1"`` for an NVIDIA GPU; ``"auto"`` for a GPU where the model fits and the
+            CPU elsewhere, or where ``YIVL_ISA`` is set.
         n_ctx: Context length in tokens; None for the model's own (4096). Less saves memory.
         n_threads: Threads to compute with; None for one per physical core.
         max_image_pixels: The largest picture accepted, in pixels (width x height).
@@ -234,6 +235,8 @@ class Model:
     Raises:
         ModelFileError: The file is missing, damaged or not a Yi-VL model; says what was expected and found. With
             `verify` also: it carries no hashes.
+        DeviceError: The GPU asked for cannot be used; says what is missing.
+        MemoryError: Weights or KV cache do not fit the memory; says what was needed, and on a GPU what is free.
         ValueError: An argument out of range, or ``YIVL_ISA`` names an instruction set that this CPU lacks.
     """
 
@@ -249,8 +252,6 @@ class Model:
         verify: bool = False,
         on_progress: Progress | None = None,
     ) -> None:
-        if device not in ("auto", "cpu"):
-            raise ValueError(f"device: expected 'auto' or 'cpu', found {device!r}")
         n_threads = 0 if n_threads is None else _integer("n_threads", n_threads, 1, 1024)
         self._n_ctx = 0 if n_ctx is None else _integer("n_ctx", n_ctx, 1, 2**63 - 1)
         if verify:
@@ -262,6 +263,8 @@ class Model:
             b"" if mmproj is None else os.fsencode(mmproj),
             n_threads,
             _core.Control(on_progress),
+            device,
+            self._n_ctx,
         )
         self._max_image_pixels = max_image_pixels
         self._lock = threading.Lock()
@@ -271,6 +274,7 @@ class Model:
     def demo(
         cls,
         *,
+        device: str = "auto",
         n_ctx: int | None = None,
         n_threads: int | None = None,
         max_image_pixels: int = DEFAULT_MAX_PIXELS,
@@ -278,11 +282,14 @@ class Model:
         """The small model that comes with the package, for drawings of shapes, short words and numbers.
 
         Args:
+            device: As for `Model`.
             n_ctx: As for `Model`.
             n_threads: As for `Model`.
             max_image_pixels: As for `Model`.
         """
-        return cls(data.MODEL, n_ctx=n_ctx, n_threads=n_threads, max_image_pixels=max_image_pixels)
+        return cls(
+            data.MODEL, device=device, n_ctx=n_ctx, n_threads=n_threads, max_image_pixels=max_image_pixels
+        )
 
     @property
     def config(self) -> _core.Config:
@@ -291,7 +298,7 @@ class Model:
 
     @property
     def device(self) -> str:
-        """What computes: the instruction set in use, e.g. ``"avx512"``."""
+        """What computes: the instruction set in use, e.g. ``"avx512"``, or the GPU, e.g. ``"cuda:0 NVIDIA L4"``."""
         return self._model.backend_name
 
     @property

@@ -148,17 +148,30 @@ public:
             dequantize_row(table.type, row, y.row(i).data(), y.cols);
         }
     }
-    void linear(Mat, ConstMat, const Weight&, Vec) override { unused(); }
+    void upload(Mat, ConstMat) override { unused(); }
+    void download(Mat, ConstMat) override { unused(); }
+    void copy(Mat, ConstMat) override { unused(); }
+    void linear(ConstMat, std::span<const Product>) override { unused(); }
+    void gated_linear(Mat, ConstMat, const Weight&, const Weight&) override { unused(); }
     void layer_norm(Mat, ConstMat, Vec, Vec, float) override { unused(); }
     void rms_norm(Mat, ConstMat, Vec, float) override { unused(); }
     void gelu(Mat) override { unused(); }
-    void swiglu(Mat, ConstMat) override { unused(); }
     void add(Mat, ConstMat) override { unused(); }
     void rope(Mat, int64_t, int64_t, float) override { unused(); }
     void attention(Mat, ConstMat, ConstMat, ConstMat, const AttentionShape&) override { unused(); }
+    int32_t argmax(ConstMat) override { unused(); }
 
 private:
     [[noreturn]] static void unused() { throw std::logic_error("opening a model computes nothing"); }
+};
+
+class WidenBackend final : public Backend {
+public:
+    const char* name() const override { return "widen"; }
+    int n_threads() const override { return 1; }
+    std::unique_ptr<Ops> ops(Control&) override { return std::make_unique<Widen>(); }
+    Memory allocate(size_t bytes) override { return {new std::byte[bytes], std::default_delete<std::byte[]>()}; }
+    const std::byte* place(std::span<const std::byte> bytes, Control&) override { return bytes.data(); }
 };
 
 void read_weight(const Weight& weight) {
@@ -166,7 +179,9 @@ void read_weight(const Weight& weight) {
 }
 
 void read_all(const Weights& weights) {
-    for (const std::vector<float>& values : weights.vectors) read_ends(values.data(), values.size() * sizeof(float));
+    for (const Buffer& values : weights.vectors) {
+        read_ends(values.view().data, static_cast<size_t>(values.view().cols) * sizeof(float));
+    }
     read_weight(weights.decoder.token_embedding);
     read_weight(weights.decoder.output);
     for (const DecoderLayerWeights& layer : weights.decoder.layers) {
@@ -205,8 +220,9 @@ struct Companions {
 };
 
 void bind_model(const File& text, const File& vision) {
-    Widen ops;
-    read_all(bind_weights(text, vision, read_config(*text, vision.get()), ops));
+    WidenBackend backend;
+    Control control;
+    read_all(bind_weights(text, vision, read_config(*text, vision.get()), backend, control));
 }
 
 // How far the inputs got; the run fails when the mutations are too wild or too tame to test anything.

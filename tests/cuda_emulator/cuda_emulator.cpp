@@ -440,12 +440,10 @@ private:
     std::minstd_rand random_;
 };
 
-BlockRunner& runner() {
-    thread_local BlockRunner runner;
-    return runner;
-}
+// The one whose fibre runs on this thread of the operating system.
+thread_local BlockRunner* running __attribute__((tls_model("initial-exec"))) = nullptr;
 
-void BlockRunner::enter() { runner().live(); }
+void BlockRunner::enter() { running->live(); }
 
 void check(const char* kernel, Index grid, int threads, size_t dynamic_shared) {
     const auto expect = [&](bool good, const std::string& what) {
@@ -469,9 +467,11 @@ void run_grid(const char* kernel, Index grid, int threads, size_t dynamic_shared
     const Launch launch{kernel, grid, threads, dynamic_shared, body, chosen_order()};
     const int64_t n = int64_t{grid.x} * grid.y * grid.z;
     const auto run = [&](int64_t begin, int64_t end, int) {
+        thread_local BlockRunner runner;
+        running = &runner;
         for (int64_t i = begin; i < end; ++i) {
             const int64_t b = launch.order == Order::reverse ? n - 1 - i : i;
-            runner().run(launch, {static_cast<int>(b % grid.x), static_cast<int>(b / grid.x % grid.y),
+            runner.run(launch, {static_cast<int>(b % grid.x), static_cast<int>(b / grid.x % grid.y),
                                   static_cast<int>(b / grid.x / grid.y)});
         }
     };
@@ -480,20 +480,20 @@ void run_grid(const char* kernel, Index grid, int threads, size_t dynamic_shared
     pool.parallel_for(control, n, std::max<int64_t>(n / (8 * pool.n_threads()), 1), run);
 }
 
-void fail(const char* what, const Place& place) { runner().fail(what, place); }
-void sync_block(const Place& place) { runner().sync_block(place); }
+void fail(const char* what, const Place& place) { running->fail(what, place); }
+void sync_block(const Place& place) { running->sync_block(place); }
 void meet(const char* operation, Operand mine, void (*compute)(const Operand (&lanes)[kWarp]), const Place& place) {
-    runner().meet(operation, mine, compute, place);
+    running->meet(operation, mine, compute, place);
 }
 std::byte* shared_object(const void* key, size_t bytes, size_t alignment) {
-    return runner().shared_object(key, bytes, alignment);
+    return running->shared_object(key, bytes, alignment);
 }
-std::byte* dynamic_shared_bytes() { return runner().dynamic_shared(); }
+std::byte* dynamic_shared_bytes() { return running->dynamic_shared(); }
 void copy_async(void* to, const void* from, bool valid, const Place& place) {
-    runner().copy_async(to, from, valid, place);
+    running->copy_async(to, from, valid, place);
 }
-void commit_copies() { runner().commit_copies(); }
-void wait_copies(int pending) { runner().wait_copies(pending); }
+void commit_copies() { running->commit_copies(); }
+void wait_copies(int pending) { running->wait_copies(pending); }
 
 // GCC calls this when an index is outside its array (-fsanitize=bounds); its data begins with where.
 struct OutOfBounds {
@@ -502,7 +502,7 @@ struct OutOfBounds {
 };
 extern "C" [[noreturn]] void __ubsan_handle_out_of_bounds_abort(const OutOfBounds* data, uintptr_t index) {
     const std::string_view file = data->file;
-    runner().fail(std::string(file.substr(file.rfind('/') + 1)) + ":" + std::to_string(data->line) + ": index " +
+    running->fail(std::string(file.substr(file.rfind('/') + 1)) + ":" + std::to_string(data->line) + ": index " +
                   std::to_string(static_cast<intptr_t>(index)) + " is outside its array");
 }
 

@@ -2,6 +2,8 @@
 // threads of a block fibres on one thread of the operating system. What each function does is said there.
 #pragma once
 
+#include <math.h>
+
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -40,6 +42,17 @@ extern thread_local const Position* position __attribute__((tls_model("initial-e
 // Calls body once for every thread of every block. Throws DeviceError naming the kernel and the place if the threads of
 // a block do not meet, if shared memory is overrun or if a launch asks for more than a card has.
 void run_grid(const char* kernel, Index grid, int threads, size_t dynamic_shared, const std::function<void()>& body);
+
+// Throws DeviceError unless an address that is handed to a kernel, by itself or as a matrix's, is the device's.
+void check_address(const char* kernel, const void* address);
+template <class T>
+void check_argument(const char* kernel, const T& argument) {
+    if constexpr (std::is_pointer_v<T>) {
+        check_address(kernel, argument);
+    } else if constexpr (requires { argument.data; }) {
+        check_address(kernel, argument.data);
+    }
+}
 
 // Ends the kernel with an error from inside it.
 [[noreturn]] void fail(const char* what, const Place& place);

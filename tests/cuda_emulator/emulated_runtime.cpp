@@ -10,6 +10,7 @@
 #include <mutex>
 #include <string>
 
+#include "cuda/device.h"
 #include "cuda/runtime.h"
 #include "emulated_memory.h"
 #include "errors.h"
@@ -28,6 +29,7 @@ public:
         void* memory = mmap(nullptr, kTotal, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED) throw std::bad_alloc();
         base_ = static_cast<std::byte*>(memory);
+        madvise(base_, kTotal, MADV_HUGEPAGE);  // fewer pages to protect
         free_.emplace(base_, kTotal);
     }
 
@@ -71,6 +73,11 @@ public:
             }
         }
         return whole;
+    }
+
+    bool holds(const void* address) const {
+        const auto* byte = static_cast<const std::byte*>(address);
+        return byte >= base_ && byte < base_ + kTotal;
     }
 
     size_t free_bytes() {
@@ -120,11 +127,16 @@ void copy_rows(void* to, size_t to_pitch, const void* from, size_t from_pitch, s
 emulator::DeviceAccess::DeviceAccess() { heap().enter(); }
 emulator::DeviceAccess::~DeviceAccess() { heap().leave(); }
 
+void emulator::check_address(const char* kernel, const void* address) {
+    if (address == nullptr || heap().holds(address)) return;
+    throw DeviceError("kernel " + std::string(kernel) + ": expected an address of the device, found one of the host");
+}
+
 int device_count() { return 1; }
 
 DeviceInfo device_info(int device) {
     if (device != 0) throw DeviceError("CUDA: expected a device from 0 to 0, found " + std::to_string(device));
-    return {"emulated device", 80, 2, static_cast<int64_t>(kTotal), static_cast<int64_t>(heap().free_bytes())};
+    return {"emulated device", 80, 2, static_cast<int64_t>(kTotal), static_cast<int64_t>(heap().free_bytes()), true};
 }
 
 std::byte* allocate(int, size_t bytes) { return heap().allocate(bytes); }

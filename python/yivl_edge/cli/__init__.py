@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from yivl_edge._core import DeviceError
 from yivl_edge.cli import bench, chat, compare, demo, imatrix, inspect, verify
 from yivl_edge.cli.arguments import Parser
 from yivl_edge.cli.terminal import fail
@@ -101,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return _INTERRUPTED
-    except MemoryError:
-        return fail("not enough memory; a smaller --n-ctx needs less")
-    except (ValueError, OSError) as error:
+    except MemoryError as error:
+        return fail(f"not enough memory; a smaller --n-ctx needs less: {error}")
+    except (ValueError, OSError, DeviceError) as error:
         return fail(str(error))
     return code

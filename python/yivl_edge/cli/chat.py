@@ -50,6 +50,7 @@ class Options(argparse.Namespace):
     min_p: float
     repetition_penalty: float
     seed: int | None
+    device: str
     n_ctx: int | None
     threads: int | None
     max_image_pixels: int
@@ -120,7 +121,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--seed", type=integer(0, 2**64 - 1), metavar="N", help="same seed, same answer (default: random)"
     )
 
-    limits = parser.add_argument_group("memory and threads")
+    limits = parser.add_argument_group("device, memory and threads")
+    limits.add_argument(
+        "--device",
+        default="auto",
+        metavar="D",
+        help="cpu, cuda, cuda:1, ... or auto: a GPU where the model fits (default: auto)",
+    )
     limits.add_argument(
         "--n-ctx",
         type=integer(1),
@@ -150,6 +157,7 @@ def run(args: Options) -> int:
         model = Model(
             args.model,
             mmproj=args.mmproj,
+            device=args.device,
             n_ctx=args.n_ctx,
             n_threads=args.threads,
             max_image_pixels=args.max_image_pixels,

@@ -54,7 +54,12 @@ def run(args: _Args) -> int:
     """Three prepared questions with --once, a conversation otherwise."""
     picture = _picture(args)
     note(f"the picture is {picture}")
-    model = Model.demo(n_ctx=args.n_ctx, n_threads=args.threads, max_image_pixels=args.max_image_pixels)
+    model = Model.demo(
+        device=args.device,
+        n_ctx=args.n_ctx,
+        n_threads=args.threads,
+        max_image_pixels=args.max_image_pixels,
+    )
     args.temperature = args.temperature or 0.0  # its answers are short and certain
     args.timings = args.timings or args.once
     conversation = Conversation(model, args)

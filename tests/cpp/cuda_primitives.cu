@@ -1,0 +1,369 @@
+// The wrappers of csrc/cuda/device.h against plain loops, on a card or emulated: one case for each. Under the emulator
+// also kernels with faults, which it must find.
+//
+//   cuda_primitives           lists the cases
+//   cuda_primitives CASE      runs one: exit code 0, or 1 with the reason on stderr
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda/launch.h"
+#include "cuda/reduce.cuh"
+
+namespace yivl::cuda {
+
+namespace {
+
+// An array on the device.
+template <class T>
+class Array {
+public:
+    Array(Stream& stream, const std::vector<T>& values)
+        : stream_(stream),
+          size_(values.size()),
+          data_(reinterpret_cast<T*>(allocate(stream.device(), values.size() * sizeof(T)))) {
+        stream_.copy_in(data_, 0, values.data(), 0, size_ * sizeof(T), 1);
+    }
+    ~Array() { release(stream_.device(), reinterpret_cast<std::byte*>(data_)); }
+    Array(const Array&) = delete;
+    Array& operator=(const Array&) = delete;
+
+    T* data() const { return data_; }
+    std::vector<T> values() const {
+        std::vector<T> values(size_);
+        stream_.copy_out(values.data(), 0, data_, 0, size_ * sizeof(T), 1);
+        return values;
+    }
+
+private:
+    Stream& stream_;
+    size_t size_;
+    T* data_;
+};
+
+void expect(bool good, const char* what, int i) {
+    if (!good) throw std::runtime_error(std::string(what) + " at " + std::to_string(i));
+}
+
+// Different small numbers, exact in half precision and bfloat16.
+float small(int i) { return static_cast<float>(i * 37 % 61 - 30) / 4.0f; }
+
+// ---- indices and reductions ----
+
+__global__ void indices_kernel(int* out) {
+    const int block = (block_z() * 2 + block_y()) * grid_x() + block_x();
+    out[block * block_threads() + thread_id()] = block * 1000 + warp_id() * 100 + lane_id();
+}
+
+void indices(Stream& stream) {
+    Array<int> out(stream, std::vector<int>(3 * 2 * 2 * 64));
+    launch(stream, "indices", indices_kernel, {3, 2, 2}, 64, 0, out.data());
+    const std::vector<int> found = out.values();
+    for (int i = 0; i < static_cast<int>(found.size()); ++i) {
+        expect(found[i] == i / 64 * 1000 + i / 32 % 2 * 100 + i % 32, "index", i);
+    }
+}
+
+__global__ void lanes_kernel(int* out) {
+    const int i = thread_id();
+    out[i] = shuffle(i * 3, 31 - lane_id());
+    out[64 + i] = shuffle_xor(i * 5, 8);
+    out[128 + i] = static_cast<int>(ballot(i % 3 == 0));
+    out[192 + i] = static_cast<int>(reduce_block<Sum>(static_cast<float>(i)));
+    out[256 + i] = static_cast<int>(reduce_block<Max>(static_cast<float>(i * 7 % 64)));
+}
+
+void lanes(Stream& stream) {
+    Array<int> out(stream, std::vector<int>(320));
+    launch(stream, "lanes", lanes_kernel, {1}, 64, 0, out.data());
+    const std::vector<int> found = out.values();
+    for (int i = 0; i < 64; ++i) {
+        unsigned bits = 0;
+        for (int lane = 0; lane < 32; ++lane) bits |= unsigned{(i / 32 * 32 + lane) % 3 == 0} << lane;
+        expect(found[i] == (i / 32 * 32 + 31 - i % 32) * 3, "shuffle", i);
+        expect(found[64 + i] == (i ^ 8) * 5, "shuffle_xor", i);
+        expect(static_cast<unsigned>(found[128 + i]) == bits, "ballot", i);
+        expect(found[192 + i] == 63 * 32, "sum of the block", i);
+        expect(found[256 + i] == 63, "maximum of the block", i);
+    }
+}
+
+__global__ void atomics_kernel(int* count, int* largest, float* sum) {
+    atomic_add(count, 1);
+    atomic_max(largest, block_x() * block_threads() + thread_id());
+    atomic_add(sum, 0.5f);
+}
+
+void atomics(Stream& stream) {
+    Array<int> numbers(stream, {0, -1});
+    Array<float> sum(stream, {0.0f});
+    launch(stream, "atomics", atomics_kernel, {20}, 96, 0, numbers.data(), numbers.data() + 1, sum.data());
+    expect(numbers.values()[0] == 20 * 96, "atomic_add of int", 0);
+    expect(numbers.values()[1] == 20 * 96 - 1, "atomic_max", 0);
+    expect(sum.values()[0] == 10.0f * 96, "atomic_add of float", 0);
+}
+
+// ---- memory ----
+
+// Turns 64 rows of 16 bytes round through shared memory; the last ones are not valid.
+__global__ void copies_kernel(Words* out, const Words* in, int valid) {
+    struct Rows {
+        Words row[64];
+    };
+    Rows& rows = shared<Rows>();
+    auto* extra = reinterpret_cast<Words*>(dynamic_shared());
+    const int i = thread_id();
+    copy_async(&rows.row[i], in + i, i < valid);
+    commit_copies();
+    copy_async(&extra[i], in + i, i < valid);
+    commit_copies();
+    wait_copies<1>();
+    sync_block();
+    out[i] = rows.row[63 - i];
+    wait_copies<0>();
+    sync_block();
+    out[64 + i] = extra[63 - i];
+    out[128 + i] = load_words(in + i);
+}
+
+void copies(Stream& stream) {
+    std::vector<Words> values(64);
+    for (uint32_t i = 0; i < 64; ++i) values[i] = {{i, i + 100, i + 200, i + 300}};
+    const Array<Words> in(stream, values), out(stream, std::vector<Words>(192));
+    launch(stream, "copies", copies_kernel, {1}, 64, 64 * sizeof(Words), out.data(), in.data(), 60);
+    const std::vector<Words> found = out.values();
+    for (uint32_t i = 0; i < 64; ++i) {
+        const uint32_t row = 63 - i;
+        for (uint32_t j = 0; j < 4; ++j) {
+            const uint32_t expected = row < 60 ? row + 100 * j : 0;
+            expect(found[i].word[j] == expected && found[64 + i].word[j] == expected, "copy_async", i);
+            expect(found[128 + i].word[j] == i + 100 * j, "load_words", i);
+        }
+    }
+}
+
+// ---- numbers ----
+
+__global__ void numbers_kernel(float* out, int* dots, const float* in, int n) {
+    for (int i = thread_id(); i < n; i += block_threads()) {
+        out[i] = to_float(to_half(in[i]));
+        out[n + i] = to_float(to_bfloat(in[i]));
+        out[2 * n + i] = fast_exp(in[i]);
+        out[3 * n + i] = fast_exp2(in[i]);
+        const uint32_t halves = pack_halves(in[i], 2.0f), bfloats = pack_bfloats(in[i], 2.0f);
+        out[4 * n + i] = to_float(Half{static_cast<uint16_t>(halves)}) * to_float(Half{static_cast<uint16_t>(halves >> 16)});
+        out[5 * n + i] =
+            to_float(Bfloat{static_cast<uint16_t>(bfloats)}) * to_float(Bfloat{static_cast<uint16_t>(bfloats >> 16)});
+        dots[i] = dp4a(0x7f80ff01 + i, 0x8001fe03 - i, 1000);
+    }
+}
+
+// To the nearest multiple of 2^(exponent - bits), ties to even; exact in double.
+double rounded(float x, int bits) {
+    int exponent;
+    std::frexp(x, &exponent);
+    const double unit = std::ldexp(1.0, exponent - bits);
+    return std::nearbyint(x / unit) * unit;
+}
+
+void numbers(Stream& stream) {
+    std::vector<float> values;
+    for (int i = -400; i <= 400; ++i) values.push_back(static_cast<float>(i) / 61.0f);
+    values.push_back(1.0f + std::ldexp(1.0f, -11));  // halfway between two halves: the even one
+    values.push_back(1.0f + std::ldexp(3.0f, -11));
+    values.push_back(1.0f + std::ldexp(1.0f, -8));  // the same for bfloat16
+    values.push_back(1.0f + std::ldexp(3.0f, -8));
+    const int n = static_cast<int>(values.size());
+    const Array<float> in(stream, values), out(stream, std::vector<float>(6 * values.size()));
+    const Array<int> dots(stream, std::vector<int>(values.size()));
+    launch(stream, "numbers", numbers_kernel, {1}, 128, 0, out.data(), dots.data(), in.data(), n);
+    const std::vector<float> found = out.values();
+    const std::vector<int> found_dots = dots.values();
+    for (int i = 0; i < n; ++i) {
+        expect(found[i] == rounded(values[i], 11), "half", i);
+        expect(found[n + i] == rounded(values[i], 8), "bfloat16", i);
+        expect(found[4 * n + i] == 2.0f * found[i], "two halves", i);
+        expect(found[5 * n + i] == 2.0f * found[n + i], "two of bfloat16", i);
+        // What device.h says of them.
+        const double e = std::exp(double{values[i]}), e2 = std::exp2(double{values[i]});
+        expect(std::fabs(found[2 * n + i] - e) <= std::ldexp(1.0 + std::fabs(values[i]), -21) * e, "fast_exp", i);
+        expect(std::fabs(found[3 * n + i] - e2) <= std::ldexp(e2, -22), "fast_exp2", i);
+        int sum = 1000;
+        const uint32_t a = 0x7f80ff01u + static_cast<uint32_t>(i), b = 0x8001fe03u - static_cast<uint32_t>(i);
+        for (int byte = 0; byte < 4; ++byte) {
+            sum += static_cast<int8_t>(a >> 8 * byte) * static_cast<int8_t>(b >> 8 * byte);
+        }
+        expect(found_dots[i] == sum, "dp4a", i);
+    }
+}
+
+// ---- matrices ----
+
+// d = c + a b twice over: a (16, 16) and b (16, 8) row by row in shared memory, taken into registers by load_matrices.
+template <bool kHalf>
+__global__ void mma_kernel(float* out, const float* a_in, const float* b_in, const float* c_in) {
+    struct Operands {
+        alignas(16) uint16_t a[16][16];
+        alignas(16) uint16_t b[16][8];
+    };
+    Operands& s = shared<Operands>();
+    const int lane = lane_id(), g = lane / 4, t = lane % 4;
+    const auto bits = [](float x) { return kHalf ? to_half(x).bits : to_bfloat(x).bits; };
+    for (int i = lane; i < 256; i += kWarp) s.a[i / 16][i % 16] = bits(a_in[i]);
+    for (int i = lane; i < 128; i += kWarp) s.b[i / 8][i % 8] = bits(b_in[i]);
+    sync_warp();
+    // The four matrices of a: rows 0 to 7, 8 to 15, then the same of columns 8 to 15.
+    uint32_t a[4], rows_of_b[4];
+    load_matrices(a, &s.a[lane % 16][lane / 16 * 8]);
+    load_matrices_transposed(rows_of_b, &s.b[lane % 16][0]);
+    const uint32_t b[2] = {rows_of_b[0], rows_of_b[1]};
+    float d[4];
+    for (int r = 0; r < 4; ++r) d[r] = c_in[(g + r / 2 * 8) * 8 + 2 * t + r % 2];
+    for (int twice = 0; twice < 2; ++twice) {
+        if constexpr (kHalf) {
+            mma_half(d, a, b);
+        } else {
+            mma_bfloat(d, a, b);
+        }
+    }
+    for (int r = 0; r < 4; ++r) out[(g + r / 2 * 8) * 8 + 2 * t + r % 2] = d[r];
+}
+
+template <bool kHalf>
+void mma(Stream& stream) {
+    std::vector<float> a(256), b(128), c(128);
+    for (int i = 0; i < 256; ++i) a[i] = small(i);
+    for (int i = 0; i < 128; ++i) b[i] = small(i + 5), c[i] = small(3 * i);
+    const Array<float> a_in(stream, a), b_in(stream, b), c_in(stream, c), out(stream, c);
+    launch(stream, "mma", mma_kernel<kHalf>, {1}, 32, 0, out.data(), a_in.data(), b_in.data(), c_in.data());
+    const std::vector<float> found = out.values();
+    for (int i = 0; i < 128; ++i) {
+        float expected = c[i];  // multiples of 1/16 that float32 adds exactly
+        for (int k = 0; k < 16; ++k) expected += 2.0f * a[i / 8 * 16 + k] * b[k * 8 + i % 8];
+        expect(found[i] == expected, "product", i);
+    }
+}
+
+#ifndef __CUDACC__
+
+// ---- faults that the emulator must find ----
+
+__global__ void absent_kernel() {
+    if (thread_id() != 40) sync_block();
+}
+__global__ void two_places_kernel() {
+    if (warp_id() == 0) {
+        sync_block();
+    } else {
+        sync_block();
+    }
+}
+__global__ void absent_lane_kernel(int* out) {
+    if (lane_id() > 3) out[lane_id()] = shuffle(1, 0);
+}
+__global__ void overrun_kernel(int* out) {
+    struct Small {
+        int value[8];
+    };
+    Small& s = shared<Small>();
+    s.value[thread_id() % 8] = 1;
+    s.value[out[0]] = 2;
+}
+__global__ void dynamic_overrun_kernel() { dynamic_shared()[64 + thread_id()] = std::byte{1}; }
+
+struct Exchange {
+    int value[64];
+};
+__global__ void unsynchronised_kernel(int* out) {
+    Exchange& s = shared<Exchange>();
+    s.value[thread_id()] = thread_id();
+    out[thread_id()] = s.value[(thread_id() + 32) % 64];
+}
+__global__ void unwaited_kernel(Words* out, const Words* in) {
+    struct Rows {
+        Words row[32];
+    };
+    Rows& rows = shared<Rows>();
+    copy_async(&rows.row[thread_id()], in + thread_id());
+    commit_copies();
+    wait_copies<1>();
+    out[thread_id()] = rows.row[thread_id()];
+}
+__global__ void too_much_kernel() {
+    struct Large {
+        int value[13000];
+    };
+    shared<Large>().value[thread_id()] = 1;
+}
+
+void absent(Stream& stream) { launch(stream, "absent", absent_kernel, {1}, 64, 0); }
+void two_places(Stream& stream) { launch(stream, "two_places", two_places_kernel, {1}, 64, 0); }
+void absent_lane(Stream& stream) {
+    const Array<int> out(stream, std::vector<int>(32));
+    launch(stream, "absent_lane", absent_lane_kernel, {1}, 32, 0, out.data());
+}
+void overrun(Stream& stream) {
+    const Array<int> out(stream, {8});
+    launch(stream, "overrun", overrun_kernel, {1}, 32, 0, out.data());
+}
+void dynamic_overrun(Stream& stream) { launch(stream, "dynamic_overrun", dynamic_overrun_kernel, {1}, 32, 64); }
+void unsynchronised(Stream& stream) {
+    const Array<int> out(stream, std::vector<int>(64));
+    launch(stream, "unsynchronised", unsynchronised_kernel, {1}, 64, 0, out.data());
+    const std::vector<int> found = out.values();
+    for (int i = 0; i < 64; ++i) expect(found[i] == (i + 32) % 64, "read too early", i);
+}
+void unwaited(Stream& stream) {
+    const Array<Words> in(stream, std::vector<Words>(32)), out(stream, std::vector<Words>(32));
+    launch(stream, "unwaited", unwaited_kernel, {1}, 32, 0, out.data(), in.data());
+    expect(out.values()[0].word[0] == 0, "read too early", 0);
+}
+void too_much_shared(Stream& stream) { launch(stream, "too_much_shared", too_much_kernel, {1}, 32, 0); }
+void odd_threads(Stream& stream) { launch(stream, "odd_threads", absent_kernel, {1}, 33, 0); }
+void host_address(Stream& stream) {
+    int on_host = 0;
+    launch(stream, "host_address", overrun_kernel, {1}, 32, 0, &on_host);
+}
+
+#endif
+
+const std::map<std::string, void (*)(Stream&)> kCases{
+    {"indices", indices},         {"lanes", lanes},
+    {"atomics", atomics},         {"copies", copies},
+    {"numbers", numbers},         {"mma_half", mma<true>},
+    {"mma_bfloat", mma<false>},
+#ifndef __CUDACC__
+    {"fault-absent", absent},     {"fault-two-places", two_places},
+    {"fault-lane", absent_lane},  {"fault-overrun", overrun},
+    {"fault-dynamic-overrun", dynamic_overrun},
+    {"fault-unsynchronised", unsynchronised},
+    {"fault-unwaited", unwaited}, {"fault-too-much-shared", too_much_shared},
+    {"fault-threads", odd_threads},
+    {"fault-host-address", host_address},
+#endif
+};
+
+}  // namespace
+
+}  // namespace yivl::cuda
+
+int main(int argc, char** argv) {
+    using namespace yivl::cuda;
+    if (argc < 2) {
+        for (const auto& [name, run] : kCases) std::puts(name.c_str());
+        return 0;
+    }
+    try {
+        Stream stream(0);
+        kCases.at(argv[1])(stream);
+    } catch (const std::exception& e) {
+        std::fprintf(stderr, "%s\n", e.what());
+        return 1;
+    }
+    return 0;
+}

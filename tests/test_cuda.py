@@ -1,0 +1,272 @@
+"""The CUDA backend, on a GPU or on the emulator: kernels, the golden model and the demo model, as on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf.constants import GGMLQuantizationType
+from test_golden import (  # noqa: F401: the same tests with this file's `model`
+    QUESTIONS,
+    test_logits_at_every_position_are_the_references,
+    test_vision_features_and_image_embeddings_are_the_references,
+)
+from test_kernels import (  # noqa: F401: the same tests with this file's `isa`
+    QUANTISED,
+    RANDOM_BYTES,
+    normal,
+    random_weights,
+    relative_error,
+    test_add,
+    test_attention,
+    test_attention_with_large_and_growing_scores,
+    test_gated_linear_is_the_gated_product_of_two,
+    test_gelu_is_the_erf_form_to_float32_accuracy,
+    test_layer_norm,
+    test_linear_at_awkward_sizes,
+    test_linear_can_add_its_output_or_take_its_gelu,
+    test_linear_does_not_depend_on_neighbouring_weight_rows,
+    test_rms_norm,
+    test_rope_follows_the_references_float32_angles,
+)
+from yivl_edge import DeviceError, Model, _core
+from yivl_edge.data import samples
+
+EMULATOR = os.environ.get("YIVL_CUDA_EMULATOR")
+
+
+def missing() -> str:
+    """Why no CUDA device can be used; empty if one can."""
+    try:
+        _core.cuda_device()
+    except DeviceError as error:
+        return str(error)
+    return ""
+
+
+if missing():
+    pytest.skip(missing(), allow_module_level=True)
+
+ORDERS = ["forward", "reverse", "shuffled"]
+
+
+@pytest.fixture
+def isa() -> str:
+    return "cuda"
+
+
+@pytest.fixture(scope="module")
+def model(golden_f32: Path) -> Model:
+    return Model(golden_f32, device="cuda")
+
+
+# ---- the wrappers that kernels are made of ----
+
+
+def primitive(case: str, order: str = "forward") -> subprocess.CompletedProcess[str]:
+    assert EMULATOR is not None
+    return subprocess.run(
+        [f"{EMULATOR}/tests/cpp/cuda_primitives", case],
+        env=os.environ | {"YIVL_EMULATOR_ORDER": order},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+needs_emulator = pytest.mark.skipif(not EMULATOR, reason="needs the emulator's test program")
+
+
+@needs_emulator
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "case", ["indices", "lanes", "atomics", "copies", "numbers", "mma_half", "mma_bfloat"]
+)
+def test_wrappers_do_what_plain_loops_do(case: str, order: str) -> None:
+    done = primitive(case, order)
+    assert done.returncode == 0, done.stderr
+
+
+FAULTS = {
+    "absent": "kernel absent, block (0, 0, 0): thread 0 (sync_block at cuda_primitives.cu:N) never meets "
+    "thread 40 (ended)",
+    "two-places": "kernel two_places, block (0, 0, 0): threads of the block wait in different places: "
+    "thread 0 (sync_block at cuda_primitives.cu:N), thread 32 (sync_block at cuda_primitives.cu:N)",
+    "lane": "kernel absent_lane, block (0, 0, 0): thread 4 (shuffle at cuda_primitives.cu:N) never meets "
+    "thread 0 (ended)",
+    "overrun": "kernel overrun, block (0, 0, 0): cuda_primitives.cu:N: index 8 is outside its array",
+    "dynamic-overrun": "kernel dynamic_overrun, block (0, 0, 0): writes past the end of its dynamic shared memory "
+    "of 64 bytes",
+    "unsynchronised": "read too early at 0",
+    "unwaited": "read too early at 0",
+    "too-much-shared": "kernel too_much_shared, block (0, 0, 0): shared objects: expected at most 49152 bytes, "
+    "found 52000",
+    "threads": "kernel odd_threads: expected a multiple of 32 threads up to 1024, found 33",
+    "host-address": "kernel host_address: expected an address of the device, found one of the host",
+}
+
+
+@needs_emulator
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_emulator_finds_faults_and_names_kernel_and_place(fault: str) -> None:
+    done = primitive(f"fault-{fault}")
+    assert done.returncode == 1
+    assert re.sub(r"\.cu:\d+", ".cu:N", done.stderr.strip()) == FAULTS[fault]
+
+
+@needs_emulator
+def test_a_read_before_its_barrier_is_found_in_any_order() -> None:
+    for order in ORDERS:
+        assert "read too early" in primitive("fault-unsynchronised", order).stderr
+
+
+# ---- kernels ----
+
+
+@pytest.mark.parametrize("qtype", [*QUANTISED, *RANDOM_BYTES], ids=lambda t: t.name)
+def test_embed_and_linear_with_every_weight_type(isa: str, qtype: GGMLQuantizationType) -> None:
+    ops = _core.KernelOps(isa)
+    data, values = random_weights(qtype, 37, 768, 1)
+    rows = np.full((3, 768), np.nan, np.float32)
+    ops.embed(rows, data.reshape(-1), qtype.value, 37, [36, 0, 7])
+    # A scale times a whole number, and a minimum taken off, which the compiler may fuse into one rounding.
+    assert np.abs(rows - values[[36, 0, 7]]).max() <= 2.0**-22 * np.abs(values).max()
+    for tokens in (1, 17):
+        x = normal(2, tokens, 768)
+        y = np.full((tokens, 37), np.nan, np.float32)
+        ops.linear(y, x, data.reshape(-1), qtype.value)
+        assert relative_error(y, x.astype(np.float64) @ values.T.astype(np.float64)) < 2e-6
+
+
+def test_argmax_is_the_first_of_the_largest(isa: str) -> None:
+    ops = _core.KernelOps(isa)
+    for n in (1, 2, 31, 1023, 1025, 64000):
+        values = normal(n, 1, n)
+        assert ops.argmax(values) == int(values.argmax())
+        values[0, n // 3] = values[0, -1] = 9
+        assert ops.argmax(values) == n // 3
+    assert ops.argmax(np.full((1, 100), -3, np.float32)) == 0
+    for bad in (np.nan, np.inf):
+        values[0, 40000] = bad
+        assert ops.argmax(values) == -1
+
+
+def every_operation() -> list[np.ndarray]:
+    ops = _core.KernelOps("cuda")
+    x, w = normal(1, 19, 300), normal(2, 41, 300).view(np.uint8).reshape(-1)
+    weight, bias = normal(3, 300), normal(4, 300)
+    results = [np.zeros((19, 41), np.float32), *(np.zeros_like(x) for _ in range(4))]
+    ops.linear(results[0], x, w, GGMLQuantizationType.F32.value)
+    ops.layer_norm(results[1], x, weight, bias, 1e-5)
+    ops.rms_norm(results[2], x, weight, 1e-5)
+    ops.attention(results[3], x, x, x, 5, 5, True)
+    results[4][:] = x
+    ops.rope(results[4], 60, 7, 1e4)
+    return [*results, np.array(ops.argmax(x[:1]))]
+
+
+@needs_emulator
+def test_kernels_give_the_same_bits_in_any_order_of_threads_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = every_operation()
+    for order in ORDERS[1:]:
+        monkeypatch.setenv("YIVL_EMULATOR_ORDER", order)
+        for result, other in zip(every_operation(), expected, strict=True):
+            assert np.array_equal(result, other), order
+
+
+# ---- models ----
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+def test_greedy_ids_are_those_of_the_reference(
+    model: Model, golden: dict[str, np.ndarray], golden_image: Path, turn: int
+) -> None:
+    expected = golden[f"greedy_{turn}"].tolist()
+    reply = model.chat(golden_image, QUESTIONS[turn], temperature=0, max_tokens=len(expected))
+    # A character that max_tokens cuts in two is left out of the reply.
+    assert reply.text == model.detokenize(expected).strip().removesuffix("\ufffd")
+    # The text could hide a difference; the logits of prompt and reply together cannot.
+    ids = [*model.prompt_ids(QUESTIONS[turn]), *expected]
+    logits = _core.Session(model._model).logits(ids, model.preprocess(golden_image), _core.Control())
+    assert logits[-len(expected) - 1 : -1].argmax(1).tolist() == expected
+
+
+def test_a_quantised_golden_model_agrees_with_the_cpu(golden_q4_0: Path, golden_image: Path) -> None:
+    on_cpu, on_cuda = (Model(golden_q4_0, device=device) for device in ("cpu", "cuda"))
+    question = "Describe the cat."
+    # Both in float32, sums in another order; with AMX the CPU rounds to bfloat16.
+    limit = 3e-2 if on_cpu.device == "amx" else 1e-5
+    found, expected = (m.logits(golden_image, question) for m in (on_cuda, on_cpu))
+    assert relative_error(found, expected.astype(np.float64)) < limit
+
+
+def test_the_demo_model_answers_as_on_the_cpu() -> None:
+    model = Model.demo(device="cuda")
+    questions = json.loads((Path(__file__).parent / "data" / "demo_questions.json").read_text(encoding="utf-8"))
+    pictures = {path.name: path for path in samples().values()}
+    for question in questions[::10]:
+        reply = model.chat(pictures[question["picture"]], question["messages"], temperature=0, max_tokens=96)
+        assert reply.text == question["answer"]
+
+
+def test_a_sampled_reply_is_that_of_the_logits(model: Model, golden_image: Path) -> None:
+    replies = [
+        m.chat(golden_image, "What is this?", temperature=0.7, seed=3, max_tokens=5).text
+        for m in (model, model)
+    ]
+    assert replies[0] == replies[1]
+
+
+def test_activation_statistics_are_those_of_the_cpu(model: Model, golden_f32: Path, golden_image: Path) -> None:
+    sums: list[dict[str, tuple[np.ndarray, int]]] = []
+    for m in (model, Model(golden_f32, device="cpu")):
+        statistics = _core.ActivationStatistics(m._model)
+        session = _core.Session(m._model)
+        ids = m.prompt_ids("What is this?")
+        session.logits(ids, m.preprocess(golden_image), _core.Control(), statistics)
+        sums.append(statistics.columns)
+    assert sums[0].keys() == sums[1].keys()
+    for name, (values, rows) in sums[0].items():
+        assert rows == sums[1][name][1]
+        # The squares of activations that agree to 1e-5.
+        assert relative_error(values, sums[1][name][0]) < 1e-4
+
+
+def test_a_cancel_ends_the_work_and_the_session_goes_on(model: Model, golden_image: Path) -> None:
+    stages: list[str] = []
+
+    def cancel_in_prefill(stage: str, fraction: float) -> None:
+        stages.append(stage)
+        if stage == "prefill":
+            stream.cancel()
+
+    stream = model.chat(golden_image, "What is this?", max_tokens=5, stream=True, on_progress=cancel_in_prefill)
+    assert stream.result.finish_reason == "cancelled"
+    assert stages.count("prefill") == 1
+    replies = [model.chat(golden_image, "What is this?", temperature=0, max_tokens=5).text for _ in range(2)]
+    assert replies[0] == replies[1]
+
+
+# ---- which device ----
+
+
+def test_a_device_that_is_not_there_is_an_error(golden_f32: Path) -> None:
+    with pytest.raises(DeviceError, match="expected a device from 0 to"):
+        Model(golden_f32, device="cuda:99")
+
+
+def test_auto_never_takes_the_emulator(golden_f32: Path) -> None:
+    device = Model(golden_f32).device
+    assert "emulated" not in device
+    assert EMULATOR or device.startswith("cuda:0")
+
+
+def test_the_device_names_itself(model: Model) -> None:
+    assert model.device == _core.cuda_device()
+    assert model.device.startswith("cuda:0 ")

@@ -1,0 +1,41 @@
+"""Which device a model takes, where there is no GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from yivl_edge import DeviceError, Model, _core
+
+
+@pytest.mark.parametrize("name", ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:1x", "cuda1", "CPU", "cuda: 1"])
+def test_a_device_of_another_name_is_an_error(golden_f32: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"expected 'auto', 'cpu', 'cuda' or 'cuda:N', found '{name}'"):
+        Model(golden_f32, device=name)
+
+
+def test_the_cpu_can_be_asked_for(golden_f32: Path) -> None:
+    assert Model(golden_f32, device="cpu").device in _core.available_isas()
+
+
+def test_auto_is_the_cpu_where_its_instruction_set_is_chosen(
+    golden_f32: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("YIVL_ISA", "portable")
+    assert Model(golden_f32, device="auto").device == "portable"
+
+
+def has_cuda() -> bool:
+    try:
+        _core.cuda_device()
+    except DeviceError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(has_cuda(), reason="this machine has a GPU")
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:1"])
+def test_without_a_gpu_cuda_says_what_is_missing(golden_f32: Path, name: str) -> None:
+    with pytest.raises(DeviceError, match="CUDA: this build of yivl-edge has none|driver|GPU"):
+        Model(golden_f32, device=name)
+    assert Model(golden_f32, device="auto").device in _core.available_isas()
