@@ -10,7 +10,7 @@ GOLDEN := tests/data/golden
 # The checkpoint's ViT is a .bin file. A plain "torch" could fetch another build with gigabytes of GPU libraries.
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-interop lint format fuzz tsan clean
+.PHONY: demo test test-interop test-cuda-emulator cuda-kernels lint format fuzz tsan clean
 
 demo: out/golden-q8_0.gguf
 	@echo "== Asking the converted file about the photograph $(GOLDEN)/image.png (random weights: the answer is noise)"
@@ -25,14 +25,14 @@ test: $(VENV)/.test
 lint: $(VENV)/.test
 	@echo "== Checking format, lint and types"
 	@$(BIN)/python -m pip install --quiet 'mypy>=1.11' 'ruff>=0.9' 'clang-format==19.1.7'
-	@find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | \
+	@find csrc tests/cpp tests/cuda_emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | \
 	  xargs $(BIN)/clang-format --dry-run --Werror
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
 format:
-	@find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+	@find csrc tests/cpp tests/cuda_emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
@@ -45,6 +45,23 @@ tsan: out/golden-q8_0.gguf $(VENV)/.cmake
 	@$(BIN)/cmake -S . -B build/tsan -DYIVL_PYTHON=OFF -DYIVL_CPP_TESTS=ON -DYIVL_SANITIZE=thread >/dev/null
 	@$(BIN)/cmake --build build/tsan --target chat_threads
 	@build/tsan/tests/cpp/chat_threads out/golden-q8_0.gguf
+
+# The CUDA backend without a GPU: its sources compiled as C++ (docs/cuda.md).
+EMULATOR := build/emulator
+test-cuda-emulator: $(VENV)/.test $(VENV)/.cmake
+	@echo "== Building the package's core with an emulated CUDA device"
+	@$(BIN)/cmake -S . -B $(EMULATOR) -DYIVL_CUDA=EMULATED -DYIVL_CPP_TESTS=ON \
+	  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" >/dev/null
+	@$(BIN)/cmake --build $(EMULATOR) --target _core cuda_primitives --parallel "$$(nproc)" >$(EMULATOR)/build.log 2>&1 || \
+	  { cat $(EMULATOR)/build.log; exit 1; }
+	@echo "== Running the CUDA tests on it"
+	@YIVL_CUDA_EMULATOR="$(CURDIR)/$(EMULATOR)" $(BIN)/python -m pytest tests/test_cuda.py
+
+# Every kernel for every generation of GPU, warnings as errors; needs a CUDA toolkit, but no GPU.
+cuda-kernels: $(VENV)/.cmake
+	@echo "== Compiling the CUDA kernels"
+	@$(BIN)/cmake -S . -B build/cuda -DYIVL_CUDA=ON -DYIVL_WERROR=ON -DYIVL_PYTHON=OFF -DYIVL_CPP_TESTS=ON >/dev/null
+	@$(BIN)/cmake --build build/cuda --target yivl_kernels cuda_primitives_object --parallel "$$(nproc)"
 
 # llama.cpp, built in an environment of its own (about 20 minutes on two cores). The flags keep its AMX path from crashing
 # when GCC 12 builds it.
@@ -80,7 +97,7 @@ $(VENV)/.python:
 
 # For the test programs in C++; building the package brings its own.
 $(VENV)/.cmake: $(VENV)/.python
-	@$(BIN)/python -m pip install --quiet 'cmake>=3.18'
+	@$(BIN)/python -m pip install --quiet 'cmake>=3.18' 'pybind11>=2.12'
 	@touch $@
 
 $(VENV)/.package: $(VENV)/.python $(SOURCES)

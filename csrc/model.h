@@ -19,8 +19,8 @@ namespace yivl {
 
 struct ModelOptions {
     std::string path;
-    std::string mmproj;  // empty: the file holds the vision tower itself, or there is none
-    int n_threads = 0;   // 0: one per physical core
+    std::string mmproj;           // empty: the file holds the vision tower itself, or there is none
+    int n_threads = 0;            // 0: one per physical core
     std::string device = "auto";  // as for make_backend
     int64_t n_ctx = 0;            // of the sessions that must fit the device's memory; 0: the model's context length
 };
@@ -40,8 +40,8 @@ struct LogitsOptions {
 // Weights, tokeniser and backend: read-only, shared by any number of sessions and threads.
 class Model {
 public:
-    // Throws ModelFileError, std::invalid_argument for an unknown device or YIVL_ISA, and DeviceError or AllocationError
-    // for a device that cannot be used.
+    // Throws ModelFileError, std::invalid_argument for an unknown device or YIVL_ISA, and DeviceError or
+    // AllocationError for a device that cannot be used.
     static std::shared_ptr<const Model> open(const ModelOptions& options, Control& control);
 
     const Config& config() const { return config_; }

@@ -20,9 +20,9 @@ namespace yivl {
 // reach but for the copies below, so they never do. Given back when the last owner goes.
 using Memory = std::shared_ptr<std::byte>;
 
-// Operations on float32 activations in the backend's memory. One object serves one caller at a time and throws Cancelled when its Control says
-// so. Each output value is computed in an order that depends neither on the number of threads nor on how many rows
-// stand beside it, so that replies do not change with either.
+// Operations on float32 activations in the backend's memory. One object serves one caller at a time and throws
+// Cancelled when its Control says so. Each output value is computed in an order that depends neither on the number of
+// threads nor on how many rows stand beside it, so that replies do not change with either.
 class Ops {
 public:
     virtual ~Ops() = default;
@@ -71,7 +71,8 @@ public:
     virtual std::unique_ptr<Ops> ops(Control& control) = 0;
     // Not initialised, aligned to 64 bytes or more. Throws AllocationError.
     virtual Memory allocate(size_t bytes) = 0;
-    // Bytes of a mapped file where operations can read them: the same ones, or a copy that lives as long as the backend.
+    // Bytes of a mapped file where operations can read them: the same ones, or a copy that lives as long as the
+    // backend.
     virtual const std::byte* place(std::span<const std::byte> bytes, Control& control) = 0;
 };
 

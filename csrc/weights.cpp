@@ -40,9 +40,7 @@ public:
         for (const int64_t n : shape.subspan(1)) cols *= n;
         return {t.type, shape[0], cols, place(t)};
     }
-    Weight matrix(const std::string& name, int64_t rows, int64_t cols) {
-        return matrix(name, std::array{rows, cols});
-    }
+    Weight matrix(const std::string& name, int64_t rows, int64_t cols) { return matrix(name, std::array{rows, cols}); }
 
     // A small tensor, widened to float32 and owned by us.
     ConstMat table(const std::string& name, std::span<const int64_t> shape) {

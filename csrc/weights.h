@@ -65,9 +65,9 @@ struct DecoderWeights {
 };
 
 struct Weights {
-    std::shared_ptr<const GgufFile> text_file;    // keeps the mapped matrices alive
-    std::shared_ptr<const GgufFile> vision_file;  // the same file in the single layout; null without vision
-    std::vector<Buffer> vectors;                  // norms, biases and tables, widened to float32
+    std::shared_ptr<const GgufFile> text_file;           // keeps the mapped matrices alive
+    std::shared_ptr<const GgufFile> vision_file;         // the same file in the single layout; null without vision
+    std::vector<Buffer> vectors;                         // norms, biases and tables, widened to float32
     std::map<const std::byte*, std::string_view> names;  // of the tensors, by where the backend has them
 
     DecoderWeights decoder;

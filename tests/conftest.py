@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-# A folder with a build whose CUDA device is emulated (see docs/cuda.md): its native module takes the place of the
-# package's.
-EMULATOR = os.environ.get("YIVL_CUDA_EMULATOR")
-if EMULATOR:
-    spec = importlib.util.spec_from_file_location("yivl_edge._core", next(Path(EMULATOR).glob("_core*.so")))
-    assert spec is not None
-    assert spec.loader is not None
-    core = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(core)
-    sys.modules["yivl_edge._core"] = core
-
 from yivl_edge import Model
 from yivl_edge.convert import convert
 

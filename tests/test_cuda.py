@@ -10,34 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_golden
+import test_kernels
+from emulated import EMULATOR
 from gguf.constants import GGMLQuantizationType
-from test_golden import (  # noqa: F401: the same tests with this file's `model`
-    QUESTIONS,
-    test_logits_at_every_position_are_the_references,
-    test_vision_features_and_image_embeddings_are_the_references,
-)
-from test_kernels import (  # noqa: F401: the same tests with this file's `isa`
-    QUANTISED,
-    RANDOM_BYTES,
-    normal,
-    random_weights,
-    relative_error,
-    test_add,
-    test_attention,
-    test_attention_with_large_and_growing_scores,
-    test_gated_linear_is_the_gated_product_of_two,
-    test_gelu_is_the_erf_form_to_float32_accuracy,
-    test_layer_norm,
-    test_linear_at_awkward_sizes,
-    test_linear_can_add_its_output_or_take_its_gelu,
-    test_linear_does_not_depend_on_neighbouring_weight_rows,
-    test_rms_norm,
-    test_rope_follows_the_references_float32_angles,
-)
+from test_golden import QUESTIONS
+from test_kernels import QUANTISED, RANDOM_BYTES, normal, random_weights, relative_error
 from yivl_edge import DeviceError, Model, _core
 from yivl_edge.data import samples
-
-EMULATOR = os.environ.get("YIVL_CUDA_EMULATOR")
 
 
 def missing() -> str:
@@ -128,6 +108,21 @@ def test_a_read_before_its_barrier_is_found_in_any_order() -> None:
 
 # ---- kernels ----
 
+# Every operation against exact results, with this file's `isa`.
+test_add = test_kernels.test_add
+test_attention = test_kernels.test_attention
+test_attention_with_large_and_growing_scores = test_kernels.test_attention_with_large_and_growing_scores
+test_gated_linear_is_the_gated_product_of_two = test_kernels.test_gated_linear_is_the_gated_product_of_two
+test_gelu_is_the_erf_form_to_float32_accuracy = test_kernels.test_gelu_is_the_erf_form_to_float32_accuracy
+test_layer_norm = test_kernels.test_layer_norm
+test_linear_at_awkward_sizes = test_kernels.test_linear_at_awkward_sizes
+test_linear_can_add_its_output_or_take_its_gelu = test_kernels.test_linear_can_add_its_output_or_take_its_gelu
+test_linear_does_not_depend_on_neighbouring_weight_rows = (
+    test_kernels.test_linear_does_not_depend_on_neighbouring_weight_rows
+)
+test_rms_norm = test_kernels.test_rms_norm
+test_rope_follows_the_references_float32_angles = test_kernels.test_rope_follows_the_references_float32_angles
+
 
 @pytest.mark.parametrize("qtype", [*QUANTISED, *RANDOM_BYTES], ids=lambda t: t.name)
 def test_embed_and_linear_with_every_weight_type(isa: str, qtype: GGMLQuantizationType) -> None:
@@ -172,7 +167,9 @@ def every_operation() -> list[np.ndarray]:
 
 
 @needs_emulator
-def test_kernels_give_the_same_bits_in_any_order_of_threads_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_give_the_same_bits_in_any_order_of_threads_and_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     expected = every_operation()
     for order in ORDERS[1:]:
         monkeypatch.setenv("YIVL_EMULATOR_ORDER", order)
@@ -181,6 +178,14 @@ def test_kernels_give_the_same_bits_in_any_order_of_threads_and_blocks(monkeypat
 
 
 # ---- models ----
+
+# Every stage against the reference, with this file's `model`.
+test_logits_at_every_position_are_the_references = (
+    test_golden.test_logits_at_every_position_are_the_references
+)
+test_vision_features_and_image_embeddings_are_the_references = (
+    test_golden.test_vision_features_and_image_embeddings_are_the_references
+)
 
 
 @pytest.mark.parametrize("turn", [0, 1])
@@ -208,7 +213,9 @@ def test_a_quantised_golden_model_agrees_with_the_cpu(golden_q4_0: Path, golden_
 
 def test_the_demo_model_answers_as_on_the_cpu() -> None:
     model = Model.demo(device="cuda")
-    questions = json.loads((Path(__file__).parent / "data" / "demo_questions.json").read_text(encoding="utf-8"))
+    questions = json.loads(
+        (Path(__file__).parent / "data" / "demo_questions.json").read_text(encoding="utf-8")
+    )
     pictures = {path.name: path for path in samples().values()}
     for question in questions[::10]:
         reply = model.chat(pictures[question["picture"]], question["messages"], temperature=0, max_tokens=96)
@@ -223,7 +230,9 @@ def test_a_sampled_reply_is_that_of_the_logits(model: Model, golden_image: Path)
     assert replies[0] == replies[1]
 
 
-def test_activation_statistics_are_those_of_the_cpu(model: Model, golden_f32: Path, golden_image: Path) -> None:
+def test_activation_statistics_are_those_of_the_cpu(
+    model: Model, golden_f32: Path, golden_image: Path
+) -> None:
     sums: list[dict[str, tuple[np.ndarray, int]]] = []
     for m in (model, Model(golden_f32, device="cpu")):
         statistics = _core.ActivationStatistics(m._model)
@@ -246,7 +255,9 @@ def test_a_cancel_ends_the_work_and_the_session_goes_on(model: Model, golden_ima
         if stage == "prefill":
             stream.cancel()
 
-    stream = model.chat(golden_image, "What is this?", max_tokens=5, stream=True, on_progress=cancel_in_prefill)
+    stream = model.chat(
+        golden_image, "What is this?", max_tokens=5, stream=True, on_progress=cancel_in_prefill
+    )
     assert stream.result.finish_reason == "cancelled"
     assert stages.count("prefill") == 1
     replies = [model.chat(golden_image, "What is this?", temperature=0, max_tokens=5).text for _ in range(2)]

@@ -8,7 +8,9 @@ import pytest
 from yivl_edge import DeviceError, Model, _core
 
 
-@pytest.mark.parametrize("name", ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:1x", "cuda1", "CPU", "cuda: 1"])
+@pytest.mark.parametrize(
+    "name", ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:1x", "cuda1", "CPU", "cuda: 1"]
+)
 def test_a_device_of_another_name_is_an_error(golden_f32: Path, name: str) -> None:
     with pytest.raises(ValueError, match=f"expected 'auto', 'cpu', 'cuda' or 'cuda:N', found '{name}'"):
         Model(golden_f32, device=name)
@@ -36,6 +38,6 @@ def has_cuda() -> bool:
 @pytest.mark.skipif(has_cuda(), reason="this machine has a GPU")
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:1"])
 def test_without_a_gpu_cuda_says_what_is_missing(golden_f32: Path, name: str) -> None:
-    with pytest.raises(DeviceError, match="CUDA: this build of yivl-edge has none|driver|GPU"):
+    with pytest.raises(DeviceError, match=r"CUDA: this build of yivl-edge has none|driver|GPU"):
         Model(golden_f32, device=name)
     assert Model(golden_f32, device="auto").device in _core.available_isas()

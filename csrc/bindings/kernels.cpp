@@ -308,10 +308,7 @@ void bind_kernels(py::module_& m) {
         "The instruction set that a model would use, YIVL_ISA considered.");
 
     m.def(
-        "cuda_device",
-        [] {
-            return std::string(make_cuda_backend(0, 0)->name());
-        },
+        "cuda_device", [] { return std::string(make_cuda_backend(0, 0)->name()); },
         "The name of the first CUDA device; DeviceError says why there is none.");
 
     py::class_<KernelControl>(m, "KernelControl")

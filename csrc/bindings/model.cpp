@@ -199,8 +199,7 @@ void bind_model(py::module_& m) {
                 return std::const_pointer_cast<Model>(Model::open({path, mmproj, n_threads, device, n_ctx}, control));
             },
             py::arg("path"), py::arg("mmproj"), py::arg("n_threads"), py::arg("control"), py::arg("device") = "cpu",
-            py::arg("n_ctx") = 0,
-            py::call_guard<py::gil_scoped_release>())
+            py::arg("n_ctx") = 0, py::call_guard<py::gil_scoped_release>())
         .def_property_readonly("config", &Model::config, py::return_value_policy::reference_internal)
         .def_property_readonly("backend_name", [](const Model& model) { return model.backend().name(); })
         .def_property_readonly("n_threads", [](const Model& model) { return model.backend().n_threads(); })

@@ -101,11 +101,11 @@ __device__ __forceinline__ float value(const BlockIQ4_XS& b, int i) {
 // Block, and weights in it, of a type.
 template <WeightType>
 struct BlockOf;
-#define YIVL_BLOCK(type, struct_type, weights)    \
-    template <>                                   \
-    struct BlockOf<WeightType::type> {            \
-        using Block = struct_type;                \
-        static constexpr int kWeights = weights;  \
+#define YIVL_BLOCK(type, struct_type, weights)   \
+    template <>                                  \
+    struct BlockOf<WeightType::type> {           \
+        using Block = struct_type;               \
+        static constexpr int kWeights = weights; \
     };
 YIVL_BLOCK(Q4_0, BlockQ4_0, kBlock)
 YIVL_BLOCK(Q4_1, BlockQ4_1, kBlock)

@@ -1,5 +1,6 @@
-// What a kernel may use of the card. Natively these are intrinsics and PTX; a test build that has no nvcc takes the same
-// names from tests/cuda_emulator. A kernel uses nothing else of CUDA but __global__, __device__ and __launch_bounds__.
+// What a kernel may use of the card. Natively these are intrinsics and PTX; a test build that has no nvcc takes the
+// same names from tests/cuda_emulator. A kernel uses nothing else of CUDA but __global__, __device__ and
+// __launch_bounds__.
 //
 // A block is one-dimensional and a whole number of warps. What is said to be of the warp must be called by all its
 // lanes together.

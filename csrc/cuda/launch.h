@@ -26,9 +26,9 @@ void launch([[maybe_unused]] Stream& stream, const char* name, void (*kernel)(Pa
     // More than this must be asked for, once for each kernel and device; asking again costs little.
     constexpr size_t kWithoutAsking = 48 << 10;
     if (dynamic_shared > kWithoutAsking) {
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(dynamic_shared)),
-              name);
+        check(
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_shared)),
+            name);
     }
     const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
     kernel<<<blocks, threads, dynamic_shared, static_cast<cudaStream_t>(stream.handle())>>>(
@@ -37,8 +37,7 @@ void launch([[maybe_unused]] Stream& stream, const char* name, void (*kernel)(Pa
 #else
     (emulator::check_argument(name, arguments), ...);
     const emulator::Index blocks{static_cast<int>(grid.x), static_cast<int>(grid.y), static_cast<int>(grid.z)};
-    emulator::run_grid(name, blocks, threads, dynamic_shared,
-                       [=] { kernel(static_cast<Parameters>(arguments)...); });
+    emulator::run_grid(name, blocks, threads, dynamic_shared, [=] { kernel(static_cast<Parameters>(arguments)...); });
 #endif
 }
 

@@ -62,8 +62,12 @@ DeviceInfo device_info(int device) {
     use(device);
     size_t free = 0, total = 0;
     check(cudaMemGetInfo(&free, &total), "asking for free memory");
-    return {properties.name, capability, properties.multiProcessorCount, static_cast<int64_t>(total),
-            static_cast<int64_t>(free), false};
+    return {properties.name,
+            capability,
+            properties.multiProcessorCount,
+            static_cast<int64_t>(total),
+            static_cast<int64_t>(free),
+            false};
 }
 
 std::byte* allocate(int device, size_t bytes) {
@@ -95,8 +99,7 @@ Stream::Stream(int device) : device_(device) {
 }
 
 Stream::~Stream() {
-    if (cudaSetDevice(device_) != cudaSuccess ||
-        cudaStreamDestroy(static_cast<cudaStream_t>(handle_)) != cudaSuccess) {
+    if (cudaSetDevice(device_) != cudaSuccess || cudaStreamDestroy(static_cast<cudaStream_t>(handle_)) != cudaSuccess) {
         cudaGetLastError();
     }
 }

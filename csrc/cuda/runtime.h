@@ -1,6 +1,6 @@
-// What the backend uses of the CUDA runtime, so that nothing else knows it: runtime.cpp calls the runtime itself, a test
-// build has tests/cuda_emulator. Every function may be called from any thread; failures are DeviceErrors, too little
-// memory an AllocationError.
+// What the backend uses of the CUDA runtime, so that nothing else knows it: runtime.cpp calls the runtime itself, a
+// test build has tests/cuda_emulator. Every function may be called from any thread; failures are DeviceErrors, too
+// little memory an AllocationError.
 #pragma once
 
 #include <cstddef>

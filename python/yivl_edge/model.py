@@ -224,8 +224,8 @@ class Model:
     Args:
         path: The model file; in the pair layout, the text model.
         mmproj: In the pair layout, the file with the vision tower. Without it a text model answers text only.
-        device: ``"cpu"``; ``"cuda"`` or ``"cuda:1"`` for an NVIDIA GPU; ``"auto"`` for a GPU where the model fits and the
-            CPU elsewhere, or where ``YIVL_ISA`` is set.
+        device: ``"cpu"``; ``"cuda"`` or ``"cuda:1"`` for an NVIDIA GPU; ``"auto"`` for a GPU where the model fits and
+            the CPU elsewhere, or where ``YIVL_ISA`` is set.
         n_ctx: Context length in tokens; None for the model's own (4096). Less saves memory.
         n_threads: Threads to compute with; None for one per physical core.
         max_image_pixels: The largest picture accepted, in pixels (width x height).

@@ -156,7 +156,8 @@ __global__ void numbers_kernel(float* out, int* dots, const float* in, int n) {
         out[2 * n + i] = fast_exp(in[i]);
         out[3 * n + i] = fast_exp2(in[i]);
         const uint32_t halves = pack_halves(in[i], 2.0f), bfloats = pack_bfloats(in[i], 2.0f);
-        out[4 * n + i] = to_float(Half{static_cast<uint16_t>(halves)}) * to_float(Half{static_cast<uint16_t>(halves >> 16)});
+        out[4 * n + i] =
+            to_float(Half{static_cast<uint16_t>(halves)}) * to_float(Half{static_cast<uint16_t>(halves >> 16)});
         out[5 * n + i] =
             to_float(Bfloat{static_cast<uint16_t>(bfloats)}) * to_float(Bfloat{static_cast<uint16_t>(bfloats >> 16)});
         dots[i] = dp4a(0x7f80ff01 + i, 0x8001fe03 - i, 1000);
@@ -333,16 +334,22 @@ void host_address(Stream& stream) {
 #endif
 
 const std::map<std::string, void (*)(Stream&)> kCases{
-    {"indices", indices},         {"lanes", lanes},
-    {"atomics", atomics},         {"copies", copies},
-    {"numbers", numbers},         {"mma_half", mma<true>},
+    {"indices", indices},
+    {"lanes", lanes},
+    {"atomics", atomics},
+    {"copies", copies},
+    {"numbers", numbers},
+    {"mma_half", mma<true>},
     {"mma_bfloat", mma<false>},
 #ifndef __CUDACC__
-    {"fault-absent", absent},     {"fault-two-places", two_places},
-    {"fault-lane", absent_lane},  {"fault-overrun", overrun},
+    {"fault-absent", absent},
+    {"fault-two-places", two_places},
+    {"fault-lane", absent_lane},
+    {"fault-overrun", overrun},
     {"fault-dynamic-overrun", dynamic_overrun},
     {"fault-unsynchronised", unsynchronised},
-    {"fault-unwaited", unwaited}, {"fault-too-much-shared", too_much_shared},
+    {"fault-unwaited", unwaited},
+    {"fault-too-much-shared", too_much_shared},
     {"fault-threads", odd_threads},
     {"fault-host-address", host_address},
 #endif

@@ -1,7 +1,5 @@
 // Fibres, barriers and shared memory of an emulated block. Blocks are handed to the threads of a pool; on each, the
 // emulated threads of a block run one after the other, each until it must wait for others.
-#include "cuda/device.h"
-
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -18,6 +16,7 @@
 #include <vector>
 
 #include "cpu/threads.h"
+#include "cuda/device.h"
 #include "emulated_memory.h"
 #include "errors.h"
 
@@ -270,8 +269,8 @@ public:
     void commit_copies() { ++current_->copy_group; }
     void wait_copies(int pending) {
         Thread& me = *current_;
-        const auto done = std::ranges::find_if(
-            me.copies, [&](const Copy& copy) { return copy.group >= me.copy_group - pending; });
+        const auto done =
+            std::ranges::find_if(me.copies, [&](const Copy& copy) { return copy.group >= me.copy_group - pending; });
         for (auto copy = me.copies.begin(); copy != done; ++copy) {
             if (copy->valid) {
                 std::memcpy(copy->to, copy->from, 16);
@@ -348,8 +347,8 @@ private:
             const Thread& first = threads_[0];
             for (int i = 0; i < launch_->threads; ++i) {
                 if (threads_[i].place.line() == first.place.line()) continue;
-                error_ = "threads of the block wait in different places: " + describe(first) + ", " +
-                         describe(threads_[i]);
+                error_ =
+                    "threads of the block wait in different places: " + describe(first) + ", " + describe(threads_[i]);
                 return;
             }
             for (int i = 0; i < launch_->threads; ++i) threads_[i].wait = Wait::none;
@@ -389,8 +388,7 @@ private:
     void check_fences() {
         for (const Object& object : objects_) {
             const std::byte* fence = object.data + object.bytes;
-            const bool whole =
-                std::all_of(fence, fence + kFence, [](std::byte b) { return b == std::byte{kPoison}; });
+            const bool whole = std::all_of(fence, fence + kFence, [](std::byte b) { return b == std::byte{kPoison}; });
             if (whole) continue;
             error_ = std::string("writes past the end of ") +
                      (object.key == nullptr ? "its dynamic shared memory" : "a shared object") + " of " +
@@ -472,7 +470,7 @@ void run_grid(const char* kernel, Index grid, int threads, size_t dynamic_shared
         for (int64_t i = begin; i < end; ++i) {
             const int64_t b = launch.order == Order::reverse ? n - 1 - i : i;
             runner.run(launch, {static_cast<int>(b % grid.x), static_cast<int>(b / grid.x % grid.y),
-                                  static_cast<int>(b / grid.x / grid.y)});
+                                static_cast<int>(b / grid.x / grid.y)});
         }
     };
     const DeviceAccess access;

@@ -92,7 +92,7 @@ inline int grid_x() { return emulator::position->grid.x; }
 
 inline void sync_block(const emulator::Place& place = emulator::Place::current()) { emulator::sync_block(place); }
 inline void sync_warp(const emulator::Place& place = emulator::Place::current()) {
-    emulator::meet("sync_warp", {}, [](const emulator::Operand (&)[kWarp]) {}, place);
+    emulator::meet("sync_warp", {}, [](const emulator::Operand(&)[kWarp]) {}, place);
 }
 
 template <class T>
@@ -144,7 +144,8 @@ inline Words load_words(const void* from, const emulator::Place& place = emulato
     return words;
 }
 
-inline void copy_async(void* to, const void* from, bool valid = true, const emulator::Place& place = emulator::Place::current()) {
+inline void copy_async(void* to, const void* from, bool valid = true,
+                       const emulator::Place& place = emulator::Place::current()) {
     emulator::copy_async(to, from, valid, place);
 }
 inline void commit_copies() { emulator::commit_copies(); }
@@ -242,9 +243,8 @@ void hand_out_matrices(const Operand (&lanes)[kWarp]) {
                 std::memcpy(&bits, static_cast<const uint16_t*>(lanes[m * 8 + row].in) + column, sizeof(bits));
                 return uint32_t{bits};
             };
-            static_cast<uint32_t*>(lanes[lane].out)[m] = kTransposed
-                                                             ? element(2 * t, g) | element(2 * t + 1, g) << 16
-                                                             : element(g, 2 * t) | element(g, 2 * t + 1) << 16;
+            static_cast<uint32_t*>(lanes[lane].out)[m] = kTransposed ? element(2 * t, g) | element(2 * t + 1, g) << 16
+                                                                     : element(g, 2 * t) | element(g, 2 * t + 1) << 16;
         }
     }
 }
@@ -266,11 +266,13 @@ inline void mma_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
     emulator::meet("mma_half", {&in, d}, emulator::multiply<Half>, place);
 }
 
-inline void load_matrices(uint32_t (&r)[4], const void* row, const emulator::Place& place = emulator::Place::current()) {
+inline void load_matrices(uint32_t (&r)[4], const void* row,
+                          const emulator::Place& place = emulator::Place::current()) {
     emulator::check_row(row, place);
     emulator::meet("load_matrices", {row, r}, emulator::hand_out_matrices<false>, place);
 }
-inline void load_matrices_transposed(uint32_t (&r)[4], const void* row, const emulator::Place& place = emulator::Place::current()) {
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row,
+                                     const emulator::Place& place = emulator::Place::current()) {
     emulator::check_row(row, place);
     emulator::meet("load_matrices_transposed", {row, r}, emulator::hand_out_matrices<true>, place);
 }
