@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import emulated  # noqa: F401  before yivl_edge
 import numpy as np
 import pytest
 from yivl_edge import Model
