@@ -42,7 +42,7 @@ fuzz: $(VENV)/.cmake
 
 tsan: out/golden-q8_0.gguf $(VENV)/.cmake
 	@echo "== Four threads on one model under ThreadSanitizer"
-	@$(BIN)/cmake -S . -B build/tsan -DYIVL_PYTHON=OFF -DYIVL_CPP_TESTS=ON -DYIVL_SANITIZE=thread >/dev/null
+	@$(BIN)/cmake -S . -B build/tsan -DYIVL_CUDA=OFF -DYIVL_PYTHON=OFF -DYIVL_CPP_TESTS=ON -DYIVL_SANITIZE=thread >/dev/null
 	@$(BIN)/cmake --build build/tsan --target chat_threads
 	@build/tsan/tests/cpp/chat_threads out/golden-q8_0.gguf
 

@@ -7,6 +7,6 @@
 #   cp -r tests/data/fuzz build/corpus && build/libfuzzer/tests/cpp/fuzz_gguf build/corpus
 set -eu
 root=$(cd "$(dirname "$0")/../.." && pwd)
-cmake -S "$root" -B "$root/build/fuzz" -DYIVL_PYTHON=OFF -DYIVL_CPP_TESTS=ON -DYIVL_WERROR=ON >/dev/null
+cmake -S "$root" -B "$root/build/fuzz" -DYIVL_CUDA=OFF -DYIVL_PYTHON=OFF -DYIVL_CPP_TESTS=ON -DYIVL_WERROR=ON >/dev/null
 cmake --build "$root/build/fuzz" --target fuzz_gguf --parallel 2
 exec "$root/build/fuzz/tests/cpp/fuzz_gguf" "$root/tests/data/fuzz" "$@"
