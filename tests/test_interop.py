@@ -23,10 +23,14 @@ from yivl_edge.convert import convert
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "checkpoint"
 RECORD = Path(__file__).parent / "data" / "interop.json"
+PRESETS = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q4_0", "iq4_xs", "q3_k_m", "q2_k")
 PYTHON = os.environ.get("YIVL_INTEROP_PYTHON")
 QUESTION = "What is in the picture? 图中有什么？"
 TOLERANCE = 1e-2
-# llama.cpp rounds activations to 8 bits in products with 8-bit weights; ours stay float32. The golden model's random
+# From float32 arithmetic on the same weights: sums in another order, and in products with 8-bit weights activations
+# rounded to 15 bits, of which the golden model's random weights make some ten times more.
+TO_FLOAT32 = {"f16": 1e-4, "q8_0": 5e-4}
+# llama.cpp rounds activations to 8 bits in products with 8-bit weights, ours to 15. The golden model's random
 # weights make more of that than a trained model's do: there llama.cpp is further than 1e-2 from float32 arithmetic
 # on the same weights, and so from us. The test shows that it is not our arithmetic that differs.
 ROUNDED_ACTIVATIONS = {("golden", "q8_0"): 5e-2}
@@ -85,14 +89,12 @@ def test_text_logits_agree_with_llama_cpp(tmp_path: Path, model_name: str, type_
         "theirs_to_float32": relative_l2(theirs, exact),
     }
     record(f"logits, {model_name}, {type_name}", {n: round(x, 7) for n, x in figures.items()} | version)
-    assert figures["ours_to_float32"] <= 1e-4
+    assert figures["ours_to_float32"] <= TO_FLOAT32[type_name]
     assert figures["relative_l2"] <= ROUNDED_ACTIVATIONS.get((model_name, type_name), TOLERANCE)
 
 
 @needs_llama
-@pytest.mark.parametrize(
-    "preset", ["q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q4_0", "iq4_xs", "q3_k_m", "q2_k"]
-)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_presets_choose_llama_cpps_types(tmp_path: Path, preset: str) -> None:
     # 16 blocks, so that every rule of the mixes shows; 8 heads to a KV head, as in Yi-VL-6B.
     sizes = {"decoder_layers": 16, "heads": 8, "kv_heads": 1, "head_dim": 64, "mlp": 256}
@@ -114,6 +116,9 @@ def test_record_of_the_last_run_is_complete_and_good() -> None:
     found = json.loads(RECORD.read_text())
     for model_name in ("golden", "demo"):
         for type_name in ("f16", "q8_0"):
-            bound = ROUNDED_ACTIVATIONS.get((model_name, type_name), TOLERANCE)
-            assert found[f"logits, {model_name}, {type_name}"]["relative_l2"] <= bound
-    assert sum(name.startswith("types, ") for name in found) == 9
+            figures = found[f"logits, {model_name}, {type_name}"]
+            assert figures["relative_l2"] <= ROUNDED_ACTIVATIONS.get((model_name, type_name), TOLERANCE)
+            assert figures["ours_to_float32"] <= TO_FLOAT32[type_name]
+    types = {name: figures for name, figures in found.items() if name.startswith("types, ")}
+    assert set(types) == {f"types, {preset}" for preset in PRESETS}
+    assert all(figures["same"] and figures["tensors"] == 147 for figures in types.values())
