@@ -271,30 +271,27 @@ template <class Rows>
 void multiply_one(const PackedPiece& p) {
     const InputSlab* const x = reinterpret_cast<const InputSlab*>(p.x);
     constexpr int64_t kCols = Rows::kBlocks * kBlock;
+    RestOfRows rest;
     for (int64_t row = 0; row < p.n_rows; row += kLanes) {
         const std::byte* const w = p.w + row * p.row_bytes;
         const int64_t n = min64(kLanes, p.n_rows - row);
         SumSink<Rows> sink;
         sink.block = 0;
-        sink.ahead = w;
+        // The next rows lie behind these, and are fetched in the order of the file.
+        sink.ahead = w + kLanes * p.row_bytes;
         sink.total = zero();
-        if (n == kLanes) {
-            // The next rows lie behind these, and are fetched in the order of the file.
-            sink.ahead = w + kLanes * p.row_bytes;
-            for (int64_t col = 0; col < p.cols; col += kCols) {
-                sink.x = x + col / kSlabCols;
-                if constexpr (Rows::kBlocks == 1) sink.block = col % kSlabCols / kBlock;
-                Rows::unpack(w + col / kCols * Rows::kBytes, p.row_bytes, sink);
-                sink.ahead += kLanes * Rows::kBytes;
+        for (int64_t col = 0; col < p.cols; col += kCols) {
+            const std::byte* from = w + col / kCols * Rows::kBytes;
+            int64_t stride = p.row_bytes;
+            if (n < kLanes) {
+                rest.copy(from, stride, n, Rows::kBytes);
+                from = rest.bytes;
+                stride = RestOfRows::kStride;
             }
-        } else {
-            RestOfRows rest;
-            for (int64_t col = 0; col < p.cols; col += kCols) {
-                rest.copy(w + col / kCols * Rows::kBytes, p.row_bytes, n, Rows::kBytes);
-                sink.x = x + col / kSlabCols;
-                if constexpr (Rows::kBlocks == 1) sink.block = col % kSlabCols / kBlock;
-                Rows::unpack(rest.bytes, RestOfRows::kStride, sink);
-            }
+            sink.x = x + col / kSlabCols;
+            if constexpr (Rows::kBlocks == 1) sink.block = col % kSlabCols / kBlock;
+            Rows::unpack(from, stride, sink);
+            sink.ahead += kLanes * Rows::kBytes;
         }
         put_outputs(p, 0, row, sink.total, n);
     }
@@ -343,9 +340,15 @@ void unpack_slab(WeightSlab& slab, const std::byte* p, int64_t row_bytes, int64_
     }
 }
 
-// T tokens against R x kLanes rows over a slab; `sums` (R, T) are read if not `first`.
-template <int R, int T, bool minimum>
+// A tile: so many vectors of rows by kIntegerTokens tokens.
+constexpr int kIntegerRows = 2;
+constexpr int64_t kSideRows = kIntegerRows * kLanes;
+constexpr int kTileSums = kIntegerRows * kIntegerTokens;
+
+// `sums` (rows, tokens) += a tile over a slab, or = if `first`.
+template <bool minimum>
 YIVL_INLINE void multiply_tile(F* sums, const WeightSlab* w, const InputSlab* x, int64_t n_blocks, bool first) {
+    constexpr int R = kIntegerRows, T = kIntegerTokens;
     F total[R][T];
     YIVL_UNROLL
     for (int r = 0; r < R; ++r) {
@@ -378,10 +381,9 @@ YIVL_INLINE void multiply_tile(F* sums, const WeightSlab* w, const InputSlab* x,
             const F scale = w[r].blocks[b].scale;
             YIVL_UNROLL
             for (int t = 0; t < T; ++t) {
-                const InputSlab& slab = x[t];
-                total[r][t] = fma(to_floats(acc[r][t]), mul(scale, set1(slab.scale[b])), total[r][t]);
+                total[r][t] = fma(to_floats(acc[r][t]), mul(scale, set1(x[t].scale[b])), total[r][t]);
                 if constexpr (minimum) {
-                    total[r][t] = fma(w[r].blocks[b].minimum, set1(slab.minus_sum[b]), total[r][t]);
+                    total[r][t] = fma(w[r].blocks[b].minimum, set1(x[t].minus_sum[b]), total[r][t]);
                 }
             }
         }
@@ -393,72 +395,40 @@ YIVL_INLINE void multiply_tile(F* sums, const WeightSlab* w, const InputSlab* x,
     }
 }
 
-template <int R, int T, bool minimum>
-YIVL_INLINE void multiply_rest(int64_t n_tokens, F* sums, const WeightSlab* w, const InputSlab* x, int64_t n_blocks,
-                               bool first) {
-    if (n_tokens == T) {
-        multiply_tile<R, T, minimum>(sums, w, x, n_blocks, first);
-    } else if constexpr (T > 1) {
-        multiply_rest<R, T - 1, minimum>(n_tokens, sums, w, x, n_blocks, first);
-    }
-}
-
-// All tokens against R x kLanes rows over a slab.
-template <int R, bool minimum>
-void multiply_slab(F* sums, const WeightSlab* w, const InputSlab* x, int64_t n_tokens, int64_t n_blocks, bool first) {
-    int64_t t = 0;
-    for (; t + kIntegerTokens <= n_tokens; t += kIntegerTokens) {
-        multiply_tile<R, kIntegerTokens, minimum>(sums + t * R, w, x + t, n_blocks, first);
-    }
-    if (t < n_tokens) {
-        multiply_rest<R, kIntegerTokens - 1, minimum>(n_tokens - t, sums + t * R, w, x + t, n_blocks, first);
-    }
-}
-
-// Vectors of rows that are multiplied side by side.
-constexpr int kIntegerRows = 2;
-constexpr int64_t kSideRows = kIntegerRows * kLanes;
-
 // Tokens whose slabs of x and sums stay in the second-level cache, while the weights are unpacked for each of them.
 constexpr int64_t kTokensAtOnce = 48 * kIntegerTokens;
 
-// Tokens [token, token + n_tokens) of the piece.
+// Tokens [token, token + n_tokens) of the piece. The last tile may be wider and higher than what is left: what it
+// computes from memory that happens to lie there is not read.
 template <class Rows>
 void multiply_some(const PackedPiece& p, int64_t token, int64_t n_tokens, std::byte* scratch, bool (*stop)(const void*),
                    const void* stop_arg) {
     WeightSlab* const w = reinterpret_cast<WeightSlab*>(scratch);
     F* const sums = reinterpret_cast<F*>(scratch + kIntegerRows * sizeof(WeightSlab));
     const int64_t n_slabs = (p.cols + kSlabCols - 1) / kSlabCols;
+    const int64_t n_tiles = (n_tokens + kIntegerTokens - 1) / kIntegerTokens;
     for (int64_t s = 0; s < n_slabs; ++s) {
         if (stop(stop_arg)) return;
         const int64_t n_blocks = min64(kSlabCols, p.cols - s * kSlabCols) / kBlock;
         // A slab's tokens lie side by side.
         const InputSlab* const x = reinterpret_cast<const InputSlab*>(p.x) + s * p.n_tokens + token;
         for (int64_t row = 0; row < p.n_rows; row += kSideRows) {
-            const int64_t n_rows = min64(kSideRows, p.n_rows - row);
             const std::byte* const from = p.w + row * p.row_bytes + s * (kSlabBlocks / Rows::kBlocks) * Rows::kBytes;
-            F* const mine = sums + row / kLanes * n_tokens;
-            unpack_slab<Rows>(w[0], from, p.row_bytes, min64(kLanes, n_rows), n_blocks);
-            if (n_rows > kLanes) {
-                unpack_slab<Rows>(w[1], from + kLanes * p.row_bytes, p.row_bytes, n_rows - kLanes, n_blocks);
-                multiply_slab<2, Rows::kMinimum>(mine, w, x, n_tokens, n_blocks, s == 0);
-            } else {
-                multiply_slab<1, Rows::kMinimum>(mine, w, x, n_tokens, n_blocks, s == 0);
+            for (int r = 0; r < kIntegerRows; ++r) {
+                const int64_t n_rows = min64(kLanes, p.n_rows - row - r * kLanes);
+                if (n_rows > 0) unpack_slab<Rows>(w[r], from + r * kLanes * p.row_bytes, p.row_bytes, n_rows, n_blocks);
+            }
+            F* const mine = sums + row / kSideRows * n_tiles * kTileSums;
+            for (int64_t tile = 0; tile < n_tiles; ++tile) {
+                multiply_tile<Rows::kMinimum>(mine + tile * kTileSums, w, x + tile * kIntegerTokens, n_blocks, s == 0);
             }
         }
     }
-    for (int64_t row = 0; row < p.n_rows; row += kSideRows) {
-        const int64_t n_rows = min64(kSideRows, p.n_rows - row);
-        const int64_t vectors = (n_rows + kLanes - 1) / kLanes;
-        const F* const mine = sums + row / kLanes * n_tokens;
+    for (int64_t row = 0; row < p.n_rows; row += kLanes) {
+        const F* const mine = sums + row / kSideRows * n_tiles * kTileSums + row % kSideRows / kLanes * kIntegerTokens;
         for (int64_t t = 0; t < n_tokens; ++t) {
-            // Sums of one tile lie together: (vectors, tokens of the tile).
-            const int64_t tile = t / kIntegerTokens * kIntegerTokens;
-            const int64_t width = min64(kIntegerTokens, n_tokens - tile);
-            for (int64_t r = 0; r < vectors; ++r) {
-                put_outputs(p, token + t, row + r * kLanes, mine[tile * vectors + r * width + t - tile],
-                            min64(kLanes, n_rows - r * kLanes));
-            }
+            put_outputs(p, token + t, row, mine[t / kIntegerTokens * kTileSums + t % kIntegerTokens],
+                        min64(kLanes, p.n_rows - row));
         }
     }
 }
@@ -484,7 +454,8 @@ int order_of_integers(WeightType type) {
 }
 
 int64_t packed_integer_bytes(int64_t n_tokens, int64_t cols) {
-    return n_tokens * ((cols + kSlabCols - 1) / kSlabCols) * static_cast<int64_t>(sizeof(InputSlab));
+    const int64_t slabs = n_tokens * ((cols + kSlabCols - 1) / kSlabCols);
+    return (slabs + kIntegerTokens) * static_cast<int64_t>(sizeof(InputSlab));  // with room for the last tile
 }
 
 void pack_block(InputSlab& slab, int64_t b, const float* x) {
@@ -515,9 +486,10 @@ void pack_integers(std::byte* dst, const PackedInput& p, int64_t group) {
 }
 
 int64_t integer_scratch_bytes(int64_t n_tokens, int64_t n_rows, int64_t) {
-    const int64_t vectors = (n_rows + kLanes - 1) / kLanes;
+    const int64_t tiles = ((n_rows + kSideRows - 1) / kSideRows) *
+                          ((min64(n_tokens, kTokensAtOnce) + kIntegerTokens - 1) / kIntegerTokens);
     return kIntegerRows * static_cast<int64_t>(sizeof(WeightSlab)) +
-           vectors * min64(n_tokens, kTokensAtOnce) * static_cast<int64_t>(sizeof(F));
+           tiles * kTileSums * static_cast<int64_t>(sizeof(F));
 }
 
 void multiply_integers(const PackedPiece& piece, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
