@@ -5,6 +5,7 @@
 //   zero() set1(s) load(p) load_n(p, n) store(p, v) store_n(p, v, n)     n in [1, kLanes): the other lanes are 0
 //   add sub mul div max min abs, fma(a, b, c) = a * b + c, below(a, b, x, y) = a < b ? x : y per lane
 //   round(v) to the nearest integer, pow2(v) = 2^v for integers v in [-126, 127]
+//   transpose(r) of kLanes vectors
 //   sum(v), largest(v) over the lanes; sum4(a, b, c, d, out) four sums, each as any other position would give it
 //   kTokens x kRows: accumulators of the dot tile (kRows is 4); kTileRows x kTileVectors: of the attention tile
 //   dequantize
@@ -223,6 +224,8 @@ void rotate(float* x, const float* cos_sin, int64_t n) {
 
 // ---- attention: online softmax over blocks of kKeyBlock keys ----
 
+// So many rows do not repay copying the values side by side.
+constexpr int64_t kFewQueryRows = 16;
 constexpr int64_t kPanel = kTileVectors * kLanes;  // keys, or values of a head, that one tile takes at a time
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -265,22 +268,23 @@ void score_rows(float* s, const float* q, int64_t q_stride, const float* k_panel
 
 // out[r][0..V lanes) += p[r] . v, V in [1, N].
 template <int R, int N>
-inline void value_tile(int64_t vectors, float* out, const float* p, const float* v, int64_t width, int64_t n_keys) {
+inline void value_tile(int64_t vectors, float* out, const float* p, const float* v, int64_t v_stride, int64_t width,
+                       int64_t n_keys) {
     if (vectors == N) {
-        outer_tile<R, N>(out, width, p, kKeyBlock, v, width, n_keys, true);
+        outer_tile<R, N>(out, width, p, kKeyBlock, v, v_stride, n_keys, true);
     } else if constexpr (N > 1) {
-        value_tile<R, N - 1>(vectors, out, p, v, width, n_keys);
+        value_tile<R, N - 1>(vectors, out, p, v, v_stride, width, n_keys);
     }
 }
 
-// out[r] += sum over j of p[r][j] * v[j], v packed as (kKeyBlock, width). The width is cut evenly: 5 vectors as 3 + 2,
+// out[r] += sum over j of p[r][j] * v[j], v of whole vectors. The width is cut evenly: 5 vectors as 3 + 2,
 // since a tile of one would be bound by loads.
 template <int R>
-void value_rows(float* out, const float* p, const float* v, int64_t width, int64_t n_keys) {
+void value_rows(float* out, const float* p, const float* v, int64_t v_stride, int64_t width, int64_t n_keys) {
     int64_t vectors = width / kLanes;
     for (int64_t tiles = (vectors + kTileVectors - 1) / kTileVectors; tiles > 0; --tiles) {
         const int64_t n = (vectors + tiles - 1) / tiles;
-        value_tile<R, kTileVectors>(n, out, p, v, width, n_keys);
+        value_tile<R, kTileVectors>(n, out, p, v, v_stride, width, n_keys);
         out += n * kLanes;
         v += n * kLanes;
         vectors -= n;
@@ -327,6 +331,7 @@ struct AttentionRows {
     float* total;
     float* k;       // panels of (head_dim, kPanel)
     float* v;       // (kKeyBlock, width)
+    bool in_place;  // values are read where they are
     float* scores;  // (kTileRows, kKeyBlock)
 };
 
@@ -338,6 +343,7 @@ inline int64_t visible_keys(const AttentionPiece& piece, int64_t row) {
 template <int R>
 void attend_tile(const AttentionRows& a, int64_t row, int64_t key, int64_t n) {
     const int64_t i = row - a.piece.row_begin;
+    const float* const v = a.in_place ? a.piece.v + key * a.piece.v_stride : a.v;
     const int64_t head_dim = a.piece.head_dim;
     // The last row sees the most.
     n = min64(n, visible_keys(a.piece, row + R - 1) - key);
@@ -353,7 +359,7 @@ void attend_tile(const AttentionRows& a, int64_t row, int64_t key, int64_t n) {
             for (int64_t j = 0; j < n; ++j) s[j] = 0.0f;
         }
     }
-    value_rows<R>(a.out + i * a.width, a.scores, a.v, a.width, n);
+    value_rows<R>(a.out + i * a.width, a.scores, v, a.in_place ? a.piece.v_stride : a.width, a.width, n);
 }
 
 template <int N>
@@ -367,15 +373,23 @@ inline void attend_rest(int64_t n_rows, const AttentionRows& a, int64_t row, int
 
 void pack_keys(const AttentionRows& a, int64_t key, int64_t n) {
     const int64_t head_dim = a.piece.head_dim;
-    for (int64_t j = 0; j < round_up(n, kPanel); ++j) {
-        float* to = a.k + j / kPanel * kPanel * head_dim + j % kPanel;
-        if (j < n) {
-            const float* from = a.piece.k + (key + j) * a.piece.k_stride;
-            for (int64_t d = 0; d < head_dim; ++d) to[d * kPanel] = from[d];
-        } else {
-            for (int64_t d = 0; d < head_dim; ++d) to[d * kPanel] = 0.0f;
+    for (int64_t j = 0; j < round_up(n, kPanel); j += kLanes) {
+        const float* const from = a.piece.k + (key + j) * a.piece.k_stride;
+        float* const to = a.k + j / kPanel * kPanel * head_dim + j % kPanel;
+        for (int64_t d = 0; d < head_dim; d += kLanes) {
+            F lanes[kLanes];
+            YIVL_UNROLL
+            for (int i = 0; i < kLanes; ++i) {
+                lanes[i] = j + i < n ? load_some(from + i * a.piece.k_stride + d, head_dim - d) : zero();
+            }
+            transpose(lanes);
+            for (int64_t i = 0; i < min64(kLanes, head_dim - d); ++i) store(to + (d + i) * kPanel, lanes[i]);
         }
     }
+}
+
+void pack_values(const AttentionRows& a, int64_t key, int64_t n) {
+    const int64_t head_dim = a.piece.head_dim;
     for (int64_t j = 0; j < n; ++j) {
         const float* from = a.piece.v + (key + j) * a.piece.v_stride;
         for (int64_t d = 0; d < a.width; d += kLanes) store(a.v + j * a.width + d, load_some(from + d, head_dim - d));
@@ -405,6 +419,7 @@ void attention(const AttentionPiece& piece, float* scratch, bool (*stop)(const v
                     take(round_up(rows, kLanes)),
                     take(kKeyBlock * head_dim),
                     take(kKeyBlock * width),
+                    rows <= kFewQueryRows && width == head_dim,
                     take(kKeyBlock * kTileRows)};
 
     const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(head_dim));
@@ -422,6 +437,7 @@ void attention(const AttentionPiece& piece, float* scratch, bool (*stop)(const v
         if (stop(stop_arg)) return;
         const int64_t n = min64(kKeyBlock, n_keys - key);
         pack_keys(a, key, n);
+        if (!a.in_place) pack_values(a, key, n);
         for (int64_t row = piece.row_begin; row < piece.row_end; row += kTileRows) {
             attend_rest<kTileRows>(min64(kTileRows, piece.row_end - row), a, row, key, n);
         }

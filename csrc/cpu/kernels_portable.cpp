@@ -54,6 +54,14 @@ inline void sum4(F a, F b, F c, F d, float* out) {
     out[3] = sum(d);
 }
 
+inline void transpose(F (&r)[kLanes]) {
+    F t[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+        for (int j = 0; j < kLanes; ++j) t[j][i] = r[i][j];
+    }
+    for (int i = 0; i < kLanes; ++i) r[i] = t[i];
+}
+
 void dequantize(WeightType type, const std::byte* src, float* dst, int64_t n) { dequantize_row(type, src, dst, n); }
 
 bool multiply(WeightType, float*, const float*, const std::byte*, int64_t, int64_t, int64_t) { return false; }
