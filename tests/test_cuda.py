@@ -67,7 +67,8 @@ needs_emulator = pytest.mark.skipif(not EMULATOR, reason="needs the emulator's t
 @needs_emulator
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
-    "case", ["indices", "lanes", "atomics", "copies", "numbers", "mma_half", "mma_bfloat"]
+    "case",
+    ["indices", "lanes", "atomics", "copies", "numbers", "mma_half", "mma_bfloat", "mma_bfloat_by_shuffles"],
 )
 def test_wrappers_do_what_plain_loops_do(case: str, order: str) -> None:
     done = primitive(case, order)

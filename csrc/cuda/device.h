@@ -180,22 +180,7 @@ __device__ __forceinline__ uint32_t pack_bfloats(float low, float high) {
 //   b (16, 8)   b[0]: rows 2t and 2t+1, column g   b[1]: rows 2t+8 and 2t+9
 //   d (16, 8)   d[0], d[1]: row g, columns 2t and 2t+1   d[2], d[3]: row g+8
 
-#if __CUDA_ARCH__ < 800
-// Cards without the instruction: the elements of a and b are passed round. Slow, but the same sums.
-inline __device__ void mma_bfloat_by_shuffles(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    const int g = lane_id() / 4, t = lane_id() % 4;
-    const auto element = [](uint32_t pair, int i) { return to_float(Bfloat{static_cast<uint16_t>(pair >> i * 16)}); };
-    for (int k = 0; k < 16; ++k) {
-        const int owner = k % 8 / 2, half = k / 8;
-        const uint32_t row = shuffle(a[half * 2], g * 4 + owner), row8 = shuffle(a[half * 2 + 1], g * 4 + owner);
-        for (int j = 0; j < 2; ++j) {
-            const float column = element(shuffle(b[half], (2 * t + j) * 4 + owner), k % 2);
-            d[j] += element(row, k % 2) * column;
-            d[2 + j] += element(row8, k % 2) * column;
-        }
-    }
-}
-#endif
+inline __device__ void mma_bfloat_by_shuffles(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
 // d += a b, of the warp.
 __device__ __forceinline__ void mma_bfloat(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -247,3 +232,22 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const
 }  // namespace yivl::cuda
 
 #endif
+
+namespace yivl::cuda {
+
+// mma_bfloat for cards without the instruction: the elements of a and b are passed round. Slow, but the same sums.
+inline __device__ void mma_bfloat_by_shuffles(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    const int g = lane_id() / 4, t = lane_id() % 4;
+    const auto element = [](uint32_t pair, int i) { return to_float(Bfloat{static_cast<uint16_t>(pair >> i * 16)}); };
+    for (int k = 0; k < 16; ++k) {
+        const int owner = k % 8 / 2, half = k / 8;
+        const uint32_t row = shuffle(a[half * 2], g * 4 + owner), row8 = shuffle(a[half * 2 + 1], g * 4 + owner);
+        for (int j = 0; j < 2; ++j) {
+            const float column = element(shuffle(b[half], (2 * t + j) * 4 + owner), k % 2);
+            d[j] += element(row, k % 2) * column;
+            d[2 + j] += element(row8, k % 2) * column;
+        }
+    }
+}
+
+}  // namespace yivl::cuda

@@ -205,8 +205,10 @@ void numbers(Stream& stream) {
 
 // ---- matrices ----
 
+enum class Kind { half, bfloat, bfloat_by_shuffles };
+
 // d = c + a b twice over: a (16, 16) and b (16, 8) row by row in shared memory, taken into registers by load_matrices.
-template <bool kHalf>
+template <Kind kKind>
 __global__ void mma_kernel(float* out, const float* a_in, const float* b_in, const float* c_in) {
     struct Operands {
         alignas(16) uint16_t a[16][16];
@@ -214,7 +216,7 @@ __global__ void mma_kernel(float* out, const float* a_in, const float* b_in, con
     };
     Operands& s = shared<Operands>();
     const int lane = lane_id(), g = lane / 4, t = lane % 4;
-    const auto bits = [](float x) { return kHalf ? to_half(x).bits : to_bfloat(x).bits; };
+    const auto bits = [](float x) { return kKind == Kind::half ? to_half(x).bits : to_bfloat(x).bits; };
     for (int i = lane; i < 256; i += kWarp) s.a[i / 16][i % 16] = bits(a_in[i]);
     for (int i = lane; i < 128; i += kWarp) s.b[i / 8][i % 8] = bits(b_in[i]);
     sync_warp();
@@ -226,22 +228,22 @@ __global__ void mma_kernel(float* out, const float* a_in, const float* b_in, con
     float d[4];
     for (int r = 0; r < 4; ++r) d[r] = c_in[(g + r / 2 * 8) * 8 + 2 * t + r % 2];
     for (int twice = 0; twice < 2; ++twice) {
-        if constexpr (kHalf) {
-            mma_half(d, a, b);
-        } else {
-            mma_bfloat(d, a, b);
+        switch (kKind) {
+            case Kind::half: mma_half(d, a, b); break;
+            case Kind::bfloat: mma_bfloat(d, a, b); break;
+            case Kind::bfloat_by_shuffles: mma_bfloat_by_shuffles(d, a, b); break;
         }
     }
     for (int r = 0; r < 4; ++r) out[(g + r / 2 * 8) * 8 + 2 * t + r % 2] = d[r];
 }
 
-template <bool kHalf>
+template <Kind kKind>
 void mma(Stream& stream) {
     std::vector<float> a(256), b(128), c(128);
     for (int i = 0; i < 256; ++i) a[i] = small(i);
     for (int i = 0; i < 128; ++i) b[i] = small(i + 5), c[i] = small(3 * i);
     const Array<float> a_in(stream, a), b_in(stream, b), c_in(stream, c), out(stream, c);
-    launch(stream, "mma", mma_kernel<kHalf>, {1}, 32, 0, out.data(), a_in.data(), b_in.data(), c_in.data());
+    launch(stream, "mma", mma_kernel<kKind>, {1}, 32, 0, out.data(), a_in.data(), b_in.data(), c_in.data());
     const std::vector<float> found = out.values();
     for (int i = 0; i < 128; ++i) {
         float expected = c[i];  // multiples of 1/16 that float32 adds exactly
@@ -339,8 +341,9 @@ const std::map<std::string, void (*)(Stream&)> kCases{
     {"atomics", atomics},
     {"copies", copies},
     {"numbers", numbers},
-    {"mma_half", mma<true>},
-    {"mma_bfloat", mma<false>},
+    {"mma_half", mma<Kind::half>},
+    {"mma_bfloat", mma<Kind::bfloat>},
+    {"mma_bfloat_by_shuffles", mma<Kind::bfloat_by_shuffles>},
 #ifndef __CUDACC__
     {"fault-absent", absent},
     {"fault-two-places", two_places},
