@@ -1,7 +1,7 @@
 """Every operation, on every instruction set of this machine, against numpy in float64."""
 
-import math
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -192,7 +192,10 @@ def test_gated_linear_is_the_gated_product_of_two(isa: str) -> None:
     kinds = [GGMLQuantizationType.F16, GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q6_K]
     for gate_type, up_type in itertools.product(kinds, kinds):
         for rows, tokens in ((70, 1), (300, 19)):
-            (gate, _), (up, _) = random_weights(gate_type, rows, 256, 1), random_weights(up_type, rows, 256, 2)
+            (gate, _), (up, _) = (
+                random_weights(gate_type, rows, 256, 1),
+                random_weights(up_type, rows, 256, 2),
+            )
             x = normal(5, tokens, 256)
             y = strided(np.zeros((tokens, rows), np.float32))
             ops.gated_linear(y, strided(x), gate.reshape(-1), gate_type.value, up.reshape(-1), up_type.value)
@@ -510,7 +513,7 @@ def test_attention_does_not_depend_on_threads_or_chunks(
 
 
 def test_row_operations_do_not_depend_on_threads(isa: str) -> None:
-    x, up, w = normal(1, 300, 1280), normal(2, 300, 1280), normal(3, 1280)
+    x, w = normal(1, 300, 1280), normal(3, 1280)
     results = []
     for threads in (1, 2, 3):
         ops = _core.KernelOps(isa, threads)
