@@ -307,8 +307,9 @@ class Comparison:
                 row.ours.append(seconds[0])
                 row.theirs.append(seconds[1])
                 self._save()
-        for side in (ours, theirs):
-            side.ask("warm_up", picture=self.pictures.next())
+        if set(stages) - {"load"}:
+            for side in (ours, theirs):
+                side.ask("warm_up", picture=self.pictures.next() if "answer" in stages else None)
         for i in range(self.rounds):
             if "answer" in stages:
                 say(f"{type_name}: picture and question {i + 1}/{self.rounds}")
@@ -421,10 +422,10 @@ class Comparison:
             with self._theirs() as theirs:
                 settings = {"flash": flash, "image_flash": flash, "ubatch": ubatch}
                 self._open_theirs(theirs, "q4_0", settings)
-                theirs.ask("warm_up", picture=self.pictures.next())
+                theirs.ask("warm_up", picture=None)
                 trial = Row("settings", "q4_0")
-                found = self._calm(trial, lambda: self._their_answer(theirs), theirs)
-                tried.append(settings | found | {"others": trial.others[0]})
+                found = [self._calm(trial, lambda: self._their_answer(theirs), theirs) for _ in range(2)]
+            tried.append(settings | {stage: min(f[stage] for f in found) for stage in ("image", "prefill")})
             write_json(path, tried)
         decoder = min(tried, key=lambda t: t["prefill"])
         image = min(tried, key=lambda t: t["image"])

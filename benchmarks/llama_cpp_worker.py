@@ -104,10 +104,11 @@ class LlamaCpp:
             first_token = time.perf_counter() - began
         return {"image": image, "prefill": prefill, "first_token": first_token, "tokens": positions}
 
-    def warm_up(self, picture: str) -> None:
-        """Use every weight once."""
-        with self._chunks(picture, "", "") as chunks:
-            self._encode(chunks)
+    def warm_up(self, picture: str | None) -> None:
+        """Use every weight once; without a picture, those of the text model."""
+        if picture is not None:
+            with self._chunks(picture, "", "") as chunks:
+                self._encode(chunks)
         self.decode(4, 1, 1)
 
     def decode(self, context: int, tokens: int, runs: int) -> list[float]:

@@ -35,9 +35,10 @@ class YivlEdge:
         """The text of the prompt, with a place for the picture."""
         return self._model.prompt(_messages(system, question))
 
-    def warm_up(self, picture: str) -> None:
-        """Use every weight once."""
-        self._stages.encode_image(load_image(picture))
+    def warm_up(self, picture: str | None) -> None:
+        """Use every weight once; without a picture, those of the text model."""
+        if picture is not None:
+            self._stages.encode_image(load_image(picture))
         self._stages.decode(4, 1, 1)
 
     def answer(self, picture: str, system: str, question: str) -> dict[str, float]:
