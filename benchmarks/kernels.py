@@ -35,7 +35,9 @@ _SCALES = {
     "Q5_K": [0, 2],
     "Q6_K": [208],
 }
-_PREFILL_TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K"]
+# Multiplied as 16-bit integers without AMX.
+_INTEGER_TYPES = ("Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K")
+_PREFILL_TYPES = ["F32", "F16", "Q8_0", "Q4_0", "Q4_K", "Q6_K"]
 _DECODE_TYPES = ["F32", "F16", "Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K"]
 
 
@@ -57,7 +59,7 @@ class Ceilings:
     """What the machine can do, by the same threads with the same instruction set."""
 
     tflops: float  # float32
-    bfloat_tflops: float  # bfloat16 with float32 sums; 0 where the instruction set has none
+    packed_tflops: float  # bfloat16 tiles (AMX) or pairs of int16 (AVX); 0 where there are none
     gigabytes_per_second: float
 
 
@@ -109,11 +111,11 @@ class Benchmark:
         arithmetic = min(self._measure(lambda: ceilings.multiply_add(rounds), 5 * self.repeats))
         memory = np.ones(1 << 27, np.float32)
         reading = min(self._measure(lambda: ceilings.read(memory), self.repeats))
-        bfloat = 0.0
-        if operations_bfloat := ceilings.bfloat_multiply_add(rounds):
-            seconds = self._measure(lambda: ceilings.bfloat_multiply_add(rounds), 5 * self.repeats)
-            bfloat = operations_bfloat / min(seconds) / 1e12
-        return Ceilings(operations / arithmetic / 1e12, bfloat, memory.nbytes / reading / 1e9)
+        packed = 0.0
+        if packed_operations := ceilings.packed_multiply_add(rounds):
+            seconds = self._measure(lambda: ceilings.packed_multiply_add(rounds), 5 * self.repeats)
+            packed = packed_operations / min(seconds) / 1e12
+        return Ceilings(operations / arithmetic / 1e12, packed, memory.nbytes / reading / 1e9)
 
     def _add(
         self, name: str, seconds: list[float], operations: float, moved: float, tflops_ceiling: float
@@ -130,7 +132,8 @@ class Benchmark:
 
     def _linear_ceiling(self, name: str) -> float:
         """TFLOP/s that a product with such weights can reach."""
-        return self.ceilings.tflops if name == "F32" else self.ceilings.bfloat_tflops or self.ceilings.tflops
+        packed = name != "F32" if self.isa == "amx" else name in _INTEGER_TYPES
+        return self.ceilings.packed_tflops if packed and self.ceilings.packed_tflops else self.ceilings.tflops
 
     def prefill(self, name: str, tokens: int, cols: int, rows: int) -> None:
         """Time a matrix product for many tokens."""
@@ -173,8 +176,9 @@ class Benchmark:
     def print(self) -> None:
         """Print ceilings and results as a table."""
         print(f"{self.isa}, {self.threads} threads: at most {self.ceilings.tflops:.3f} TFLOP/s, ", end="")
-        if self.ceilings.bfloat_tflops:
-            print(f"{self.ceilings.bfloat_tflops:.3f} in bfloat16, ", end="")
+        if self.ceilings.packed_tflops:
+            unit = "bfloat16" if self.isa == "amx" else "int16"
+            print(f"{self.ceilings.packed_tflops:.3f} in {unit}, ", end="")
         print(f"{self.ceilings.gigabytes_per_second:.1f} GB/s")
         print(f"{'':34}{'ms':>10}{'spread':>8}{'TFLOP/s':>9}{'GB/s':>7}{'share':>7}")
         for r in self.results:

@@ -157,8 +157,8 @@ public:
         return operations;
     }
 
-    // The same on tiles of bfloat16; 0 if the instruction set has none.
-    int64_t bfloat_multiply_add(int64_t rounds) {
+    // The same in the unit for packed operands; 0 if the instruction set has none.
+    int64_t packed_multiply_add(int64_t rounds) {
         if (kernels_.packed == nullptr) return 0;
         std::atomic<int64_t> operations{0};
         run(pool_.n_threads(), [&](int64_t) { operations += kernels_.packed->multiply_add(rounds); });
@@ -318,7 +318,7 @@ void bind_kernels(py::module_& m) {
     py::class_<Ceilings>(m, "Ceilings")
         .def(py::init<const std::string&, int>(), py::arg("isa") = "", py::arg("n_threads") = 0)
         .def("multiply_add", &Ceilings::multiply_add, py::arg("rounds"))
-        .def("bfloat_multiply_add", &Ceilings::bfloat_multiply_add, py::arg("rounds"))
+        .def("packed_multiply_add", &Ceilings::packed_multiply_add, py::arg("rounds"))
         .def("read", &Ceilings::read, py::arg("values").noconvert());
 
     // Results go into arrays that the caller gives, so that tests can pass views with strides.

@@ -58,7 +58,7 @@ def measure_ceilings(n_threads: int) -> Ceilings:
     return Ceilings(
         _best_rate(read),
         _best_rate(machine.multiply_add),
-        _best_rate(machine.bfloat_multiply_add),
+        _best_rate(machine.packed_multiply_add),
         _packed_unit(),
     )
 
@@ -80,7 +80,7 @@ def _best_rate(work: Callable[[int], int]) -> float:
 
 
 def _packed_unit() -> str:
-    if _core.Ceilings("", 1).bfloat_multiply_add(1) == 0:
+    if _core.Ceilings("", 1).packed_multiply_add(1) == 0:
         return ""
     return "bfloat16" if _core.isa_name() == "amx" else "int16"
 
