@@ -3,10 +3,11 @@
 Example, from the root of the repository:
     python -m benchmarks.quantisation demo-f16.gguf FOLDER/export --json quantisation.json
 
-Every type is converted from the published folder, without and with an importance matrix, and compared with the F16 file
-(first argument): KL divergence and agreement over the assistant's tokens, where the F16 model's own answers are the
-text, as `yivl-edge compare` does it; and answers that are word for word right, as demo/evaluate.py counts them. The
-importance matrix comes from conversations about other scenes than the comparison.
+Every preset, and every type for all of the decoder's blocks, is converted from the published folder, without and with
+an importance matrix, and compared with the F16 file (first argument): KL divergence and agreement over the assistant's
+tokens, where the F16 model's own answers are the text, as `yivl-edge compare` does it; and answers that are word for
+word right, as demo/evaluate.py counts them. The importance matrix comes from conversations about other scenes than the
+comparison.
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ from yivl_edge.cli.terminal import Progress
 from yivl_edge.conversations import Conversation, Transcript
 from yivl_edge.convert import convert
 from yivl_edge.convert.imatrix import write_imatrix
+from yivl_edge.convert.options import PRESETS
 
 from demo.evaluate import Question, engine_answers, picture, questions
 
-TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q4_0", "iq4_xs", "q3_k_m", "q2_k")
+# Presets by their names, then plain types for every matrix of the decoder's blocks.
+TYPES = ("bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q4_0", "iq4_xs", "q3_k_m", "q2_k")
+PLAIN_TYPES = ("q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "iq4_nl", "q3_k")
 MAX_TOKENS = 64
 
 
@@ -121,7 +125,7 @@ def main() -> None:
     )
     parser.add_argument("f16", type=Path, help="the demo model as an F16 file")
     parser.add_argument("folder", type=Path, help="the demo model's published folder")
-    parser.add_argument("--types", nargs="+", default=TYPES, metavar="TYPE")
+    parser.add_argument("--types", nargs="+", default=[*TYPES, *PLAIN_TYPES], metavar="TYPE")
     parser.add_argument("--questions", type=int, default=1000, help="to count right answers of (1000)")
     parser.add_argument("--compared", type=int, default=200, help="conversations to compare logits in (200)")
     parser.add_argument("--calibration", type=int, default=100, help="conversations for the matrix (100)")
@@ -156,11 +160,15 @@ def main() -> None:
         for type_name in args.types:
             for imatrix in (None, matrix):
                 file = folder / f"{type_name}.gguf"
-                convert(args.folder, file, type=type_name, imatrix=imatrix)
+                if type_name in PRESETS:
+                    convert(args.folder, file, type=type_name, imatrix=imatrix)
+                else:
+                    plain = {r"^blk\.": type_name}
+                    convert(args.folder, file, type="q8_0", tensor_types=plain, imatrix=imatrix)
                 rows.append(benchmark.row(file, type_name, imatrix is not None))
+                if args.json is not None:
+                    args.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
                 print(rows[-1].markdown(), flush=True)
-    if args.json is not None:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
 
 
 if __name__ == "__main__":
