@@ -32,6 +32,9 @@ struct alignas(16) Words {
 #include "cuda_emulator.h"
 #else
 
+// Before a loop over values in registers, whose indices must be known.
+#define YIVL_UNROLL _Pragma("unroll")
+
 namespace yivl::cuda {
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;
@@ -136,6 +139,7 @@ __device__ __forceinline__ float fast_exp2(float x) {
     return y;
 }
 
+__device__ __forceinline__ float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ float to_float(Half h) {
     float f;
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h.bits));

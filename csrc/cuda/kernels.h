@@ -21,9 +21,43 @@ void rotations(Stream& stream, Mat cos_sin, int64_t first, float theta);
 // Rotates the heads of x (T, n * hd) by cos_sin (T, hd).
 void rotate(Stream& stream, Mat x, ConstMat cos_sin);
 
+// What becomes of a product v: y = v, y + v, gelu(v), silu(v) or y * v.
+enum class Finish { store, add, gelu, silu, times };
+// As Product of tensor.h.
+struct FinishedProduct {
+    Mat y;
+    Weight w;
+    Vec bias = {};
+    Finish finish = Finish::store;
+};
+
 // matmul.cu
-void linear(Stream& stream, ConstMat x, const Product& product);
-void gated_linear(Stream& stream, Mat y, ConstMat x, const Weight& gate, const Weight& up);
+// With weights of any type.
+void linear(Stream& stream, ConstMat x, const FinishedProduct& product);
+
+// matvec.cu
+// x rounded to 15-bit integers, 256 * high + low, with a scale for every 32 columns.
+struct RoundedBlock {
+    float scale;
+    int32_t sum;  // of the integers
+};
+struct RoundedInput {
+    int8_t* high;          // (T, I)
+    int8_t* low;           // (T, I)
+    RoundedBlock* blocks;  // (T, I / 32)
+    int64_t cols;          // I
+};
+bool has_matvec(WeightType type);
+// Of these types with weights that need x rounded.
+bool takes_rounded(WeightType type);
+size_t rounded_bytes(int64_t rows, int64_t cols);
+// In `memory`, rounded_bytes(T, I) of it, aligned to 16.
+RoundedInput round_input(Stream& stream, ConstMat x, std::byte* memory);
+// Products of one x with weights of one type, kMostProducts or fewer. `rounded` is that x, where the type needs it.
+inline constexpr size_t kMostProducts = 3;
+void matvec(Stream& stream, ConstMat x, const RoundedInput& rounded, std::span<const FinishedProduct> products);
+// y = silu(x gate^T) * (x up^T), the two of one type.
+void gated_matvec(Stream& stream, Mat y, ConstMat x, const RoundedInput& rounded, const Weight& gate, const Weight& up);
 
 // attention.cu
 inline constexpr int64_t kMaxHeadDim = 256;

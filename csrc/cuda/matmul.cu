@@ -1,8 +1,8 @@
 // Products with weights of any type: plain and exact to float32, each weight unpacked once for kTokens rows of x.
 #include "cuda/dequant.cuh"
+#include "cuda/finish.cuh"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
-#include "cuda/math.cuh"
 
 namespace yivl::cuda {
 
@@ -60,50 +60,21 @@ __device__ float dot(ConstMat x, const std::byte* w, int64_t row_bytes, int64_t 
 }
 
 template <WeightType kType>
-__global__ void linear_kernel(Mat y, ConstMat x, const std::byte* w, int64_t row_bytes, const float* bias, Then then) {
-    float sum = dot<kType>(x, w, row_bytes, y.cols);
+__global__ void linear_kernel(Mat y, ConstMat x, const std::byte* w, int64_t row_bytes, const float* bias,
+                              Finish finish) {
+    const float sum = dot<kType>(x, w, row_bytes, y.cols);
     const Output at = output_of_thread();
     if (at.row >= y.cols || at.token >= y.rows) return;
-    float& to = y.data[at.token * y.stride + at.row];
-    if (bias != nullptr) sum += bias[at.row];
-    switch (then) {
-        case Then::store: to = sum; break;
-        case Then::add: to += sum; break;
-        case Then::gelu: to = gelu_of(sum); break;
-    }
-}
-
-// Of a type each: a file may give them different ones.
-template <WeightType kType>
-__global__ void silu_linear_kernel(Mat y, ConstMat x, const std::byte* w, int64_t row_bytes) {
-    const float sum = dot<kType>(x, w, row_bytes, y.cols);
-    const Output at = output_of_thread();
-    if (at.row < y.cols && at.token < y.rows) y.data[at.token * y.stride + at.row] = silu_of(sum);
-}
-template <WeightType kType>
-__global__ void times_linear_kernel(Mat y, ConstMat x, const std::byte* w, int64_t row_bytes) {
-    const float sum = dot<kType>(x, w, row_bytes, y.cols);
-    const Output at = output_of_thread();
-    if (at.row < y.cols && at.token < y.rows) y.data[at.token * y.stride + at.row] *= sum;
+    put(finish, y.data[at.token * y.stride + at.row], bias == nullptr ? sum : sum + bias[at.row]);
 }
 
 }  // namespace
 
-void linear(Stream& stream, ConstMat x, const Product& product) {
+void linear(Stream& stream, ConstMat x, const FinishedProduct& product) {
     const Weight& w = product.w;
     with_type(w.type, [&]<WeightType kType> {
         launch(stream, "linear", linear_kernel<kType>, over_outputs(x.rows, w.rows), kThreads, 0, product.y, x, w.data,
-               w.row_bytes(), product.bias.empty() ? nullptr : product.bias.data(), product.then);
-    });
-}
-
-void gated_linear(Stream& stream, Mat y, ConstMat x, const Weight& gate, const Weight& up) {
-    const Grid grid = over_outputs(x.rows, gate.rows);
-    with_type(gate.type, [&]<WeightType kType> {
-        launch(stream, "silu_linear", silu_linear_kernel<kType>, grid, kThreads, 0, y, x, gate.data, gate.row_bytes());
-    });
-    with_type(up.type, [&]<WeightType kType> {
-        launch(stream, "times_linear", times_linear_kernel<kType>, grid, kThreads, 0, y, x, up.data, up.row_bytes());
+               w.row_bytes(), product.bias.empty() ? nullptr : product.bias.data(), product.finish);
     });
 }
 

@@ -58,6 +58,7 @@ struct Workspace {
     std::array<Event, 2> windows;
     Scratch<int32_t> ids;
     Scratch<int32_t> index;
+    Scratch<std::byte> rounded;
     // cos and sin of every pair of a head at a range of positions: the same for all layers.
     Scratch<float> rotations;
     int64_t rotations_head_dim = 0, rotations_first = 0, rotations_rows = 0;
@@ -125,17 +126,24 @@ public:
     }
 
     void linear(ConstMat x, std::span<const Product> products) override {
-        for (const Product& product : products) {
-            assert(product.y.rows == x.rows && product.y.cols == product.w.rows && product.w.cols == x.cols);
-            next();
-            cuda::linear(stream_, x, product);
+        std::vector<FinishedProduct> finished;
+        for (const Product& p : products) {
+            assert(p.y.rows == x.rows && p.y.cols == p.w.rows && p.w.cols == x.cols);
+            finished.push_back({p.y, p.w, p.bias, finish_of(p.then)});
         }
+        next();
+        multiply(x, finished);
     }
     void gated_linear(Mat y, ConstMat x, const Weight& gate, const Weight& up) override {
         assert(y.rows == x.rows && y.cols == gate.rows && gate.cols == x.cols);
         assert(up.rows == gate.rows && up.cols == gate.cols);
         next();
-        cuda::gated_linear(stream_, y, x, gate, up);
+        if (gate.type == up.type && has_matvec(gate.type)) {
+            cuda::gated_matvec(stream_, y, x, takes_rounded(gate.type) ? rounded(x) : RoundedInput{}, gate, up);
+            return;
+        }
+        const FinishedProduct products[] = {{y, gate, {}, Finish::silu}, {y, up, {}, Finish::times}};
+        multiply(x, products);
     }
     void layer_norm(Mat y, ConstMat x, Vec weight, Vec bias, float eps) override {
         assert(y.rows == x.rows && y.cols == x.cols);
@@ -201,6 +209,41 @@ private:
         Event& window = workspace_->windows[count_ / kWindow % 2];
         window.wait();
         window.record(stream_);
+    }
+
+    static Finish finish_of(Then then) {
+        switch (then) {
+            case Then::store: return Finish::store;
+            case Then::add: return Finish::add;
+            case Then::gelu: return Finish::gelu;
+        }
+        return Finish::store;
+    }
+
+    RoundedInput rounded(ConstMat x) {
+        const auto bytes = static_cast<int64_t>(rounded_bytes(x.rows, x.cols));
+        return cuda::round_input(stream_, x, workspace_->rounded.at_least(stream_, bytes));
+    }
+
+    // In order; neighbours of one type are one launch.
+    void multiply(ConstMat x, std::span<const FinishedProduct> products) {
+        RoundedInput in{};
+        for (const FinishedProduct& p : products) {
+            if (!takes_rounded(p.w.type)) continue;
+            in = rounded(x);
+            break;
+        }
+        while (!products.empty()) {
+            const WeightType type = products[0].w.type;
+            size_t n = 1;
+            if (has_matvec(type)) {
+                while (n < products.size() && n < kMostProducts && products[n].w.type == type) ++n;
+                cuda::matvec(stream_, x, in, products.first(n));
+            } else {
+                cuda::linear(stream_, x, products[0]);
+            }
+            products = products.subspan(n);
+        }
     }
 
     ConstMat rotations(int64_t head_dim, int64_t first, int64_t rows, float theta) {

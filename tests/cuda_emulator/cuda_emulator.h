@@ -19,6 +19,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define YIVL_UNROLL
 
 namespace yivl::cuda {
 
@@ -179,6 +180,7 @@ inline int dp4a(int a, int b, int sum) {
 inline float fast_exp(float x) { return std::exp(x); }
 inline float fast_exp2(float x) { return std::exp2(x); }
 
+inline float float_of_bits(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 inline float to_float(Half h) { return half_to_float(h.bits); }
 inline float to_float(Bfloat b) { return __builtin_bit_cast(float, static_cast<uint32_t>(b.bits) << 16); }
 
