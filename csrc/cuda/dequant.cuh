@@ -57,9 +57,12 @@ __device__ __forceinline__ float value(const BlockQ3_K& b, int i) {
     return scale * static_cast<float>(q);
 }
 
-// Scale and minimum of group g of 32 weights of a Q4_K or Q5_K block, applied to q.
+// Group g of 32 weights of a Q4_K or Q5_K block: scale * q - minimum.
+struct Group {
+    float scale, minimum;
+};
 template <class Block>
-__device__ __forceinline__ float scaled(const Block& b, int g, int q) {
+__device__ __forceinline__ Group group_of(const Block& b, int g) {
     int scale, minimum;
     if (g < 4) {
         scale = b.scales[g] & 63;
@@ -68,8 +71,12 @@ __device__ __forceinline__ float scaled(const Block& b, int g, int q) {
         scale = (b.scales[g + 4] & 15) | b.scales[g - 4] >> 6 << 4;
         minimum = b.scales[g + 4] >> 4 | b.scales[g] >> 6 << 4;
     }
-    return from_half(b.d) * static_cast<float>(scale) * static_cast<float>(q) -
-           from_half(b.dmin) * static_cast<float>(minimum);
+    return {from_half(b.d) * static_cast<float>(scale), from_half(b.dmin) * static_cast<float>(minimum)};
+}
+template <class Block>
+__device__ __forceinline__ float scaled(const Block& b, int g, int q) {
+    const Group group = group_of(b, g);
+    return group.scale * static_cast<float>(q) - group.minimum;
 }
 
 __device__ __forceinline__ float value(const BlockQ4_K& b, int i) {
@@ -107,6 +114,8 @@ struct BlockOf;
         using Block = struct_type;               \
         static constexpr int kWeights = weights; \
     };
+YIVL_BLOCK(F16, Half, 1)
+YIVL_BLOCK(BF16, Bfloat, 1)
 YIVL_BLOCK(Q4_0, BlockQ4_0, kBlock)
 YIVL_BLOCK(Q4_1, BlockQ4_1, kBlock)
 YIVL_BLOCK(Q5_0, BlockQ5_0, kBlock)

@@ -91,16 +91,25 @@ __device__ __forceinline__ Words load_words(const void* from) {
     return {{v.x, v.y, v.z, v.w}};
 }
 
-// Begins to copy 16 bytes from global to shared memory, both aligned to 16; zeros where not `valid`, and then `from` is
-// not read. They are there after wait_copies in the same thread (and a sync for the others).
-__device__ __forceinline__ void copy_async(void* to, const void* from, bool valid = true) {
+// Begins to copy 16 bytes from global to shared memory, both aligned to 16: the first `bytes` of `from`, an even
+// number, and zeros for the rest, which is not read. They are there after wait_copies in the same thread (and a sync
+// for the others).
+__device__ __forceinline__ void copy_async(void* to, const void* from, int bytes = 16) {
 #if __CUDA_ARCH__ >= 800
     const auto shared_address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address),
-                 "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0)
+                 "l"(__cvta_generic_to_global(from)), "r"(bytes)
                  : "memory");
 #else
-    *static_cast<Words*>(to) = valid ? load_words(from) : Words{};
+    if (bytes == 16) {
+        *static_cast<Words*>(to) = load_words(from);
+        return;
+    }
+    Words words{};
+    for (int i = 0; i < 8; ++i) {
+        if (2 * i < bytes) words.word[i / 2] |= uint32_t{static_cast<const uint16_t*>(from)[i]} << i % 2 * 16;
+    }
+    *static_cast<Words*>(to) = words;
 #endif
 }
 // Makes one group of the copies that this thread began since the last group.
@@ -140,6 +149,11 @@ __device__ __forceinline__ float fast_exp2(float x) {
 }
 
 __device__ __forceinline__ float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ uint32_t bits_of_float(float f) { return __float_as_uint(f); }
+// Byte i of the result: the one of a's four bytes (0 to 3) or b's (4 to 7) that hexadecimal digit i of `order` names.
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t order) {
+    return __byte_perm(a, b, order);
+}
 __device__ __forceinline__ float to_float(Half h) {
     float f;
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h.bits));
@@ -176,6 +190,24 @@ __device__ __forceinline__ uint32_t pack_bfloats(float low, float high) {
 #else
     return to_bfloat(low).bits | static_cast<uint32_t>(to_bfloat(high).bits) << 16;
 #endif
+}
+
+// Of the two halves in each register.
+__device__ __forceinline__ uint32_t add_halves(uint32_t a, uint32_t b) {
+    uint32_t sum;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+    return sum;
+}
+__device__ __forceinline__ uint32_t multiply_halves(uint32_t a, uint32_t b) {
+    uint32_t product;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+    return product;
+}
+// a * b + c, rounded once.
+__device__ __forceinline__ uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t sum;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+    return sum;
 }
 
 // ---- matrices in the registers of a warp ----

@@ -31,6 +31,9 @@ struct FinishedProduct {
     Finish finish = Finish::store;
 };
 
+// Of one x, in one launch.
+inline constexpr size_t kMostProducts = 3;
+
 // matmul.cu
 // With weights of any type.
 void linear(Stream& stream, ConstMat x, const FinishedProduct& product);
@@ -54,14 +57,39 @@ size_t rounded_bytes(int64_t rows, int64_t cols);
 // In `memory`, rounded_bytes(T, I) of it, aligned to 16.
 RoundedInput round_input(Stream& stream, ConstMat x, std::byte* memory);
 // Products of one x with weights of one type, kMostProducts or fewer. `rounded` is that x, where the type needs it.
-inline constexpr size_t kMostProducts = 3;
 void matvec(Stream& stream, ConstMat x, const RoundedInput& rounded, std::span<const FinishedProduct> products);
 // y = silu(x gate^T) * (x up^T), the two of one type.
 void gated_matvec(Stream& stream, Mat y, ConstMat x, const RoundedInput& rounded, const Weight& gate, const Weight& up);
 
+// gemm.cu
+struct Half;
+// x in half precision: each row times a power of two that brings its largest value to 2^14 or more, below 2^15.
+struct HalfInput {
+    Half* values;     // (T, stride): columns past I are 0
+    float* unscaled;  // (T): what takes a row back to x
+    int64_t rows, cols, stride;
+};
+// Of all types but F32, which half precision would round.
+bool has_gemm(WeightType type);
+size_t half_bytes(int64_t rows, int64_t cols);
+// In `memory`, half_bytes(T, I) of it, aligned to 16.
+HalfInput to_halves(Stream& stream, ConstMat x, std::byte* memory);
+// Products of one x with weights of one type, kMostProducts or fewer.
+void gemm(Stream& stream, const HalfInput& x, std::span<const FinishedProduct> products);
+// y = silu(x gate^T) * (x up^T), the two of one type.
+void gated_gemm(Stream& stream, Mat y, const HalfInput& x, const Weight& gate, const Weight& up);
+
 // attention.cu
 inline constexpr int64_t kMaxHeadDim = 256;
 void attention(Stream& stream, Mat out, ConstMat q, ConstMat k, ConstMat v, const AttentionShape& shape);
+
+// flash.cu
+// The same for heads of at most kMaxFlashHeadDim columns, made for many rows of q, with keys and values in `memory`,
+// split_bytes(S, shape) of it, aligned to 16.
+inline constexpr int64_t kMaxFlashHeadDim = 128;
+size_t split_bytes(int64_t n_keys, const AttentionShape& shape);
+void flash_attention(Stream& stream, Mat out, ConstMat q, ConstMat k, ConstMat v, const AttentionShape& shape,
+                     std::byte* memory);
 
 // embed.cu
 // `ids` in device memory, one for each row of y.

@@ -370,17 +370,6 @@ __device__ __forceinline__ void multiply_rows(float (&sums)[kRows][kTokens], con
     }
 }
 
-// One product of several in a launch.
-struct Target {
-    Mat y;
-    const std::byte* w;
-    const float* bias;
-    Finish finish;
-};
-struct Targets {
-    Target of[kMostProducts];
-};
-
 __host__ __device__ constexpr int64_t groups(int64_t n_rows) { return (n_rows + kRows - 1) / kRows; }
 
 template <WeightType kType, class Input, int kTokens>
@@ -481,15 +470,9 @@ RoundedInput round_input(Stream& stream, ConstMat x, std::byte* memory) {
 }
 
 void matvec(Stream& stream, ConstMat x, const RoundedInput& rounded, std::span<const FinishedProduct> products) {
-    assert(!products.empty() && products.size() <= kMostProducts);
-    Targets targets{};
+    const Targets targets = targets_of(products);
     int64_t n_groups = 0;
-    for (size_t i = 0; i < products.size(); ++i) {
-        const FinishedProduct& p = products[i];
-        assert(p.w.type == products[0].w.type);
-        targets.of[i] = {p.y, p.w.data, p.bias.empty() ? nullptr : p.bias.data(), p.finish};
-        n_groups += groups(p.w.rows);
-    }
+    for (const FinishedProduct& p : products) n_groups += groups(p.w.rows);
     const int64_t row_bytes = products[0].w.row_bytes();
     with_input(products[0].w.type, x, rounded, [&]<WeightType kType, int kTokens, class Input>(const Input& input) {
         launch(stream, "matvec", matvec_kernel<kType, Input, kTokens>,

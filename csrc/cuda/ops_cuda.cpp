@@ -20,6 +20,8 @@ namespace {
 
 // The host runs ahead of the device by at most two windows of so many operations: a cancel waits for no more.
 constexpr int kWindow = 16;
+// Of x: more are multiplied on tensor cores.
+constexpr int64_t kMostMatvecRows = 8;
 // Weights are copied in pieces, so that a cancel waits for no more than one.
 constexpr size_t kPlacedAtOnce = 16 << 20;
 // What the model does not count: the kernels' code, streams, rounding of every allocation.
@@ -59,6 +61,8 @@ struct Workspace {
     Scratch<int32_t> ids;
     Scratch<int32_t> index;
     Scratch<std::byte> rounded;
+    Scratch<std::byte> halves;
+    Scratch<std::byte> split_kv;
     // cos and sin of every pair of a head at a range of positions: the same for all layers.
     Scratch<float> rotations;
     int64_t rotations_head_dim = 0, rotations_first = 0, rotations_rows = 0;
@@ -138,6 +142,10 @@ public:
         assert(y.rows == x.rows && y.cols == gate.rows && gate.cols == x.cols);
         assert(up.rows == gate.rows && up.cols == gate.cols);
         next();
+        if (gate.type == up.type && takes_gemm(x, gate.type)) {
+            cuda::gated_gemm(stream_, y, halves(x), gate, up);
+            return;
+        }
         if (gate.type == up.type && has_matvec(gate.type)) {
             cuda::gated_matvec(stream_, y, x, takes_rounded(gate.type) ? rounded(x) : RoundedInput{}, gate, up);
             return;
@@ -180,7 +188,13 @@ public:
                               std::to_string(shape.head_dim));
         }
         next();
-        cuda::attention(stream_, out, q, k, v, shape);
+        if (q.rows > 1 && shape.head_dim <= kMaxFlashHeadDim) {
+            const auto needed = static_cast<int64_t>(split_bytes(k.rows, shape));
+            std::byte* memory = workspace_->split_kv.at_least(stream_, needed);
+            cuda::flash_attention(stream_, out, q, k, v, shape, memory);
+        } else {
+            cuda::attention(stream_, out, q, k, v, shape);
+        }
     }
     void embed(Mat y, const Weight& table, std::span<const int32_t> ids) override {
         assert(y.rows == static_cast<int64_t>(ids.size()) && y.cols == table.cols);
@@ -225,21 +239,30 @@ private:
         return cuda::round_input(stream_, x, workspace_->rounded.at_least(stream_, bytes));
     }
 
+    // Of more rows, each costs less on tensor cores.
+    static bool takes_gemm(ConstMat x, WeightType type) { return x.rows > kMostMatvecRows && has_gemm(type); }
+
+    HalfInput halves(ConstMat x) {
+        const auto bytes = static_cast<int64_t>(half_bytes(x.rows, x.cols));
+        return cuda::to_halves(stream_, x, workspace_->halves.at_least(stream_, bytes));
+    }
+
     // In order; neighbours of one type are one launch.
     void multiply(ConstMat x, std::span<const FinishedProduct> products) {
-        RoundedInput in{};
-        for (const FinishedProduct& p : products) {
-            if (!takes_rounded(p.w.type)) continue;
-            in = rounded(x);
-            break;
-        }
+        std::optional<RoundedInput> in_integers;
+        std::optional<HalfInput> in_halves;
         while (!products.empty()) {
             const WeightType type = products[0].w.type;
             size_t n = 1;
-            if (has_matvec(type)) {
-                while (n < products.size() && n < kMostProducts && products[n].w.type == type) ++n;
-                cuda::matvec(stream_, x, in, products.first(n));
+            while (n < products.size() && n < kMostProducts && products[n].w.type == type) ++n;
+            if (takes_gemm(x, type)) {
+                if (!in_halves) in_halves = halves(x);
+                cuda::gemm(stream_, *in_halves, products.first(n));
+            } else if (has_matvec(type)) {
+                if (takes_rounded(type) && !in_integers) in_integers = rounded(x);
+                cuda::matvec(stream_, x, in_integers.value_or(RoundedInput{}), products.first(n));
             } else {
+                n = 1;
                 cuda::linear(stream_, x, products[0]);
             }
             products = products.subspan(n);

@@ -3,6 +3,7 @@
 //
 //   cuda_primitives           lists the cases
 //   cuda_primitives CASE      runs one: exit code 0, or 1 with the reason on stderr
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -14,6 +15,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/reduce.cuh"
+#include "half.h"
 
 namespace yivl::cuda {
 
@@ -110,17 +112,20 @@ void atomics(Stream& stream) {
 
 // ---- memory ----
 
-// Turns 64 rows of 16 bytes round through shared memory; the last ones are not valid.
-__global__ void copies_kernel(Words* out, const Words* in, int valid) {
+// Bytes of row i that are copied: of the last four only some.
+__host__ __device__ int copied_bytes(int i) { return i < 60 ? 16 : (i - 60) * 4; }
+
+// Turns 64 rows of 16 bytes round through shared memory.
+__global__ void copies_kernel(Words* out, const Words* in) {
     struct Rows {
         Words row[64];
     };
     Rows& rows = shared<Rows>();
     auto* extra = reinterpret_cast<Words*>(dynamic_shared());
     const int i = thread_id();
-    copy_async(&rows.row[i], in + i, i < valid);
+    copy_async(&rows.row[i], in + i, copied_bytes(i));
     commit_copies();
-    copy_async(&extra[i], in + i, i < valid);
+    copy_async(&extra[i], in + i, copied_bytes(i));
     commit_copies();
     wait_copies<1>();
     sync_block();
@@ -135,12 +140,12 @@ void copies(Stream& stream) {
     std::vector<Words> values(64);
     for (uint32_t i = 0; i < 64; ++i) values[i] = {{i, i + 100, i + 200, i + 300}};
     const Array<Words> in(stream, values), out(stream, std::vector<Words>(192));
-    launch(stream, "copies", copies_kernel, {1}, 64, 64 * sizeof(Words), out.data(), in.data(), 60);
+    launch(stream, "copies", copies_kernel, {1}, 64, 64 * sizeof(Words), out.data(), in.data());
     const std::vector<Words> found = out.values();
     for (uint32_t i = 0; i < 64; ++i) {
         const uint32_t row = 63 - i;
         for (uint32_t j = 0; j < 4; ++j) {
-            const uint32_t expected = row < 60 ? row + 100 * j : 0;
+            const uint32_t expected = static_cast<int>(4 * j) < copied_bytes(row) ? row + 100 * j : 0;
             expect(found[i].word[j] == expected && found[64 + i].word[j] == expected, "copy_async", i);
             expect(found[128 + i].word[j] == i + 100 * j, "load_words", i);
         }
@@ -200,6 +205,50 @@ void numbers(Stream& stream) {
             sum += static_cast<int8_t>(a >> 8 * byte) * static_cast<int8_t>(b >> 8 * byte);
         }
         expect(found_dots[i] == sum, "dp4a", i);
+    }
+}
+
+__global__ void halves_kernel(uint32_t* out, const uint32_t* in, int n) {
+    for (int i = thread_id(); i < n; i += block_threads()) {
+        const uint32_t a = in[i], b = in[(i + 1) % n], c = in[(i + 2) % n];
+        out[i] = add_halves(a, b);
+        out[n + i] = multiply_halves(a, b);
+        out[2 * n + i] = fma_halves(a, b, c);
+        out[3 * n + i] = permute_bytes(a, b, 0x7140);
+    }
+}
+
+void halves(Stream& stream) {
+    // Pairs of halves from 0.01 to 100, with all bits of the fraction in use.
+    const auto value = [](int i) {
+        const auto x = static_cast<float>((i % 3 - 1.5) * std::exp(i % 19 - 9.0) * (1.0 + i % 53 / 53.0));
+        return static_cast<float>(rounded(x, 11));
+    };
+    const int n = 400;
+    std::vector<uint32_t> pairs(n);
+    const auto pair = [](float low, float high) {
+        return uint32_t{half_from_float(low)} | half_from_float(high) << 16;
+    };
+    for (int i = 0; i < n; ++i) pairs[i] = pair(value(2 * i), value(2 * i + 1));
+    const Array<uint32_t> in(stream, pairs), out(stream, std::vector<uint32_t>(4 * n));
+    launch(stream, "halves", halves_kernel, {1}, 64, 0, out.data(), in.data(), n);
+    const std::vector<uint32_t> found = out.values();
+    for (int i = 0; i < n; ++i) {
+        for (int part = 0; part < 2; ++part) {
+            const auto of = [&](uint32_t p) { return double{half_to_float(static_cast<uint16_t>(p >> 16 * part))}; };
+            const double a = of(pairs[i]), b = of(pairs[(i + 1) % n]), c = of(pairs[(i + 2) % n]);
+            const auto expect_half = [&](uint32_t p, double exact, const char* what) {
+                // To nearest: 11 bits, fewer below 2^-14, where the last is 2^-24.
+                const double unit = std::ldexp(1.0, std::max(std::ilogb(std::max(std::fabs(exact), 1e-9)) - 10, -24));
+                expect(std::fabs(of(p) - exact) <= unit / 2 || std::fabs(exact) > 65504.0, what, i);
+            };
+            expect_half(found[i], a + b, "add_halves");
+            expect_half(found[n + i], a * b, "multiply_halves");
+            expect_half(found[2 * n + i], a * b + c, "fma_halves");
+        }
+        const uint32_t a = pairs[i], b = pairs[(i + 1) % n];
+        expect(found[3 * n + i] == ((a & 0xff) | (b & 0xff) << 8 | (a >> 8 & 0xff) << 16 | (b >> 24) << 24),
+               "permute_bytes", i);
     }
 }
 
@@ -341,6 +390,7 @@ const std::map<std::string, void (*)(Stream&)> kCases{
     {"atomics", atomics},
     {"copies", copies},
     {"numbers", numbers},
+    {"halves", halves},
     {"mma_half", mma<Kind::half>},
     {"mma_bfloat", mma<Kind::bfloat>},
     {"mma_bfloat_by_shuffles", mma<Kind::bfloat_by_shuffles>},

@@ -148,7 +148,7 @@ std::string text(const Place& place) {
 struct Copy {
     void* to;
     const void* from;
-    bool valid;
+    int bytes;
     int group;
 };
 
@@ -256,15 +256,18 @@ public:
     }
     std::byte* dynamic_shared() const { return objects_.front().data; }
 
-    void copy_async(void* to, const void* from, bool valid, const Place& place) {
-        if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0)) {
+    void copy_async(void* to, const void* from, int bytes, const Place& place) {
+        if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) {
             fail("copy_async: address not aligned to 16", place);
+        }
+        if (bytes < 0 || bytes > 16 || bytes % 2 != 0) {
+            fail("copy_async: expected an even number of bytes up to 16", place);
         }
         const auto* byte = static_cast<const std::byte*>(to);
         if (byte < shared_.get() || byte + 16 > shared_.get() + kArena) {
             fail("copy_async: expected an address in shared memory", place);
         }
-        current_->copies.push_back({to, from, valid, current_->copy_group});
+        current_->copies.push_back({to, from, bytes, current_->copy_group});
     }
     void commit_copies() { ++current_->copy_group; }
     void wait_copies(int pending) {
@@ -272,11 +275,8 @@ public:
         const auto done =
             std::ranges::find_if(me.copies, [&](const Copy& copy) { return copy.group >= me.copy_group - pending; });
         for (auto copy = me.copies.begin(); copy != done; ++copy) {
-            if (copy->valid) {
-                std::memcpy(copy->to, copy->from, 16);
-            } else {
-                std::memset(copy->to, 0, 16);
-            }
+            std::memset(copy->to, 0, 16);
+            std::memcpy(copy->to, copy->from, copy->bytes);
         }
         me.copies.erase(me.copies.begin(), done);
     }
@@ -487,8 +487,8 @@ std::byte* shared_object(const void* key, size_t bytes, size_t alignment) {
     return running->shared_object(key, bytes, alignment);
 }
 std::byte* dynamic_shared_bytes() { return running->dynamic_shared(); }
-void copy_async(void* to, const void* from, bool valid, const Place& place) {
-    running->copy_async(to, from, valid, place);
+void copy_async(void* to, const void* from, int bytes, const Place& place) {
+    running->copy_async(to, from, bytes, place);
 }
 void commit_copies() { running->commit_copies(); }
 void wait_copies(int pending) { running->wait_copies(pending); }

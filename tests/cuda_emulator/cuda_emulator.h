@@ -73,7 +73,7 @@ std::byte* shared_object(const void* key, size_t bytes, size_t alignment);
 std::byte* dynamic_shared_bytes();
 
 // Copies wait in a queue, so that a kernel that does not wait for them finds poison.
-void copy_async(void* to, const void* from, bool valid, const Place& place);
+void copy_async(void* to, const void* from, int bytes, const Place& place);
 void commit_copies();
 void wait_copies(int pending);
 
@@ -145,9 +145,9 @@ inline Words load_words(const void* from, const emulator::Place& place = emulato
     return words;
 }
 
-inline void copy_async(void* to, const void* from, bool valid = true,
+inline void copy_async(void* to, const void* from, int bytes = 16,
                        const emulator::Place& place = emulator::Place::current()) {
-    emulator::copy_async(to, from, valid, place);
+    emulator::copy_async(to, from, bytes, place);
 }
 inline void commit_copies() { emulator::commit_copies(); }
 template <int kPending>
@@ -181,6 +181,13 @@ inline float fast_exp(float x) { return std::exp(x); }
 inline float fast_exp2(float x) { return std::exp2(x); }
 
 inline float float_of_bits(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+inline uint32_t bits_of_float(float f) { return __builtin_bit_cast(uint32_t, f); }
+inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t order) {
+    const uint64_t bytes = uint64_t{b} << 32 | a;
+    uint32_t result = 0;
+    for (int i = 0; i < 4; ++i) result |= static_cast<uint32_t>(bytes >> (order >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return result;
+}
 inline float to_float(Half h) { return half_to_float(h.bits); }
 inline float to_float(Bfloat b) { return __builtin_bit_cast(float, static_cast<uint32_t>(b.bits) << 16); }
 
@@ -201,6 +208,16 @@ inline uint32_t pack_halves(float low, float high) {
 inline uint32_t pack_bfloats(float low, float high) {
     return to_bfloat(low).bits | static_cast<uint32_t>(to_bfloat(high).bits) << 16;
 }
+// A product of halves is exact in float. Of a sum, double holds all but what is far below its last bit in half.
+inline uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
+    const auto part = [](uint32_t pair, int i) {
+        return double{to_float(Half{static_cast<uint16_t>(pair >> 16 * i)})};
+    };
+    const auto sum = [&](int i) { return static_cast<float>(part(a, i) * part(b, i) + part(c, i)); };
+    return pack_halves(sum(0), sum(1));
+}
+inline uint32_t add_halves(uint32_t a, uint32_t b) { return fma_halves(a, 0x3c003c00, b); }
+inline uint32_t multiply_halves(uint32_t a, uint32_t b) { return fma_halves(a, b, 0x80008000); }
 
 namespace emulator {
 

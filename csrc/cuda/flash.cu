@@ -1,0 +1,280 @@
+// Attention of many rows of q on tensor cores, with online softmax: scores and weights stay in registers (Dao,
+// "FlashAttention-2", 2023).
+//
+// Every operand is a sum of two halves, high + low, of 22 bits together. high * high + high * low + low * high is a
+// product as good as float32's to within 2^-21, for three times the work of one pass; in one pass, models with float32
+// weights would no longer be exact. Beyond 65504 keys and values become infinite.
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+#include "cuda/tile.cuh"
+
+namespace yivl::cuda {
+
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kWarpRows = 16;
+constexpr int kRows = kThreads / kWarp * kWarpRows;  // of a block
+template <int kDim>
+constexpr int kKeys = kDim > 80 ? 32 : 64;  // at a time: with more, registers would not suffice
+constexpr int kBlocksAtOnce = 2;            // of a multiprocessor: 255 registers for a thread
+
+// Two values in halves.
+struct Split {
+    uint32_t high, low;
+};
+__device__ __forceinline__ Split split(float first, float second) {
+    const uint32_t high = pack_halves(first, second);
+    return {high, pack_halves(first - to_float(Half{static_cast<uint16_t>(high)}),
+                              second - to_float(Half{static_cast<uint16_t>(high >> 16)}))};
+}
+
+// ---- keys and values in halves ----
+
+// (K, S, kDim) each: the rows of a KV head lie side by side, columns past the head's are 0.
+struct SplitRows {
+    Half *high, *low;
+};
+
+__device__ __forceinline__ void split_row(SplitRows to, ConstMat x, int64_t n_heads, int64_t head_dim, int dim) {
+    const float* row = x.data + block_x() * x.stride;
+    for (int i = thread_id(); i < n_heads * dim / 2; i += kThreads) {
+        const int64_t head = i / (dim / 2);
+        const int col = i % (dim / 2) * 2;
+        const float* from = row + head * head_dim + col;
+        const Split s = split(col < head_dim ? from[0] : 0.0f, col + 1 < head_dim ? from[1] : 0.0f);
+        const int64_t at = (head * x.rows + block_x()) * dim + col;
+        *reinterpret_cast<uint32_t*>(to.high + at) = s.high;
+        *reinterpret_cast<uint32_t*>(to.low + at) = s.low;
+    }
+}
+
+__global__ void split_kernel(SplitRows keys, SplitRows values, ConstMat k, ConstMat v, int64_t n_heads,
+                             int64_t head_dim, int dim) {
+    if (block_y() == 0) {
+        split_row(keys, k, n_heads, head_dim, dim);
+    } else {
+        split_row(values, v, n_heads, head_dim, dim);
+    }
+}
+
+// ---- attention ----
+
+template <int kDim>
+using KeyTile = Tile<kKeys<kDim>, kDim / kChunkElements>;
+template <int kDim>
+using QueryTile = Tile<kRows, kDim / kChunkElements>;
+template <int kDim>
+struct FlashTiles {
+    KeyTile<kDim> k_high, k_low, v_high, v_low;
+    QueryTile<kDim> q_low;
+};
+// The high halves of q stay in registers. They pass through where keys will be.
+static_assert(sizeof(QueryTile<128>) <= 2 * sizeof(KeyTile<128>));
+
+// Begins to copy a tile's rows of a head from `begin` on; the last row again past the last.
+template <int kDim>
+__device__ __forceinline__ void load_rows(KeyTile<kDim>& high, KeyTile<kDim>& low, const SplitRows& from, int64_t begin,
+                                          int64_t n_rows) {
+    constexpr int kChunks = kDim / kChunkElements;
+    for (int i = thread_id(); i < kKeys<kDim> * kChunks; i += kThreads) {
+        const int r = i / kChunks, c = i % kChunks;
+        const int64_t row = begin + r < n_rows ? begin + r : n_rows - 1;
+        const int64_t at = row * kDim + c * kChunkElements;
+        copy_async(&high.chunk(r, c), from.high + at);
+        copy_async(&low.chunk(r, c), from.low + at);
+    }
+}
+
+// d += a b, all of them split: high and low of two b's side by side, as load_b gives them.
+__device__ __forceinline__ void mma_split(float (&first)[4], float (&second)[4], const uint32_t (&a_high)[4],
+                                          const uint32_t (&a_low)[4], const uint32_t (&b_high)[4],
+                                          const uint32_t (&b_low)[4]) {
+    const uint32_t high[2][2] = {{b_high[0], b_high[1]}, {b_high[2], b_high[3]}};
+    const uint32_t low[2][2] = {{b_low[0], b_low[1]}, {b_low[2], b_low[3]}};
+    mma_half(first, a_low, high[0]);
+    mma_half(second, a_low, high[1]);
+    mma_half(first, a_high, low[0]);
+    mma_half(second, a_high, low[1]);
+    mma_half(first, a_high, high[0]);
+    mma_half(second, a_high, high[1]);
+}
+
+// The rows of a block are those of all heads of a KV head: of a token all heads, then the next token.
+struct Rows {
+    int64_t n_tokens, group;  // rows of q, heads of a KV head
+
+    __device__ int64_t token(int64_t row) const { return row / group < n_tokens ? row / group : n_tokens - 1; }
+    __device__ int64_t head(int64_t row) const { return block_y() * group + row % group; }
+};
+
+template <int kDim>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+    flash_kernel(Mat out, ConstMat q, SplitRows keys, SplitRows values, int64_t n_keys, AttentionShape shape) {
+    constexpr int kSteps = kDim / 16;
+    constexpr int kTileKeys = kKeys<kDim>;
+    FlashTiles<kDim>& tiles = *reinterpret_cast<FlashTiles<kDim>*>(dynamic_shared());
+    QueryTile<kDim>& high_of_q = *reinterpret_cast<QueryTile<kDim>*>(dynamic_shared());
+    const int warp = warp_id(), lane = lane_id(), g = lane / 4, t = lane % 4;
+    const Rows rows{q.rows, shape.n_heads / shape.n_kv_heads};
+    // The last tokens see most keys: their blocks begin first.
+    const int64_t first_row = int64_t{grid_x() - 1 - block_x()} * kRows;
+    const int64_t of_head = block_y() * n_keys * kDim;
+    const SplitRows k{keys.high + of_head, keys.low + of_head}, v{values.high + of_head, values.low + of_head};
+    // Weights are powers of two.
+    const float scale = 1.44269504f / sqrtf(static_cast<float>(shape.head_dim));
+
+    for (int i = thread_id(); i < kRows * kDim / 2; i += kThreads) {
+        const int r = i / (kDim / 2), col = i % (kDim / 2) * 2;
+        const float* from =
+            q.data + rows.token(first_row + r) * q.stride + rows.head(first_row + r) * shape.head_dim + col;
+        const Split s =
+            split(col < shape.head_dim ? from[0] * scale : 0.0f, col + 1 < shape.head_dim ? from[1] * scale : 0.0f);
+        high_of_q.chunk(r, col / kChunkElements).word[col % kChunkElements / 2] = s.high;
+        tiles.q_low.chunk(r, col / kChunkElements).word[col % kChunkElements / 2] = s.low;
+    }
+    sync_block();
+    uint32_t q_high[kSteps][4];
+    YIVL_UNROLL
+    for (int i = 0; i < kSteps; ++i) load_a(q_high[i], high_of_q, warp * kWarpRows, 2 * i);
+    sync_block();
+
+    // Rows g and g + 8 of the warp are this lane's.
+    const int64_t row[2] = {first_row + warp * kWarpRows + g, first_row + warp * kWarpRows + g + 8};
+    int64_t seen[2];  // keys of each row
+    for (int i = 0; i < 2; ++i) seen[i] = shape.causal ? n_keys - q.rows + rows.token(row[i]) + 1 : n_keys;
+    const int64_t most_seen = shape.causal ? n_keys - q.rows + rows.token(first_row + kRows - 1) + 1 : n_keys;
+    float largest[2] = {-INFINITY, -INFINITY}, total[2] = {};
+    float sums[kDim / 8][4] = {};
+
+    load_rows<kDim>(tiles.k_high, tiles.k_low, k, 0, n_keys);
+    commit_copies();
+    load_rows<kDim>(tiles.v_high, tiles.v_low, v, 0, n_keys);
+    commit_copies();
+    for (int64_t begin = 0; begin < most_seen; begin += kTileKeys) {
+        const bool last = begin + kTileKeys >= most_seen;
+        wait_copies<1>();
+        sync_block();  // the keys are there
+        float scores[kTileKeys / 8][4] = {};
+        YIVL_UNROLL
+        for (int i = 0; i < kSteps; ++i) {
+            uint32_t q_low[4];
+            load_a(q_low, tiles.q_low, warp * kWarpRows, 2 * i);
+            YIVL_UNROLL
+            for (int j = 0; j < kTileKeys / 16; ++j) {
+                uint32_t high[4], low[4];
+                load_b(high, tiles.k_high, j * 16, 2 * i);
+                load_b(low, tiles.k_low, j * 16, 2 * i);
+                mma_split(scores[2 * j], scores[2 * j + 1], q_high[i], q_low, high, low);
+            }
+        }
+        sync_block();  // the keys have been used
+        if (!last) load_rows<kDim>(tiles.k_high, tiles.k_low, k, begin + kTileKeys, n_keys);
+        commit_copies();
+
+        YIVL_UNROLL
+        for (int j = 0; j < kTileKeys / 8; ++j) {
+            YIVL_UNROLL
+            for (int r = 0; r < 4; ++r) {
+                if (begin + j * 8 + 2 * t + r % 2 >= seen[r / 2]) scores[j][r] = -INFINITY;
+            }
+        }
+        YIVL_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            float most = largest[i];
+            YIVL_UNROLL
+            for (int j = 0; j < kTileKeys / 8; ++j) most = fmaxf(most, fmaxf(scores[j][2 * i], scores[j][2 * i + 1]));
+            for (int mask = 1; mask <= 2; mask *= 2) most = fmaxf(most, shuffle_xor(most, mask));
+            const float shrink = fast_exp2(largest[i] - most);
+            largest[i] = most;
+            total[i] *= shrink;
+            YIVL_UNROLL
+            for (int j = 0; j < kTileKeys / 8; ++j) {
+                YIVL_UNROLL
+                for (int r = 2 * i; r < 2 * i + 2; ++r) {
+                    scores[j][r] = fast_exp2(scores[j][r] - most);
+                    total[i] += scores[j][r];
+                }
+            }
+            YIVL_UNROLL
+            for (int d = 0; d < kDim / 8; ++d) {
+                sums[d][2 * i] *= shrink;
+                sums[d][2 * i + 1] *= shrink;
+            }
+        }
+
+        wait_copies<1>();
+        sync_block();  // the values are there
+        YIVL_UNROLL
+        for (int j = 0; j < kTileKeys / 16; ++j) {
+            // Where mma leaves a result is where it wants an operand.
+            uint32_t p_high[4], p_low[4];
+            YIVL_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                const float(&pair)[4] = scores[2 * j + i / 2];
+                const Split s = split(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+                p_high[i] = s.high;
+                p_low[i] = s.low;
+            }
+            YIVL_UNROLL
+            for (int d = 0; d < kDim / 16; ++d) {
+                uint32_t high[4], low[4];
+                load_b_by_rows(high, tiles.v_high, j * 16, 2 * d);
+                load_b_by_rows(low, tiles.v_low, j * 16, 2 * d);
+                mma_split(sums[2 * d], sums[2 * d + 1], p_high, p_low, high, low);
+            }
+        }
+        sync_block();  // the values have been used
+        if (!last) load_rows<kDim>(tiles.v_high, tiles.v_low, v, begin + kTileKeys, n_keys);
+        commit_copies();
+    }
+
+    YIVL_UNROLL
+    for (int i = 0; i < 2; ++i) {
+        for (int mask = 1; mask <= 2; mask *= 2) total[i] += shuffle_xor(total[i], mask);
+        if (row[i] >= q.rows * rows.group) continue;
+        float* to = out.data + rows.token(row[i]) * out.stride + rows.head(row[i]) * shape.head_dim;
+        YIVL_UNROLL
+        for (int d = 0; d < kDim / 8; ++d) {
+            YIVL_UNROLL
+            for (int r = 0; r < 2; ++r) {
+                const int col = d * 8 + 2 * t + r;
+                if (col < shape.head_dim) to[col] = sums[d][2 * i + r] / total[i];
+            }
+        }
+    }
+}
+
+// fn.template operator()<kDim>() for heads of that many columns or a few less.
+template <class Fn>
+auto with_dim(int64_t head_dim, Fn&& fn) {
+    if (head_dim <= 64) return fn.template operator()<64>();
+    if (head_dim <= 80) return fn.template operator()<80>();
+    return fn.template operator()<128>();
+}
+
+int64_t elements_of_plane(int64_t n_keys, const AttentionShape& shape) {
+    return with_dim(shape.head_dim, [&]<int kDim> { return shape.n_kv_heads * n_keys * kDim; });
+}
+
+}  // namespace
+
+size_t split_bytes(int64_t n_keys, const AttentionShape& shape) {
+    return static_cast<size_t>(4 * elements_of_plane(n_keys, shape)) * sizeof(Half);
+}
+
+void flash_attention(Stream& stream, Mat out, ConstMat q, ConstMat k, ConstMat v, const AttentionShape& shape,
+                     std::byte* memory) {
+    auto* plane = reinterpret_cast<Half*>(memory);
+    const int64_t n = elements_of_plane(k.rows, shape);
+    const SplitRows keys{plane, plane + n}, values{plane + 2 * n, plane + 3 * n};
+    with_dim(shape.head_dim, [&]<int kDim> {
+        launch(stream, "split", split_kernel, {k.rows, 2}, kThreads, 0, keys, values, k, v, shape.n_kv_heads,
+               shape.head_dim, kDim);
+        const Grid grid{(q.rows * (shape.n_heads / shape.n_kv_heads) + kRows - 1) / kRows, shape.n_kv_heads};
+        launch(stream, "flash", flash_kernel<kDim>, grid, kThreads, sizeof(FlashTiles<kDim>), out, q, keys, values,
+               k.rows, shape);
+    });
+}
+
+}  // namespace yivl::cuda

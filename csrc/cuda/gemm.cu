@@ -1,0 +1,471 @@
+// Products of many rows of x on tensor cores: half precision, summed in float32.
+//
+// x is rounded once, before. Weights come as the file has them, in segments of a row, and are unpacked in shared memory
+// slab by slab: each is unpacked once for kTokens rows of x. Rounding is to 11 bits, relative to the largest value of a
+// row of x and to each weight, so that a product of long rows is off by about 2^-12.
+#include "cuda/dequant.cuh"
+#include "cuda/finish.cuh"
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+#include "cuda/reduce.cuh"
+#include "cuda/tile.cuh"
+
+namespace yivl::cuda {
+
+namespace {
+
+// A block computes kRows outputs of kTokens tokens, each of its four warps a quarter.
+constexpr int kTokens = 128;
+constexpr int kRows = 128;
+constexpr int kThreads = 128;
+constexpr int kWarpTokens = 64;
+constexpr int kWarpRows = 64;
+constexpr int kBlocksAtOnce = 2;  // of a multiprocessor: 255 registers for a thread
+
+constexpr int kSlab = 32;  // columns at a time
+constexpr int kChunks = kSlab / kChunkElements;
+// Each thread moves chunks of one number, of every kRowsAtOnce-th row.
+constexpr int kRowsAtOnce = kThreads / kChunks;
+constexpr int kMoves = kRows / kRowsAtOnce;
+
+// ---- x in half precision ----
+
+constexpr int kHalvingThreads = 256;
+
+__global__ void to_halves_kernel(ConstMat x, HalfInput to) {
+    const float* row = x.data + block_x() * x.stride;
+    float largest = 0.0f;
+    for (int64_t i = thread_id(); i < x.cols; i += kHalvingThreads) largest = fmaxf(largest, fabsf(row[i]));
+    largest = reduce_block<Max>(largest);
+    // 2^(E - 127) <= largest < 2^(E - 126), and 2^(F - 127) the factor. An infinity stays one, and so does a NaN.
+    const int exponent = static_cast<int>(bits_of_float(largest) >> 23);
+    const int factor = exponent == 255 ? 127 : 268 - exponent < 253 ? 268 - exponent : 253;
+    const float scale = float_of_bits(static_cast<uint32_t>(factor) << 23);
+    auto* pairs = reinterpret_cast<uint32_t*>(to.values + block_x() * to.stride);
+    for (int64_t i = thread_id(); i < to.stride / 2; i += kHalvingThreads) {
+        const float low = 2 * i < x.cols ? row[2 * i] : 0.0f;
+        const float high = 2 * i + 1 < x.cols ? row[2 * i + 1] : 0.0f;
+        pairs[i] = pack_halves(low * scale, high * scale);
+    }
+    if (thread_id() == 0) to.unscaled[block_x()] = float_of_bits(static_cast<uint32_t>(254 - factor) << 23);
+}
+
+// ---- unpacking ----
+
+// Weights but F16 are unpacked times this, so that products of a block's small scales keep their bits in half
+// precision: what is below 2^-22 loses some, and 255 is the largest.
+constexpr float kUnpackedScale = 256.0f;
+template <WeightType kType>
+constexpr float kPackedScale = kType == WeightType::F16 ? 1.0f : 1.0f / kUnpackedScale;
+
+constexpr int blocks_of_segment(WeightType type) {
+    switch (type) {
+        case WeightType::F16:
+        case WeightType::BF16: return 64;
+        case WeightType::Q4_0:
+        case WeightType::Q4_1:
+        case WeightType::Q5_0:
+        case WeightType::Q5_1:
+        case WeightType::Q8_0:
+        case WeightType::IQ4_NL: return 4;
+        default: return 1;
+    }
+}
+
+// Bytes of kRows rows of the weights, at most kWeights of each at a time. A row begins at an even address: up to 14
+// bytes of the first chunk come before it. The number of chunks is odd, so that eight rows lie in different banks.
+template <WeightType kType>
+struct Segment {
+    using Block = typename BlockOf<kType>::Block;
+    static constexpr int kWeights = blocks_of_segment(kType) * BlockOf<kType>::kWeights;
+    static constexpr int kBytes = blocks_of_segment(kType) * static_cast<int>(sizeof(Block));
+    static constexpr int kWords = (kBytes + 14 + 15) / 16 | 1;
+    static constexpr int kSlabs = kWeights / kSlab;
+    Words words[kRows][kWords];
+};
+
+// 8 bytes at an even address of shared memory.
+struct Eight {
+    uint32_t word[2];
+};
+__device__ __forceinline__ Eight load_eight(const std::byte* p) {
+    if (reinterpret_cast<uintptr_t>(p) % 4 == 0) {
+        const auto* words = reinterpret_cast<const uint32_t*>(p);
+        return {{words[0], words[1]}};
+    }
+    const auto* halves = reinterpret_cast<const uint16_t*>(p);
+    const uint32_t middle = *reinterpret_cast<const uint32_t*>(p + 2);
+    return {{halves[0] | middle << 16, middle >> 16 | uint32_t{halves[3]} << 16}};
+}
+
+__device__ __forceinline__ uint32_t twice(float value) { return pack_halves(value, value); }
+
+// Two of four unsigned bytes as halves: 1024 + byte.
+__device__ __forceinline__ uint32_t low_halves(uint32_t bytes) { return permute_bytes(bytes, 0x64646464, 0x4140); }
+__device__ __forceinline__ uint32_t high_halves(uint32_t bytes) { return permute_bytes(bytes, 0x64646464, 0x4342); }
+
+// scale * (byte - centre) + offset of eight unsigned bytes; all but offset rounded once before.
+__device__ __forceinline__ Words scaled_bytes(const Eight& bytes, int centre, float scale, float offset) {
+    const uint32_t minus = twice(static_cast<float>(-1024 - centre)), s = twice(scale), o = twice(offset);
+    Words words;
+    YIVL_UNROLL
+    for (int i = 0; i < 2; ++i) {
+        words.word[2 * i] = fma_halves(add_halves(low_halves(bytes.word[i]), minus), s, o);
+        words.word[2 * i + 1] = fma_halves(add_halves(high_halves(bytes.word[i]), minus), s, o);
+    }
+    return words;
+}
+
+// Eight nibbles, of the bytes' upper halves or their lower.
+__device__ __forceinline__ Eight nibbles(const std::byte* p, bool upper) {
+    Eight q = load_eight(p);
+    for (uint32_t& word : q.word) word = word >> (upper ? 4 : 0) & 0x0f0f0f0f;
+    return q;
+}
+
+// Integers of group g of a Q4_K or Q5_K block as weights. Taken around `centre`, what scale's rounding costs is a part
+// of the weights, not of their distance from the minimum.
+template <class Block>
+__device__ __forceinline__ Words scaled_group(const Block& b, int g, const Eight& q, int centre) {
+    const Group group = group_of(b, g);
+    const float offset = group.scale * static_cast<float>(centre) - group.minimum;
+    return scaled_bytes(q, centre, group.scale * kUnpackedScale, offset * kUnpackedScale);
+}
+
+// Weights 8i to 8i + 7 of a segment.
+template <WeightType kType>
+struct Unpack {
+    __device__ static Words eight(const std::byte* segment, int i) {
+        using Blocks = BlockOf<kType>;
+        constexpr int kChunksOfBlock = Blocks::kWeights / kChunkElements;
+        const auto& block = reinterpret_cast<const typename Blocks::Block*>(segment)[i / kChunksOfBlock];
+        const int first = i % kChunksOfBlock * kChunkElements;
+        Words words;
+        YIVL_UNROLL
+        for (int j = 0; j < 4; ++j) {
+            words.word[j] = pack_halves(value(block, first + 2 * j) * kUnpackedScale,
+                                        value(block, first + 2 * j + 1) * kUnpackedScale);
+        }
+        return words;
+    }
+};
+template <>
+struct Unpack<WeightType::F16> {
+    __device__ static Words eight(const std::byte* segment, int i) {
+        const Eight first = load_eight(segment + 16 * i), second = load_eight(segment + 16 * i + 8);
+        return {{first.word[0], first.word[1], second.word[0], second.word[1]}};
+    }
+};
+template <>
+struct Unpack<WeightType::BF16> {
+    __device__ static Words eight(const std::byte* segment, int i) {
+        Words words = Unpack<WeightType::F16>::eight(segment, i);
+        for (uint32_t& pair : words.word) {
+            pair = pack_halves(float_of_bits(pair << 16) * kUnpackedScale,
+                               float_of_bits(pair & 0xffff0000) * kUnpackedScale);
+        }
+        return words;
+    }
+};
+template <>
+struct Unpack<WeightType::Q8_0> {
+    __device__ static Words eight(const std::byte* segment, int i) {
+        const auto& block = reinterpret_cast<const BlockQ8_0*>(segment)[i / 4];
+        Eight q = load_eight(reinterpret_cast<const std::byte*>(block.qs) + i % 4 * 8);
+        for (uint32_t& word : q.word) word ^= 0x80808080;  // plus 128
+        return scaled_bytes(q, 128, from_half(block.d) * kUnpackedScale, 0.0f);
+    }
+};
+template <>
+struct Unpack<WeightType::Q4_0> {
+    __device__ static Words eight(const std::byte* segment, int i) {
+        const auto& block = reinterpret_cast<const BlockQ4_0*>(segment)[i / 4];
+        const Eight q = nibbles(reinterpret_cast<const std::byte*>(block.qs) + i % 2 * 8, i % 4 >= 2);
+        return scaled_bytes(q, 8, from_half(block.d) * kUnpackedScale, 0.0f);
+    }
+};
+template <>
+struct Unpack<WeightType::Q4_K> {
+    __device__ static Words eight(const std::byte* segment, int i) {
+        const auto& block = *reinterpret_cast<const BlockQ4_K*>(segment);
+        const int g = i / 4;
+        const Eight q = nibbles(reinterpret_cast<const std::byte*>(block.qs) + g / 2 * 32 + i % 4 * 8, g % 2 != 0);
+        return scaled_group(block, g, q, 8);
+    }
+};
+template <>
+struct Unpack<WeightType::Q5_K> {
+    __device__ static Words eight(const std::byte* segment, int i) {
+        const auto& block = *reinterpret_cast<const BlockQ5_K*>(segment);
+        const int g = i / 4;
+        Eight q = nibbles(reinterpret_cast<const std::byte*>(block.qs) + g / 2 * 32 + i % 4 * 8, g % 2 != 0);
+        const Eight high = load_eight(reinterpret_cast<const std::byte*>(block.qh) + i % 4 * 8);
+        for (int j = 0; j < 2; ++j) q.word[j] |= (high.word[j] >> g & 0x01010101) << 4;
+        return scaled_group(block, g, q, 16);
+    }
+};
+template <>
+struct Unpack<WeightType::Q6_K> {
+    __device__ static Words eight(const std::byte* segment, int i) {
+        const auto& block = *reinterpret_cast<const BlockQ6_K*>(segment);
+        const int g = i / 4;
+        Eight q =
+            nibbles(reinterpret_cast<const std::byte*>(block.ql) + g / 4 * 64 + g % 2 * 32 + i % 4 * 8, g % 4 >= 2);
+        const Eight high = load_eight(reinterpret_cast<const std::byte*>(block.qh) + g / 4 * 32 + i % 4 * 8);
+        for (int j = 0; j < 2; ++j) q.word[j] |= (high.word[j] >> g % 4 * 2 & 0x03030303) << 4;
+        const float scale = from_half(block.d) * static_cast<float>(block.scales[i / 2]);
+        return scaled_bytes(q, 32, scale * kUnpackedScale, 0.0f);
+    }
+};
+
+// ---- the product ----
+
+using HalfTile = Tile<kTokens, kChunks>;
+static_assert(kTokens == kRows);
+
+// Two of each: one is filled while the other is used.
+struct Tiles {
+    HalfTile x[2], w[2];
+};
+// What a quarter of a warp's results pass through, so that they go to memory row by row.
+struct Results {
+    static constexpr int kPitch = kWarpRows + 8;  // two rows' pairs lie in different banks
+    float of_warp[kThreads / kWarp][16][kPitch];
+};
+static_assert(sizeof(Results) <= sizeof(Tiles));
+
+// The rows of weights that a block computes. Those of gate and up come eight by eight in turn, so that a warp has both
+// of an output. Past the last row it is read again.
+struct Rows {
+    const std::byte *weights, *up;
+    int64_t row_bytes, first, last;
+    bool gated;
+
+    __device__ const std::byte* of(int i) const {
+        const int64_t row = first + (gated ? i / 16 * 8 + i % 8 : i);
+        return (gated && i / 8 % 2 != 0 ? up : weights) + (row < last ? row : last) * row_bytes;
+    }
+};
+
+__device__ __forceinline__ void load_x(HalfTile& tile, const HalfInput& x, int64_t first_token, int slab) {
+    const int c = thread_id() % kChunks;
+    YIVL_UNROLL
+    for (int i = 0; i < kMoves; ++i) {
+        const int r = i * kRowsAtOnce + thread_id() / kChunks;
+        const int64_t token = first_token + r < x.rows ? first_token + r : x.rows - 1;
+        copy_async(&tile.chunk(r, c), x.values + token * x.stride + slab * kSlab + c * kChunkElements);
+    }
+}
+
+// Half-precision weights in rows at multiples of 16 bytes need no unpacking.
+__device__ __forceinline__ void load_halves(HalfTile& tile, const Rows& rows, int slab) {
+    const int c = thread_id() % kChunks;
+    const int64_t begin = slab * (kSlab * int64_t{sizeof(Half)}) + c * int64_t{sizeof(Words)};
+    YIVL_UNROLL
+    for (int i = 0; i < kMoves; ++i) {
+        const int r = i * kRowsAtOnce + thread_id() / kChunks;
+        const bool inside = begin < rows.row_bytes;
+        const std::byte* row = rows.of(r);
+        copy_async(&tile.chunk(r, c), inside ? row + begin : row, inside ? 16 : 0);
+    }
+}
+
+template <WeightType kType>
+__device__ __forceinline__ int offset_in_chunk(const Rows& rows, int r, int segment) {
+    return static_cast<int>((reinterpret_cast<uintptr_t>(rows.of(r)) + segment * Segment<kType>::kBytes) % 16);
+}
+
+template <WeightType kType>
+__device__ __forceinline__ void load_segment(Segment<kType>& to, const Rows& rows, int segment) {
+    using S = Segment<kType>;
+    const int64_t begin = int64_t{segment} * S::kBytes, left = rows.row_bytes - begin;
+    const int bytes = left < S::kBytes ? static_cast<int>(left) : S::kBytes;
+    for (int i = thread_id(); i < kRows * S::kWords; i += kThreads) {
+        const int r = i / S::kWords, c = i % S::kWords;
+        const int offset = offset_in_chunk<kType>(rows, r, segment);
+        const int there = offset + bytes - c * 16;
+        if (there > 0) copy_async(&to.words[r][c], rows.of(r) + begin - offset + c * 16, there < 16 ? there : 16);
+    }
+}
+
+template <WeightType kType>
+__device__ __forceinline__ void unpack(HalfTile& tile, const Segment<kType>& from, const Rows& rows, int64_t cols,
+                                       int slab) {
+    using S = Segment<kType>;
+    const int c = thread_id() % kChunks;
+    const int64_t left = cols - slab * int64_t{kSlab} - c * kChunkElements;
+    for (int i = 0; i < kMoves; ++i) {
+        const int r = i * kRowsAtOnce + thread_id() / kChunks;
+        const auto* row = reinterpret_cast<const std::byte*>(from.words[r]);
+        Words w = Unpack<kType>::eight(row + offset_in_chunk<kType>(rows, r, slab / S::kSlabs),
+                                       slab % S::kSlabs * kChunks + c);
+        if constexpr (BlockOf<kType>::kWeights == 1) {
+            // A row's last chunk may lack columns; x has zeros there, but a NaN times zero is one.
+            for (int j = 0; j < kChunkElements; ++j) {
+                if (j >= left) w.word[j / 2] &= j % 2 == 0 ? 0 : 0xffff;
+            }
+        }
+        tile.chunk(r, c) = w;
+    }
+}
+
+// sums += x w^T for a warp's part of a slab.
+using Sums = float[kWarpTokens / 16][kWarpRows / 8][4];
+__device__ __forceinline__ void multiply(Sums& sums, HalfTile& x, HalfTile& w) {
+    const int first_token = warp_id() / 2 * kWarpTokens, first_row = warp_id() % 2 * kWarpRows;
+    YIVL_UNROLL
+    for (int k = 0; k < kChunks; k += 2) {
+        uint32_t a[kWarpTokens / 16][4];
+        YIVL_UNROLL
+        for (int i = 0; i < kWarpTokens / 16; ++i) load_a(a[i], x, first_token + i * 16, k);
+        YIVL_UNROLL
+        for (int j = 0; j < kWarpRows / 16; ++j) {
+            uint32_t b[4];
+            load_b(b, w, first_row + j * 16, k);
+            const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
+            YIVL_UNROLL
+            for (int i = 0; i < kWarpTokens / 16; ++i) {
+                mma_half(sums[i][2 * j], a[i], first);
+                mma_half(sums[i][2 * j + 1], a[i], second);
+            }
+        }
+    }
+}
+
+// 16 tokens of a warp's results from shared memory to where they go.
+struct Goal {
+    Target to;
+    int64_t first_token, first_row;
+    bool gated;
+};
+__device__ void write_results(const float (&results)[16][Results::kPitch], const Goal& goal, const float* unscaled,
+                              float scale) {
+    const Mat& y = goal.to.y;
+    for (int i = 0; i < 16 && goal.first_token + i < y.rows; ++i) {
+        const int64_t token = goal.first_token + i;
+        const float factor = unscaled[token] * scale;
+        float* row = y.data + token * y.stride;
+        for (int j = lane_id(); j < (goal.gated ? kWarpRows / 2 : kWarpRows); j += kWarp) {
+            const int64_t col = goal.first_row + j;
+            if (col >= y.cols) break;
+            if (goal.gated) {
+                const int gate = j / 8 * 16 + j % 8;
+                row[col] = silu_of(results[i][gate] * factor) * (results[i][gate + 8] * factor);
+                continue;
+            }
+            const float sum = results[i][j] * factor;
+            put(goal.to.finish, row[col], goal.to.bias == nullptr ? sum : sum + goal.to.bias[col]);
+        }
+    }
+}
+
+// kStaged: through a segment in shared memory; else straight into the tile, for F16 in aligned rows. Gated: of[0] is
+// the gate, and where the result goes, of[1] up.
+template <WeightType kType, bool kStaged>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+    gemm_kernel(Targets targets, HalfInput x, int64_t row_bytes, bool gated) {
+    using S = Segment<kType>;
+    Tiles& tiles = *reinterpret_cast<Tiles*>(dynamic_shared());
+    S& segment = *reinterpret_cast<S*>(dynamic_shared() + sizeof(Tiles));
+
+    const Target& to = targets.of[block_z()];
+    const int rows_of_block = gated ? kRows / 2 : kRows;
+    const int64_t first_token = int64_t{block_x()} * kTokens, first_row = int64_t{block_y()} * rows_of_block;
+    if (first_row >= to.y.cols) return;  // of several products one may have fewer rows
+    const Rows rows{to.w, targets.of[1].w, row_bytes, first_row, to.y.cols - 1, gated};
+    const int n_slabs = static_cast<int>((x.cols + kSlab - 1) / kSlab);
+
+    Sums sums{};
+    load_x(tiles.x[0], x, first_token, 0);
+    if constexpr (kStaged) {
+        load_segment<kType>(segment, rows, 0);
+    } else {
+        load_halves(tiles.w[0], rows, 0);
+    }
+    commit_copies();
+    for (int slab = 0; slab < n_slabs; ++slab) {
+        HalfTile &x_now = tiles.x[slab % 2], &w_now = tiles.w[slab % 2];
+        const int next = slab + 1;
+        if constexpr (kStaged) {
+            if (slab % S::kSlabs == 0) {
+                wait_copies<0>();
+                sync_block();
+            }
+            unpack<kType>(w_now, segment, rows, x.cols, slab);
+        }
+        wait_copies<0>();
+        sync_block();  // this slab is there, and everyone has done with the last one
+        if (next < n_slabs) {
+            load_x(tiles.x[next % 2], x, first_token, next);
+            if constexpr (!kStaged) load_halves(tiles.w[next % 2], rows, next);
+            if constexpr (kStaged) {
+                if (next % S::kSlabs == 0) load_segment<kType>(segment, rows, next / S::kSlabs);
+            }
+            commit_copies();
+        }
+        multiply(sums, x_now, w_now);
+    }
+
+    sync_block();  // the tiles become room for results
+    auto& results = reinterpret_cast<Results*>(dynamic_shared())->of_warp[warp_id()];
+    const int g = lane_id() / 4, t = lane_id() % 4;
+    YIVL_UNROLL
+    for (int i = 0; i < kWarpTokens / 16; ++i) {
+        sync_warp();  // the last ones are written
+        YIVL_UNROLL
+        for (int j = 0; j < kWarpRows / 8; ++j) {
+            for (int r = 0; r < 4; ++r) results[g + r / 2 * 8][j * 8 + 2 * t + r % 2] = sums[i][j][r];
+        }
+        sync_warp();
+        const Goal goal{to, first_token + warp_id() / 2 * kWarpTokens + i * 16,
+                        first_row + warp_id() % 2 * (rows_of_block / 2), gated};
+        write_results(results, goal, x.unscaled, kPackedScale<kType>);
+    }
+}
+
+void start(Stream& stream, const char* name, const HalfInput& x, const Targets& targets, size_t n_products,
+           int64_t most_rows, const Weight& w, bool gated) {
+    const auto with_staging = [&]<WeightType kType, bool kStaged>() {
+        const int rows_of_block = gated ? kRows / 2 : kRows;
+        const Grid grid{(x.rows + kTokens - 1) / kTokens, (most_rows + rows_of_block - 1) / rows_of_block,
+                        gated ? 1 : static_cast<int64_t>(n_products)};
+        launch(stream, name, gemm_kernel<kType, kStaged>, grid, kThreads,
+               sizeof(Tiles) + (kStaged ? sizeof(Segment<kType>) : 0), targets, x, w.row_bytes(), gated);
+    };
+    with_type(w.type, [&]<WeightType kType> {
+        if constexpr (kType == WeightType::F16) {
+            if (w.row_bytes() % 16 == 0) return with_staging.template operator()<kType, false>();
+        }
+        if constexpr (kType != WeightType::F32) with_staging.template operator()<kType, true>();
+    });
+}
+
+}  // namespace
+
+bool has_gemm(WeightType type) { return type != WeightType::F32; }
+
+size_t half_bytes(int64_t rows, int64_t cols) {
+    const int64_t stride = (cols + kSlab - 1) / kSlab * kSlab;
+    return static_cast<size_t>(rows * (stride * int64_t{sizeof(Half)} + int64_t{sizeof(float)}));
+}
+
+HalfInput to_halves(Stream& stream, ConstMat x, std::byte* memory) {
+    const int64_t stride = (x.cols + kSlab - 1) / kSlab * kSlab;
+    auto* values = reinterpret_cast<Half*>(memory);
+    const HalfInput to{values, reinterpret_cast<float*>(values + x.rows * stride), x.rows, x.cols, stride};
+    launch(stream, "to_halves", to_halves_kernel, {x.rows}, kHalvingThreads, 0, x, to);
+    return to;
+}
+
+void gemm(Stream& stream, const HalfInput& x, std::span<const FinishedProduct> products) {
+    int64_t most_rows = 0;
+    for (const FinishedProduct& p : products) most_rows = p.w.rows > most_rows ? p.w.rows : most_rows;
+    start(stream, "gemm", x, targets_of(products), products.size(), most_rows, products[0].w, false);
+}
+
+void gated_gemm(Stream& stream, Mat y, const HalfInput& x, const Weight& gate, const Weight& up) {
+    const FinishedProduct products[] = {{y, gate}, {y, up}};
+    start(stream, "gated_gemm", x, targets_of(products), 2, gate.rows, gate, true);
+}
+
+}  // namespace yivl::cuda
