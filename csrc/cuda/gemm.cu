@@ -3,6 +3,8 @@
 // x is rounded once, before. Weights come as the file has them, in segments of a row, and are unpacked in shared memory
 // slab by slab: each is unpacked once for kTokens rows of x. Rounding is to 11 bits, relative to the largest value of a
 // row of x and to each weight, so that a product of long rows is off by about 2^-12.
+#include <cstddef>
+
 #include "cuda/dequant.cuh"
 #include "cuda/finish.cuh"
 #include "cuda/kernels.h"
@@ -73,148 +75,185 @@ constexpr int blocks_of_segment(WeightType type) {
 }
 
 // Bytes of kRows rows of the weights, at most kWeights of each at a time. A row begins at an even address: up to 14
-// bytes of the first chunk come before it. The number of chunks is odd, so that eight rows lie in different banks.
+// bytes of the first chunk come before it, and four more may be read behind it. The number of chunks is odd, so that
+// eight rows lie in different banks.
 template <WeightType kType>
 struct Segment {
     using Block = typename BlockOf<kType>::Block;
     static constexpr int kWeights = blocks_of_segment(kType) * BlockOf<kType>::kWeights;
     static constexpr int kBytes = blocks_of_segment(kType) * static_cast<int>(sizeof(Block));
-    static constexpr int kWords = (kBytes + 14 + 15) / 16 | 1;
+    static constexpr int kWords = (14 + kBytes + 4 + 15) / 16 | 1;
     static constexpr int kSlabs = kWeights / kSlab;
-    Words words[kRows][kWords];
+    Words words[kRows * kWords];
 };
 
-// 8 bytes at an even address of shared memory.
-struct Eight {
-    uint32_t word[2];
-};
-__device__ __forceinline__ Eight load_eight(const std::byte* p) {
-    if (reinterpret_cast<uintptr_t>(p) % 4 == 0) {
-        const auto* words = reinterpret_cast<const uint32_t*>(p);
-        return {{words[0], words[1]}};
+// Words at an even address of shared memory, of which up to four bytes more are read.
+template <int kWords>
+__device__ __forceinline__ void load_even(uint32_t (&words)[kWords], const std::byte* p) {
+    const auto odd = static_cast<int>(reinterpret_cast<uintptr_t>(p) % 4);
+    const auto* aligned = reinterpret_cast<const uint32_t*>(p - odd);
+    uint32_t low = aligned[0];
+    YIVL_UNROLL
+    for (int i = 0; i < kWords; ++i) {
+        const uint32_t high = aligned[i + 1];
+        words[i] = static_cast<uint32_t>((uint64_t{high} << 32 | low) >> odd * 8);
+        low = high;
     }
-    const auto* halves = reinterpret_cast<const uint16_t*>(p);
-    const uint32_t middle = *reinterpret_cast<const uint32_t*>(p + 2);
-    return {{halves[0] | middle << 16, middle >> 16 | uint32_t{halves[3]} << 16}};
+}
+// 32 bytes at a multiple of 16.
+__device__ __forceinline__ void load_aligned(uint32_t (&words)[8], const std::byte* p) {
+    YIVL_UNROLL
+    for (int i = 0; i < 2; ++i) {
+        const Words some = reinterpret_cast<const Words*>(p)[i];
+        for (int j = 0; j < 4; ++j) words[i * 4 + j] = some.word[j];
+    }
 }
 
 __device__ __forceinline__ uint32_t twice(float value) { return pack_halves(value, value); }
 
-// Two of four unsigned bytes as halves: 1024 + byte.
-__device__ __forceinline__ uint32_t low_halves(uint32_t bytes) { return permute_bytes(bytes, 0x64646464, 0x4140); }
-__device__ __forceinline__ uint32_t high_halves(uint32_t bytes) { return permute_bytes(bytes, 0x64646464, 0x4342); }
-
-// scale * (byte - centre) + offset of eight unsigned bytes; all but offset rounded once before.
-__device__ __forceinline__ Words scaled_bytes(const Eight& bytes, int centre, float scale, float offset) {
+// scale * (byte - centre) + offset of the unsigned bytes of two words, scale and offset rounded before.
+__device__ __forceinline__ Words scaled_bytes(uint32_t first, uint32_t second, int centre, float scale,
+                                              float offset = 0.0f) {
+    // A byte under 0x64 is the half 1024 + byte.
+    constexpr uint32_t kAbove = 0x64646464;
     const uint32_t minus = twice(static_cast<float>(-1024 - centre)), s = twice(scale), o = twice(offset);
-    Words words;
-    YIVL_UNROLL
-    for (int i = 0; i < 2; ++i) {
-        words.word[2 * i] = fma_halves(add_halves(low_halves(bytes.word[i]), minus), s, o);
-        words.word[2 * i + 1] = fma_halves(add_halves(high_halves(bytes.word[i]), minus), s, o);
-    }
-    return words;
+    const auto scaled = [&](uint32_t halves) { return fma_halves(add_halves(halves, minus), s, o); };
+    return {{scaled(permute_bytes(first, kAbove, 0x4140)), scaled(permute_bytes(first, kAbove, 0x4342)),
+             scaled(permute_bytes(second, kAbove, 0x4140)), scaled(permute_bytes(second, kAbove, 0x4342))}};
 }
 
-// Eight nibbles, of the bytes' upper halves or their lower.
-__device__ __forceinline__ Eight nibbles(const std::byte* p, bool upper) {
-    Eight q = load_eight(p);
-    for (uint32_t& word : q.word) word = word >> (upper ? 4 : 0) & 0x0f0f0f0f;
-    return q;
-}
+__device__ __forceinline__ half_bits half_at(const std::byte* p) { return *reinterpret_cast<const half_bits*>(p); }
 
-// Integers of group g of a Q4_K or Q5_K block as weights. Taken around `centre`, what scale's rounding costs is a part
-// of the weights, not of their distance from the minimum.
-template <class Block>
-__device__ __forceinline__ Words scaled_group(const Block& b, int g, const Eight& q, int centre) {
-    const Group group = group_of(b, g);
-    const float offset = group.scale * static_cast<float>(centre) - group.minimum;
-    return scaled_bytes(q, centre, group.scale * kUnpackedScale, offset * kUnpackedScale);
-}
-
-// Weights 8i to 8i + 7 of a segment.
+// The weights of a slab, the segment's number `slab`: put(chunk, words) for each of its chunks.
 template <WeightType kType>
 struct Unpack {
-    __device__ static Words eight(const std::byte* segment, int i) {
+    template <class Put>
+    __device__ static void slab(const std::byte* segment, int slab, Put&& put) {
         using Blocks = BlockOf<kType>;
-        constexpr int kChunksOfBlock = Blocks::kWeights / kChunkElements;
-        const auto& block = reinterpret_cast<const typename Blocks::Block*>(segment)[i / kChunksOfBlock];
-        const int first = i % kChunksOfBlock * kChunkElements;
-        Words words;
-        YIVL_UNROLL
-        for (int j = 0; j < 4; ++j) {
-            words.word[j] = pack_halves(value(block, first + 2 * j) * kUnpackedScale,
-                                        value(block, first + 2 * j + 1) * kUnpackedScale);
+        const int weight = slab * kSlab;
+        const auto& block = reinterpret_cast<const typename Blocks::Block*>(segment)[weight / Blocks::kWeights];
+        for (int c = 0; c < kChunks; ++c) {
+            const int first = weight % Blocks::kWeights + c * kChunkElements;
+            Words words;
+            YIVL_UNROLL
+            for (int j = 0; j < 4; ++j) {
+                words.word[j] = pack_halves(value(block, first + 2 * j) * kUnpackedScale,
+                                            value(block, first + 2 * j + 1) * kUnpackedScale);
+            }
+            put(c, words);
         }
-        return words;
     }
 };
 template <>
 struct Unpack<WeightType::F16> {
-    __device__ static Words eight(const std::byte* segment, int i) {
-        const Eight first = load_eight(segment + 16 * i), second = load_eight(segment + 16 * i + 8);
-        return {{first.word[0], first.word[1], second.word[0], second.word[1]}};
+    template <class Put>
+    __device__ static void slab(const std::byte* segment, int slab, Put&& put) {
+        uint32_t w[kSlab / 2];
+        load_even(w, segment + slab * sizeof(w));
+        YIVL_UNROLL
+        for (int c = 0; c < kChunks; ++c) put(c, Words{{w[4 * c], w[4 * c + 1], w[4 * c + 2], w[4 * c + 3]}});
     }
 };
 template <>
 struct Unpack<WeightType::BF16> {
-    __device__ static Words eight(const std::byte* segment, int i) {
-        Words words = Unpack<WeightType::F16>::eight(segment, i);
-        for (uint32_t& pair : words.word) {
-            pair = pack_halves(float_of_bits(pair << 16) * kUnpackedScale,
-                               float_of_bits(pair & 0xffff0000) * kUnpackedScale);
-        }
-        return words;
+    template <class Put>
+    __device__ static void slab(const std::byte* segment, int slab, Put&& put) {
+        Unpack<WeightType::F16>::slab(segment, slab, [&](int c, Words words) {
+            for (uint32_t& pair : words.word) {
+                pair = pack_halves(float_of_bits(pair << 16) * kUnpackedScale,
+                                   float_of_bits(pair & 0xffff0000) * kUnpackedScale);
+            }
+            put(c, words);
+        });
     }
 };
 template <>
 struct Unpack<WeightType::Q8_0> {
-    __device__ static Words eight(const std::byte* segment, int i) {
-        const auto& block = reinterpret_cast<const BlockQ8_0*>(segment)[i / 4];
-        Eight q = load_eight(reinterpret_cast<const std::byte*>(block.qs) + i % 4 * 8);
-        for (uint32_t& word : q.word) word ^= 0x80808080;  // plus 128
-        return scaled_bytes(q, 128, from_half(block.d) * kUnpackedScale, 0.0f);
+    template <class Put>
+    __device__ static void slab(const std::byte* segment, int slab, Put&& put) {
+        const std::byte* block = segment + slab * sizeof(BlockQ8_0);
+        const float scale = from_half(half_at(block)) * kUnpackedScale;
+        uint32_t q[8];
+        load_even(q, block + offsetof(BlockQ8_0, qs));
+        for (uint32_t& word : q) word ^= 0x80808080;  // plus 128
+        YIVL_UNROLL
+        for (int c = 0; c < kChunks; ++c) put(c, scaled_bytes(q[2 * c], q[2 * c + 1], 128, scale));
     }
 };
 template <>
 struct Unpack<WeightType::Q4_0> {
-    __device__ static Words eight(const std::byte* segment, int i) {
-        const auto& block = reinterpret_cast<const BlockQ4_0*>(segment)[i / 4];
-        const Eight q = nibbles(reinterpret_cast<const std::byte*>(block.qs) + i % 2 * 8, i % 4 >= 2);
-        return scaled_bytes(q, 8, from_half(block.d) * kUnpackedScale, 0.0f);
+    template <class Put>
+    __device__ static void slab(const std::byte* segment, int slab, Put&& put) {
+        const std::byte* block = segment + slab * sizeof(BlockQ4_0);
+        const float scale = from_half(half_at(block)) * kUnpackedScale;
+        uint32_t q[4];
+        load_even(q, block + offsetof(BlockQ4_0, qs));
+        YIVL_UNROLL
+        for (int c = 0; c < kChunks; ++c) {
+            const auto nibbles = [&](int i) { return q[c % 2 * 2 + i] >> c / 2 * 4 & 0x0f0f0f0f; };
+            put(c, scaled_bytes(nibbles(0), nibbles(1), 8, scale));
+        }
     }
 };
+
+// Scale and minimum of group g of a Q4_K or Q5_K block, from the block's first 16 bytes.
+__device__ __forceinline__ Group group_of(const Words& head, int g) {
+    const int by = g % 4 * 8;
+    const uint32_t a = head.word[1] >> by, b = head.word[2] >> by, c = head.word[3] >> by;
+    const uint32_t scale = g < 4 ? a & 63 : (c & 15) | (a >> 2 & 48);
+    const uint32_t minimum = g < 4 ? b & 63 : (c >> 4 & 15) | (b >> 2 & 48);
+    return {from_half(static_cast<half_bits>(head.word[0])) * static_cast<float>(scale),
+            from_half(static_cast<half_bits>(head.word[0] >> 16)) * static_cast<float>(minimum)};
+}
+// Their blocks lie at multiples of 16, as rows do. Integers are taken around `centre`: what rounding a scale costs is
+// then a part of the weights, not of their distance from the minimum.
+template <class Put>
+__device__ __forceinline__ void put_group(const Words& head, int g, const uint32_t (&q)[8], int centre, Put&& put) {
+    const Group group = group_of(head, g);
+    const float scale = group.scale * kUnpackedScale;
+    const float offset = scale * static_cast<float>(centre) - group.minimum * kUnpackedScale;
+    YIVL_UNROLL
+    for (int c = 0; c < kChunks; ++c) put(c, scaled_bytes(q[2 * c], q[2 * c + 1], centre, scale, offset));
+}
+
 template <>
 struct Unpack<WeightType::Q4_K> {
-    __device__ static Words eight(const std::byte* segment, int i) {
-        const auto& block = *reinterpret_cast<const BlockQ4_K*>(segment);
-        const int g = i / 4;
-        const Eight q = nibbles(reinterpret_cast<const std::byte*>(block.qs) + g / 2 * 32 + i % 4 * 8, g % 2 != 0);
-        return scaled_group(block, g, q, 8);
+    template <class Put>
+    __device__ static void slab(const std::byte* block, int g, Put&& put) {
+        uint32_t q[8];
+        load_aligned(q, block + offsetof(BlockQ4_K, qs) + g / 2 * 32);
+        for (uint32_t& word : q) word = word >> g % 2 * 4 & 0x0f0f0f0f;
+        put_group(*reinterpret_cast<const Words*>(block), g, q, 8, put);
     }
 };
 template <>
 struct Unpack<WeightType::Q5_K> {
-    __device__ static Words eight(const std::byte* segment, int i) {
-        const auto& block = *reinterpret_cast<const BlockQ5_K*>(segment);
-        const int g = i / 4;
-        Eight q = nibbles(reinterpret_cast<const std::byte*>(block.qs) + g / 2 * 32 + i % 4 * 8, g % 2 != 0);
-        const Eight high = load_eight(reinterpret_cast<const std::byte*>(block.qh) + i % 4 * 8);
-        for (int j = 0; j < 2; ++j) q.word[j] |= (high.word[j] >> g & 0x01010101) << 4;
-        return scaled_group(block, g, q, 16);
+    template <class Put>
+    __device__ static void slab(const std::byte* block, int g, Put&& put) {
+        uint32_t q[8], high[8];
+        load_aligned(q, block + offsetof(BlockQ5_K, qs) + g / 2 * 32);
+        load_aligned(high, block + offsetof(BlockQ5_K, qh));
+        for (int i = 0; i < 8; ++i) q[i] = (q[i] >> g % 2 * 4 & 0x0f0f0f0f) | (high[i] >> g & 0x01010101) << 4;
+        put_group(*reinterpret_cast<const Words*>(block), g, q, 16, put);
     }
 };
 template <>
 struct Unpack<WeightType::Q6_K> {
-    __device__ static Words eight(const std::byte* segment, int i) {
-        const auto& block = *reinterpret_cast<const BlockQ6_K*>(segment);
-        const int g = i / 4;
-        Eight q =
-            nibbles(reinterpret_cast<const std::byte*>(block.ql) + g / 4 * 64 + g % 2 * 32 + i % 4 * 8, g % 4 >= 2);
-        const Eight high = load_eight(reinterpret_cast<const std::byte*>(block.qh) + g / 4 * 32 + i % 4 * 8);
-        for (int j = 0; j < 2; ++j) q.word[j] |= (high.word[j] >> g % 4 * 2 & 0x03030303) << 4;
-        const float scale = from_half(block.d) * static_cast<float>(block.scales[i / 2]);
-        return scaled_bytes(q, 32, scale * kUnpackedScale, 0.0f);
+    template <class Put>
+    __device__ static void slab(const std::byte* block, int g, Put&& put) {
+        uint32_t q[8], high[8];
+        load_even(q, block + offsetof(BlockQ6_K, ql) + g / 4 * 64 + g % 2 * 32);
+        load_even(high, block + offsetof(BlockQ6_K, qh) + g / 4 * 32);
+        const float d = from_half(half_at(block + offsetof(BlockQ6_K, d))) * kUnpackedScale;
+        const uint32_t scales = half_at(block + offsetof(BlockQ6_K, scales) + g * 2);  // a byte for 16 weights
+        YIVL_UNROLL
+        for (int c = 0; c < kChunks; ++c) {
+            const auto six_bits = [&](int i) {
+                return (q[i] >> g % 4 / 2 * 4 & 0x0f0f0f0f) | (high[i] >> g % 4 * 2 & 0x03030303) << 4;
+            };
+            const auto scale = static_cast<float>(static_cast<int8_t>(scales >> c / 2 * 8));
+            put(c, scaled_bytes(six_bits(2 * c), six_bits(2 * c + 1), 32, d * scale));
+        }
     }
 };
 
@@ -237,30 +276,29 @@ static_assert(sizeof(Results) <= sizeof(Tiles));
 // The rows of weights that a block computes. Those of gate and up come eight by eight in turn, so that a warp has both
 // of an output. Past the last row it is read again.
 struct Rows {
-    const std::byte *weights, *up;
-    int64_t row_bytes, first, last;
+    const std::byte *weights, *up;  // the first row
+    int row_bytes, last;            // the last row of the block
     bool gated;
 
     __device__ const std::byte* of(int i) const {
-        const int64_t row = first + (gated ? i / 16 * 8 + i % 8 : i);
-        return (gated && i / 8 % 2 != 0 ? up : weights) + (row < last ? row : last) * row_bytes;
+        const int row = gated ? i / 16 * 8 + i % 8 : i;
+        return (gated && i / 8 % 2 != 0 ? up : weights) + int64_t{row < last ? row : last} * row_bytes;
     }
 };
 
 __device__ __forceinline__ void load_x(HalfTile& tile, const HalfInput& x, int64_t first_token, int slab) {
-    const int c = thread_id() % kChunks;
+    const int c = thread_id() % kChunks, first = thread_id() / kChunks;
+    const Half* from = x.values + (first_token + first) * x.stride + slab * kSlab + c * kChunkElements;
     YIVL_UNROLL
     for (int i = 0; i < kMoves; ++i) {
-        const int r = i * kRowsAtOnce + thread_id() / kChunks;
-        const int64_t token = first_token + r < x.rows ? first_token + r : x.rows - 1;
-        copy_async(&tile.chunk(r, c), x.values + token * x.stride + slab * kSlab + c * kChunkElements);
+        copy_async(&tile.chunk(i * kRowsAtOnce + first, c), from + i * kRowsAtOnce * x.stride);
     }
 }
 
 // Half-precision weights in rows at multiples of 16 bytes need no unpacking.
 __device__ __forceinline__ void load_halves(HalfTile& tile, const Rows& rows, int slab) {
     const int c = thread_id() % kChunks;
-    const int64_t begin = slab * (kSlab * int64_t{sizeof(Half)}) + c * int64_t{sizeof(Words)};
+    const int begin = (slab * kChunks + c) * static_cast<int>(sizeof(Words));
     YIVL_UNROLL
     for (int i = 0; i < kMoves; ++i) {
         const int r = i * kRowsAtOnce + thread_id() / kChunks;
@@ -270,43 +308,42 @@ __device__ __forceinline__ void load_halves(HalfTile& tile, const Rows& rows, in
     }
 }
 
-template <WeightType kType>
-__device__ __forceinline__ int offset_in_chunk(const Rows& rows, int r, int segment) {
-    return static_cast<int>((reinterpret_cast<uintptr_t>(rows.of(r)) + segment * Segment<kType>::kBytes) % 16);
+// Where a row's part of a segment begins within its first 16 bytes.
+__device__ __forceinline__ int offset_in_chunk(const std::byte* part) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(part) % sizeof(Words));
 }
 
 template <WeightType kType>
 __device__ __forceinline__ void load_segment(Segment<kType>& to, const Rows& rows, int segment) {
     using S = Segment<kType>;
-    const int64_t begin = int64_t{segment} * S::kBytes, left = rows.row_bytes - begin;
-    const int bytes = left < S::kBytes ? static_cast<int>(left) : S::kBytes;
+    const int begin = segment * S::kBytes, left = rows.row_bytes - begin, bytes = left < S::kBytes ? left : S::kBytes;
     for (int i = thread_id(); i < kRows * S::kWords; i += kThreads) {
-        const int r = i / S::kWords, c = i % S::kWords;
-        const int offset = offset_in_chunk<kType>(rows, r, segment);
-        const int there = offset + bytes - c * 16;
-        if (there > 0) copy_async(&to.words[r][c], rows.of(r) + begin - offset + c * 16, there < 16 ? there : 16);
+        const int chunk = i % S::kWords * static_cast<int>(sizeof(Words));
+        const std::byte* part = rows.of(i / S::kWords) + begin;
+        const int offset = offset_in_chunk(part), there = offset + bytes - chunk;
+        if (there > 0) copy_async(&to.words[i], part - offset + chunk, there < 16 ? there : 16);
     }
 }
 
+// Each thread a row.
 template <WeightType kType>
 __device__ __forceinline__ void unpack(HalfTile& tile, const Segment<kType>& from, const Rows& rows, int64_t cols,
                                        int slab) {
     using S = Segment<kType>;
-    const int c = thread_id() % kChunks;
-    const int64_t left = cols - slab * int64_t{kSlab} - c * kChunkElements;
-    for (int i = 0; i < kMoves; ++i) {
-        const int r = i * kRowsAtOnce + thread_id() / kChunks;
-        const auto* row = reinterpret_cast<const std::byte*>(from.words[r]);
-        Words w = Unpack<kType>::eight(row + offset_in_chunk<kType>(rows, r, slab / S::kSlabs),
-                                       slab % S::kSlabs * kChunks + c);
+    static_assert(kThreads == kRows);
+    const int r = thread_id();
+    const auto* row = reinterpret_cast<const std::byte*>(&from.words[r * S::kWords]);
+    const std::byte* segment = row + offset_in_chunk(rows.of(r) + slab / S::kSlabs * S::kBytes);
+    Unpack<kType>::slab(segment, slab % S::kSlabs, [&](int c, Words words) {
         if constexpr (BlockOf<kType>::kWeights == 1) {
-            // A row's last chunk may lack columns; x has zeros there, but a NaN times zero is one.
+            // A row's last chunks may lack columns; x has zeros there, but a NaN times zero is one.
+            const int64_t left = cols - slab * int64_t{kSlab} - c * kChunkElements;
             for (int j = 0; j < kChunkElements; ++j) {
-                if (j >= left) w.word[j / 2] &= j % 2 == 0 ? 0 : 0xffff;
+                if (j >= left) words.word[j / 2] &= j % 2 == 0 ? 0 : 0xffff;
             }
         }
-        tile.chunk(r, c) = w;
-    }
+        tile.chunk(r, c) = words;
+    });
 }
 
 // sums += x w^T for a warp's part of a slab.
@@ -363,7 +400,7 @@ __device__ void write_results(const float (&results)[16][Results::kPitch], const
 // the gate, and where the result goes, of[1] up.
 template <WeightType kType, bool kStaged>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
-    gemm_kernel(Targets targets, HalfInput x, int64_t row_bytes, bool gated) {
+    gemm_kernel(Targets targets, HalfInput x, int row_bytes, bool gated) {
     using S = Segment<kType>;
     Tiles& tiles = *reinterpret_cast<Tiles*>(dynamic_shared());
     S& segment = *reinterpret_cast<S*>(dynamic_shared() + sizeof(Tiles));
@@ -372,7 +409,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     const int rows_of_block = gated ? kRows / 2 : kRows;
     const int64_t first_token = int64_t{block_x()} * kTokens, first_row = int64_t{block_y()} * rows_of_block;
     if (first_row >= to.y.cols) return;  // of several products one may have fewer rows
-    const Rows rows{to.w, targets.of[1].w, row_bytes, first_row, to.y.cols - 1, gated};
+    const int64_t begin = first_row * row_bytes, left = to.y.cols - first_row;
+    const Rows rows{to.w + begin, targets.of[1].w + begin, row_bytes,
+                    static_cast<int>(left < rows_of_block ? left : rows_of_block) - 1, gated};
     const int n_slabs = static_cast<int>((x.cols + kSlab - 1) / kSlab);
 
     Sums sums{};
@@ -430,7 +469,8 @@ void start(Stream& stream, const char* name, const HalfInput& x, const Targets& 
         const Grid grid{(x.rows + kTokens - 1) / kTokens, (most_rows + rows_of_block - 1) / rows_of_block,
                         gated ? 1 : static_cast<int64_t>(n_products)};
         launch(stream, name, gemm_kernel<kType, kStaged>, grid, kThreads,
-               sizeof(Tiles) + (kStaged ? sizeof(Segment<kType>) : 0), targets, x, w.row_bytes(), gated);
+               sizeof(Tiles) + (kStaged ? sizeof(Segment<kType>) : 0), targets, x, static_cast<int>(w.row_bytes()),
+               gated);
     };
     with_type(w.type, [&]<WeightType kType> {
         if constexpr (kType == WeightType::F16) {
@@ -444,15 +484,16 @@ void start(Stream& stream, const char* name, const HalfInput& x, const Targets& 
 
 bool has_gemm(WeightType type) { return type != WeightType::F32; }
 
+// Whole blocks' rows can be read; the last block's may hold anything.
 size_t half_bytes(int64_t rows, int64_t cols) {
-    const int64_t stride = (cols + kSlab - 1) / kSlab * kSlab;
-    return static_cast<size_t>(rows * (stride * int64_t{sizeof(Half)} + int64_t{sizeof(float)}));
+    const int64_t all_rows = (rows + kTokens - 1) / kTokens * kTokens, stride = (cols + kSlab - 1) / kSlab * kSlab;
+    return static_cast<size_t>(all_rows * stride * int64_t{sizeof(Half)} + rows * int64_t{sizeof(float)});
 }
 
 HalfInput to_halves(Stream& stream, ConstMat x, std::byte* memory) {
     const int64_t stride = (x.cols + kSlab - 1) / kSlab * kSlab;
-    auto* values = reinterpret_cast<Half*>(memory);
-    const HalfInput to{values, reinterpret_cast<float*>(values + x.rows * stride), x.rows, x.cols, stride};
+    auto* unscaled = reinterpret_cast<float*>(memory + half_bytes(x.rows, x.cols)) - x.rows;
+    const HalfInput to{reinterpret_cast<Half*>(memory), unscaled, x.rows, x.cols, stride};
     launch(stream, "to_halves", to_halves_kernel, {x.rows}, kHalvingThreads, 0, x, to);
     return to;
 }

@@ -65,7 +65,7 @@ void gated_matvec(Stream& stream, Mat y, ConstMat x, const RoundedInput& rounded
 struct Half;
 // x in half precision: each row times a power of two that brings its largest value to 2^14 or more, below 2^15.
 struct HalfInput {
-    Half* values;     // (T, stride): columns past I are 0
+    Half* values;     // (T rounded up to blocks, stride): columns past I are 0
     float* unscaled;  // (T): what takes a row back to x
     int64_t rows, cols, stride;
 };
