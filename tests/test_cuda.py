@@ -262,6 +262,34 @@ def test_products_of_many_rows_at_the_ends_of_the_range(isa: str) -> None:
         assert relative_error(y[row : row + 1], exact) < 1e-5
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 1, 128), (4, 4, 80), (14, 2, 62)])
+def test_attention_of_many_rows_does_not_depend_on_how_many(
+    isa: str, heads: int, kv_heads: int, head_dim: int
+) -> None:
+    ops = _core.KernelOps(isa)
+    tokens, keys = 67, 140
+    q = normal(1, tokens, heads * head_dim)
+    k, v = normal(2, keys, kv_heads * head_dim), normal(3, keys, kv_heads * head_dim)
+    whole = test_kernels.attention(ops, q, k, v, heads, kv_heads, True)
+    for first, last in ((0, 2), (5, 13), (30, 67)):
+        seen = keys - tokens + last
+        some = test_kernels.attention(ops, q[first:last], k[:seen], v[:seen], heads, kv_heads, True)
+        assert np.array_equal(some, whole[first:last])
+
+
+def test_attention_of_many_rows_with_large_and_growing_scores(isa: str) -> None:
+    ops = _core.KernelOps(isa)
+    keys = 400
+    q = np.full((5, 80), 4, np.float32)
+    k = np.linspace(-30, 30, keys, dtype=np.float32)[:, None] * np.ones((1, 80), np.float32)
+    v = normal(1, keys, 80)
+    y = test_kernels.attention(ops, q, k, v, 1, 1, False)
+    exact = test_kernels.exact_attention(q, k, v, 1, 1, False)
+    # Scores reach 1073. q and k have 22 bits, and low * low is left out: three times 2^-22 of a score, which is the
+    # relative error of a weight.
+    assert np.abs(y - exact).max() < 3 * 2.0**-22 * 1073 * np.abs(v).max()
+
+
 def test_argmax_is_the_first_of_the_largest(isa: str) -> None:
     ops = _core.KernelOps(isa)
     for n in (1, 2, 31, 1023, 1025, 64000):

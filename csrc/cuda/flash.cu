@@ -79,8 +79,8 @@ __device__ __forceinline__ void load_rows(KeyTile<kDim>& high, KeyTile<kDim>& lo
     constexpr int kChunks = kDim / kChunkElements;
     for (int i = thread_id(); i < kKeys<kDim> * kChunks; i += kThreads) {
         const int r = i / kChunks, c = i % kChunks;
-        const int64_t row = begin + r < n_rows ? begin + r : n_rows - 1;
-        const int64_t at = row * kDim + c * kChunkElements;
+        const int row = begin + r < n_rows ? begin + r : n_rows - 1;
+        const int64_t at = int64_t{row} * kDim + c * kChunkElements;
         copy_async(&high.chunk(r, c), from.high + at);
         copy_async(&low.chunk(r, c), from.low + at);
     }
@@ -100,38 +100,42 @@ __device__ __forceinline__ void mma_split(float (&first)[4], float (&second)[4],
     mma_half(second, a_high, high[1]);
 }
 
-// The rows of a block are those of all heads of a KV head: of a token all heads, then the next token.
+// The rows of a block are those of all heads of a KV head: of a token all heads, then the next token. Past the last
+// token it comes again.
 struct Rows {
-    int64_t n_tokens, group;  // rows of q, heads of a KV head
+    int n_tokens, group;  // rows of q, heads of a KV head
 
-    __device__ int64_t token(int64_t row) const { return row / group < n_tokens ? row / group : n_tokens - 1; }
-    __device__ int64_t head(int64_t row) const { return block_y() * group + row % group; }
+    __device__ int token(int row) const { return row / group < n_tokens ? row / group : n_tokens - 1; }
+    __device__ int head(int row) const { return block_y() * group + row % group; }
 };
 
 template <int kDim>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
-    flash_kernel(Mat out, ConstMat q, SplitRows keys, SplitRows values, int64_t n_keys, AttentionShape shape) {
+    flash_kernel(Mat out, ConstMat q, SplitRows keys, SplitRows values, int n_keys, AttentionShape shape) {
     constexpr int kSteps = kDim / 16;
     constexpr int kTileKeys = kKeys<kDim>;
     FlashTiles<kDim>& tiles = *reinterpret_cast<FlashTiles<kDim>*>(dynamic_shared());
     QueryTile<kDim>& high_of_q = *reinterpret_cast<QueryTile<kDim>*>(dynamic_shared());
     const int warp = warp_id(), lane = lane_id(), g = lane / 4, t = lane % 4;
-    const Rows rows{q.rows, shape.n_heads / shape.n_kv_heads};
+    const int head_dim = static_cast<int>(shape.head_dim);
+    const Rows rows{static_cast<int>(q.rows), static_cast<int>(shape.n_heads / shape.n_kv_heads)};
     // The last tokens see most keys: their blocks begin first.
-    const int64_t first_row = int64_t{grid_x() - 1 - block_x()} * kRows;
-    const int64_t of_head = block_y() * n_keys * kDim;
+    const int first_row = (grid_x() - 1 - block_x()) * kRows;
+    const int64_t of_head = int64_t{block_y()} * n_keys * kDim;
     const SplitRows k{keys.high + of_head, keys.low + of_head}, v{values.high + of_head, values.low + of_head};
     // Weights are powers of two.
-    const float scale = 1.44269504f / sqrtf(static_cast<float>(shape.head_dim));
+    const float scale = 1.44269504f / sqrtf(static_cast<float>(head_dim));
 
-    for (int i = thread_id(); i < kRows * kDim / 2; i += kThreads) {
-        const int r = i / (kDim / 2), col = i % (kDim / 2) * 2;
-        const float* from =
-            q.data + rows.token(first_row + r) * q.stride + rows.head(first_row + r) * shape.head_dim + col;
-        const Split s =
-            split(col < shape.head_dim ? from[0] * scale : 0.0f, col + 1 < shape.head_dim ? from[1] * scale : 0.0f);
-        high_of_q.chunk(r, col / kChunkElements).word[col % kChunkElements / 2] = s.high;
-        tiles.q_low.chunk(r, col / kChunkElements).word[col % kChunkElements / 2] = s.low;
+    for (int r = warp * kWarpRows; r < (warp + 1) * kWarpRows; ++r) {
+        const int row = first_row + r;
+        const float* from = q.data + rows.token(row) * q.stride + rows.head(row) * head_dim;
+        for (int col = 2 * lane; col < kDim; col += 2 * kWarp) {
+            const Split s =
+                split(col < head_dim ? from[col] * scale : 0.0f, col + 1 < head_dim ? from[col + 1] * scale : 0.0f);
+            const int chunk = col / kChunkElements, word = col % kChunkElements / 2;
+            high_of_q.chunk(r, chunk).word[word] = s.high;
+            tiles.q_low.chunk(r, chunk).word[word] = s.low;
+        }
     }
     sync_block();
     uint32_t q_high[kSteps][4];
@@ -140,10 +144,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     sync_block();
 
     // Rows g and g + 8 of the warp are this lane's.
-    const int64_t row[2] = {first_row + warp * kWarpRows + g, first_row + warp * kWarpRows + g + 8};
-    int64_t seen[2];  // keys of each row
-    for (int i = 0; i < 2; ++i) seen[i] = shape.causal ? n_keys - q.rows + rows.token(row[i]) + 1 : n_keys;
-    const int64_t most_seen = shape.causal ? n_keys - q.rows + rows.token(first_row + kRows - 1) + 1 : n_keys;
+    const int row[2] = {first_row + warp * kWarpRows + g, first_row + warp * kWarpRows + g + 8};
+    const auto keys_seen = [&](int r) { return shape.causal ? n_keys - rows.n_tokens + rows.token(r) + 1 : n_keys; };
+    const int seen[2] = {keys_seen(row[0]), keys_seen(row[1])}, most_seen = keys_seen(first_row + kRows - 1);
     float largest[2] = {-INFINITY, -INFINITY}, total[2] = {};
     float sums[kDim / 8][4] = {};
 
@@ -151,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     commit_copies();
     load_rows<kDim>(tiles.v_high, tiles.v_low, v, 0, n_keys);
     commit_copies();
-    for (int64_t begin = 0; begin < most_seen; begin += kTileKeys) {
+    for (int begin = 0; begin < most_seen; begin += kTileKeys) {
         const bool last = begin + kTileKeys >= most_seen;
         wait_copies<1>();
         sync_block();  // the keys are there
@@ -232,14 +235,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     YIVL_UNROLL
     for (int i = 0; i < 2; ++i) {
         for (int mask = 1; mask <= 2; mask *= 2) total[i] += shuffle_xor(total[i], mask);
-        if (row[i] >= q.rows * rows.group) continue;
-        float* to = out.data + rows.token(row[i]) * out.stride + rows.head(row[i]) * shape.head_dim;
+        if (row[i] >= rows.n_tokens * rows.group) continue;
+        float* to = out.data + rows.token(row[i]) * out.stride + rows.head(row[i]) * head_dim;
         YIVL_UNROLL
         for (int d = 0; d < kDim / 8; ++d) {
             YIVL_UNROLL
             for (int r = 0; r < 2; ++r) {
                 const int col = d * 8 + 2 * t + r;
-                if (col < shape.head_dim) to[col] = sums[d][2 * i + r] / total[i];
+                if (col < head_dim) to[col] = sums[d][2 * i + r] / total[i];
             }
         }
     }
@@ -273,7 +276,7 @@ void flash_attention(Stream& stream, Mat out, ConstMat q, ConstMat k, ConstMat v
                shape.head_dim, kDim);
         const Grid grid{(q.rows * (shape.n_heads / shape.n_kv_heads) + kRows - 1) / kRows, shape.n_kv_heads};
         launch(stream, "flash", flash_kernel<kDim>, grid, kThreads, sizeof(FlashTiles<kDim>), out, q, keys, values,
-               k.rows, shape);
+               static_cast<int>(k.rows), shape);
     });
 }
 
