@@ -75,29 +75,38 @@ constexpr int blocks_of_segment(WeightType type) {
 }
 
 // Bytes of kRows rows of the weights, at most kWeights of each at a time. A row begins at an even address: up to 14
-// bytes of the first chunk come before it, and four more may be read behind it. The number of chunks is odd, so that
+// bytes of the first chunk come before it, and 16 more may be read behind it. The number of chunks is odd, so that
 // eight rows lie in different banks.
 template <WeightType kType>
 struct Segment {
     using Block = typename BlockOf<kType>::Block;
     static constexpr int kWeights = blocks_of_segment(kType) * BlockOf<kType>::kWeights;
     static constexpr int kBytes = blocks_of_segment(kType) * static_cast<int>(sizeof(Block));
-    static constexpr int kWords = (14 + kBytes + 4 + 15) / 16 | 1;
+    static constexpr int kWords = (14 + kBytes + 16 + 15) / 16 | 1;
     static constexpr int kSlabs = kWeights / kSlab;
     Words words[kRows * kWords];
 };
 
-// Words at an even address of shared memory, of which up to four bytes more are read.
+// Words at an even address of shared memory. Whole chunks are read, up to 16 bytes more: of threads in rows one below
+// the other, reads of 16 bytes meet in no bank.
 template <int kWords>
 __device__ __forceinline__ void load_even(uint32_t (&words)[kWords], const std::byte* p) {
-    const auto odd = static_cast<int>(reinterpret_cast<uintptr_t>(p) % 4);
-    const auto* aligned = reinterpret_cast<const uint32_t*>(p - odd);
-    uint32_t low = aligned[0];
+    constexpr int kRead = (kWords + 6) / 4 * 4;
+    const auto offset = static_cast<int>(reinterpret_cast<uintptr_t>(p) % sizeof(Words));
+    uint32_t w[kRead];
+    YIVL_UNROLL
+    for (int i = 0; i < kRead / 4; ++i) {
+        const Words chunk = reinterpret_cast<const Words*>(p - offset)[i];
+        for (int j = 0; j < 4; ++j) w[i * 4 + j] = chunk.word[j];
+    }
+    // On by two words, by one and by half of one, as the address says.
+    YIVL_UNROLL
+    for (int i = 0; i < kWords + 2; ++i) w[i] = offset & 8 ? w[i + 2] : w[i];
+    YIVL_UNROLL
+    for (int i = 0; i < kWords + 1; ++i) w[i] = offset & 4 ? w[i + 1] : w[i];
     YIVL_UNROLL
     for (int i = 0; i < kWords; ++i) {
-        const uint32_t high = aligned[i + 1];
-        words[i] = static_cast<uint32_t>((uint64_t{high} << 32 | low) >> odd * 8);
-        low = high;
+        words[i] = static_cast<uint32_t>((uint64_t{w[i + 1]} << 32 | w[i]) >> (offset & 2) * 8);
     }
 }
 // 32 bytes at a multiple of 16.
@@ -337,9 +346,11 @@ __device__ __forceinline__ void unpack(HalfTile& tile, const Segment<kType>& fro
     Unpack<kType>::slab(segment, slab % S::kSlabs, [&](int c, Words words) {
         if constexpr (BlockOf<kType>::kWeights == 1) {
             // A row's last chunks may lack columns; x has zeros there, but a NaN times zero is one.
-            const int64_t left = cols - slab * int64_t{kSlab} - c * kChunkElements;
-            for (int j = 0; j < kChunkElements; ++j) {
-                if (j >= left) words.word[j / 2] &= j % 2 == 0 ? 0 : 0xffff;
+            const int left = static_cast<int>(cols) - slab * kSlab - c * kChunkElements;
+            if (left < kChunkElements) {
+                for (int j = 0; j < kChunkElements; ++j) {
+                    if (j >= left) words.word[j / 2] &= j % 2 == 0 ? 0 : 0xffff;
+                }
             }
         }
         tile.chunk(r, c) = words;
