@@ -57,11 +57,12 @@ test-cuda-emulator: $(VENV)/.test $(VENV)/.cmake
 	@echo "== Running the CUDA tests on it"
 	@YIVL_CUDA_EMULATOR="$(CURDIR)/$(EMULATOR)" $(BIN)/python -m pytest tests/test_cuda.py
 
-# Every kernel for every generation of GPU, warnings as errors; needs a CUDA toolkit, but no GPU.
+# Every kernel for every generation of GPU, warnings and spilled registers as errors; needs a CUDA toolkit, but no GPU.
 cuda-kernels: $(VENV)/.cmake
 	@echo "== Compiling the CUDA kernels"
 	@$(BIN)/cmake -S . -B build/cuda -DYIVL_CUDA=ON -DYIVL_WERROR=ON -DYIVL_PYTHON=OFF -DYIVL_CPP_TESTS=ON >/dev/null
-	@$(BIN)/cmake --build build/cuda --target yivl_kernels cuda_primitives_object --parallel "$$(nproc)"
+	@$(BIN)/cmake --build build/cuda --target yivl_kernels cuda_primitives_object --parallel "$$(nproc)" >build/cuda/build.log 2>&1 || \
+	  { grep -v 'ptxas info' build/cuda/build.log; $(BIN)/python tests/report_spills.py build/cuda/build.log; exit 1; }
 
 # llama.cpp, built in an environment of its own (about 20 minutes on two cores). The flags keep its AMX path from crashing
 # when GCC 12 builds it.

@@ -46,7 +46,8 @@ if(YIVL_CUDA_KIND STREQUAL "native")
   enable_language(CUDA)
   add_compile_options($<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>)
   if(YIVL_WERROR)
-    add_compile_options("$<$<COMPILE_LANGUAGE:CUDA>:--Werror=all-warnings;-Xcompiler=-Werror>")
+    # A kernel that keeps registers in memory is slow: an error too. tests/report_spills.py says on which card.
+    add_compile_options("$<$<COMPILE_LANGUAGE:CUDA>:--Werror=all-warnings;-Xcompiler=-Werror;-Xptxas=--warn-on-spills,-v>")
   endif()
   # By themselves, for a check that they compile.
   add_library(yivl_kernels OBJECT ${YIVL_CUDA_KERNELS})
