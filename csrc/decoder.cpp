@@ -11,11 +11,11 @@ void self_attention(const DecoderLayerWeights& w, const DecoderConfig& c, Decode
     const Mat q = s.q.rows(T);
     const Mat k = s.k_cache[layer].view();
     const Mat v = s.v_cache[layer].view();
-    const Mat new_k = k.row_range(first, T);
+    const Rotation rope{.head_dim = c.head_dim, .first = first, .theta = c.rope_theta};
 
-    ops.linear(h, {{q, w.q}, {new_k, w.k}, {v.row_range(first, T), w.v}});
-    ops.rope(q, c.head_dim, first, c.rope_theta);
-    ops.rope(new_k, c.head_dim, first, c.rope_theta);
+    ops.linear(h, {{.y = q, .w = w.q, .rotation = rope},
+                   {.y = k, .w = w.k, .row = first, .rotation = rope},
+                   {.y = v, .w = w.v, .row = first}});
     ops.attention(s.attn.rows(T), q, k.row_range(0, first + T), v.row_range(0, first + T),
                   {.n_heads = c.n_heads, .n_kv_heads = c.n_kv_heads, .head_dim = c.head_dim, .causal = true});
     ops.linear(s.attn.rows(T), {{.y = s.x.rows(T), .w = w.attn_output, .then = Then::add}});

@@ -288,10 +288,14 @@ int32_t Session::read_prompt(Control& control) {
 int32_t Session::decode_step(Control& control) {
     const std::unique_ptr<Ops> ops = model_->backend().ops(control);
     const int32_t id = reply_->history.back();
-    embed({&id, 1}, 0, *ops);
-    decoder_forward(model_->weights().decoder, model_->config().decoder, decoder_, 1,
-                    static_cast<int64_t>(positions_.size()), *ops);
-    decoder_logits(model_->weights().decoder, model_->config().decoder, decoder_, 0, decoder_.logits.view(), *ops);
+    const DecoderWeights& w = model_->weights().decoder;
+    const DecoderConfig& c = model_->config().decoder;
+    const auto position = static_cast<int64_t>(positions_.size());
+    ops->step({.id = id, .position = position, .n_ctx = decoder_.n_ctx}, step_, [&] {
+        embed({&id, 1}, 0, *ops);
+        decoder_forward(w, c, decoder_, 1, position, *ops);
+        decoder_logits(w, c, decoder_, 0, decoder_.logits.view(), *ops);
+    });
     positions_.push_back(id);
     return sample(*ops);
 }

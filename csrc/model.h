@@ -149,7 +149,8 @@ private:
     std::shared_ptr<const Model> model_;
     std::optional<VitState> vit_;
     DecoderState decoder_;
-    std::vector<float> logits_;  // (V), downloaded
+    std::unique_ptr<StepRecord> step_;  // of decode_step
+    std::vector<float> logits_;         // (V), downloaded
 
     std::vector<int32_t> positions_;  // what the KV cache holds, one id per position, kImageId for each image row
     Pixels cached_pixels_;            // the picture behind the image rows in the cache

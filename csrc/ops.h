@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
 #include <memory>
 #include <span>
@@ -19,6 +20,18 @@ namespace yivl {
 // Memory that a backend computes in. On the CPU that is the host's, and stages could read it; elsewhere it is out of
 // reach but for the copies below, so they never do. Given back when the last owner goes.
 using Memory = std::shared_ptr<std::byte>;
+
+// One token of a reply on its way through the decoder.
+struct Step {
+    int32_t id;
+    int64_t position;
+    int64_t n_ctx;  // positions that there can be
+};
+// What a backend keeps of a step for the next one of the same session; made by it, and gone before its memory.
+class StepRecord {
+public:
+    virtual ~StepRecord() = default;
+};
 
 // Operations on float32 activations in the backend's memory. One object serves one caller at a time and throws
 // Cancelled when its Control says so. Each output value is computed in an order that depends neither on the number of
@@ -60,6 +73,12 @@ public:
     // Where the largest of x (1, V) is, the first of several; -1 if one is NaN or infinite, and where reading x is just
     // as good.
     virtual int32_t argmax(ConstMat x) = 0;
+
+    // Runs `forward`, which asks for the operations of one step: at every call with the same `record`, at first null,
+    // the same ones on the same memory. All that may differ is the id that it embeds, and what follows from the
+    // position: rows of products that are not the first, rotations, and how many rows of k and v attention sees. So a
+    // backend need not ask it every time.
+    virtual void step(const Step&, std::unique_ptr<StepRecord>&, const std::function<void()>& forward) { forward(); }
 };
 
 // What a device offers: where weights live and how to compute there. Shared by all sessions of a model.

@@ -61,12 +61,22 @@ using Vec = std::span<const float>;
 // What becomes of a product v: y = v, y = y + v or y = gelu(v).
 enum class Then { store, add, gelu };
 
-// y (T, O) = x W^T + b, for the x (T, I) of the call; an empty bias is none.
+// Adjacent pairs (2j, 2j+1) of every head are turned by position * theta^(-2j/hd); row i of x is at position `first` +
+// i.
+struct Rotation {
+    int64_t head_dim = 0;  // 0: nothing is turned
+    int64_t first = 0;
+    float theta = 0.0f;
+};
+
+// Rows [row, row + T) of y = x W^T + b, rotated, for the x (T, I) of the call; an empty bias is none.
 struct Product {
     Mat y;
     Weight w;
     Vec bias = {};
     Then then = Then::store;
+    int64_t row = 0;
+    Rotation rotation = {};
 };
 
 struct AttentionShape {

@@ -84,6 +84,7 @@ needs_emulator = pytest.mark.skipif(not EMULATOR, reason="needs the emulator's t
         "lanes",
         "atomics",
         "copies",
+        "graph",
         "numbers",
         "halves",
         "mma_half",
@@ -111,6 +112,7 @@ FAULTS = {
     "too-much-shared": "kernel too_much_shared, block (0, 0, 0): shared objects: expected at most 49152 bytes, "
     "found 52000",
     "threads": "kernel odd_threads: expected a multiple of 32 threads up to 1024, found 33",
+    "recorded-copy": "CUDA: copying to the host while work is recorded",
     "host-address": "kernel host_address: expected an address of the device, found one of the host",
 }
 
@@ -271,7 +273,7 @@ def test_attention_of_many_rows_does_not_depend_on_how_many(
     q = normal(1, tokens, heads * head_dim)
     k, v = normal(2, keys, kv_heads * head_dim), normal(3, keys, kv_heads * head_dim)
     whole = test_kernels.attention(ops, q, k, v, heads, kv_heads, True)
-    for first, last in ((0, 2), (5, 13), (30, 67)):
+    for first, last in ((0, 9), (5, 15), (30, 67)):
         seen = keys - tokens + last
         some = test_kernels.attention(ops, q[first:last], k[:seen], v[:seen], heads, kv_heads, True)
         assert np.array_equal(some, whole[first:last])
@@ -280,7 +282,7 @@ def test_attention_of_many_rows_does_not_depend_on_how_many(
 def test_attention_of_many_rows_with_large_and_growing_scores(isa: str) -> None:
     ops = _core.KernelOps(isa)
     keys = 400
-    q = np.full((5, 80), 4, np.float32)
+    q = np.full((9, 80), 4, np.float32)
     k = np.linspace(-30, 30, keys, dtype=np.float32)[:, None] * np.ones((1, 80), np.float32)
     v = normal(1, keys, 80)
     y = test_kernels.attention(ops, q, k, v, 1, 1, False)
@@ -288,6 +290,49 @@ def test_attention_of_many_rows_with_large_and_growing_scores(isa: str) -> None:
     # Scores reach 1073. q and k have 22 bits, and low * low is left out: three times 2^-22 of a score, which is the
     # relative error of a weight.
     assert np.abs(y - exact).max() < 3 * 2.0**-22 * 1073 * np.abs(v).max()
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"),
+    # Query heads of a key: one, as many as a block takes, fewer, more; columns: all lanes of a warp, fewer, one.
+    [(2, 2, 80), (16, 2, 128), (14, 2, 128), (12, 1, 60), (3, 1, 4)],
+)
+def test_attention_of_few_rows_shares_out_the_keys(
+    isa: str, heads: int, kv_heads: int, head_dim: int
+) -> None:
+    ops = _core.KernelOps(isa)
+    for rows, keys, causal in (
+        (1, 1, True),
+        (2, 33, True),  # one row sees a key of another split
+        (1, 1024, True),  # as many splits as there can be
+        (4, 1030, True),  # some rows with longer splits
+        (3, 1000, False),
+        (1, 4700, False),  # more keys in a split than are held at a time
+    ):
+        q, k, v = (
+            aligned(normal(seed, n, width * head_dim))
+            for seed, n, width in ((1, rows, heads), (2, keys, kv_heads), (3, keys, kv_heads))
+        )
+        y = strided(np.full_like(q, np.nan))
+        ops.attention(y, q, k, v, heads, kv_heads, causal)
+        exact = test_kernels.exact_attention(q, k, v, heads, kv_heads, causal)
+        # As in test_kernels.test_attention.
+        assert np.abs(y - exact).max() < 100 * EPS
+        # A row's keys alone decide which splits they are in, and so its bits.
+        for i in range(rows):
+            seen = keys - rows + i + 1 if causal else keys
+            alone = np.empty((1, heads * head_dim), np.float32)
+            ops.attention(alone, q[i : i + 1], k[:seen], v[:seen], heads, kv_heads, causal)
+            assert np.array_equal(alone[0], y[i])
+
+
+def test_attention_of_a_key_that_is_no_number_is_none(isa: str) -> None:
+    ops = _core.KernelOps(isa)
+    q, k, v = aligned(normal(1, 1, 128)), aligned(normal(2, 300, 128)), aligned(normal(3, 300, 128))
+    k[250, 3] = np.nan
+    y = np.zeros((1, 128), np.float32)
+    ops.attention(y, q, k, v, 1, 1, True)
+    assert np.isnan(y).all()
 
 
 def test_argmax_is_the_first_of_the_largest(isa: str) -> None:
@@ -303,6 +348,13 @@ def test_argmax_is_the_first_of_the_largest(isa: str) -> None:
         assert ops.argmax(values) == -1
 
 
+def aligned(values: np.ndarray) -> np.ndarray:
+    """The same values in rows that lie further apart than they are long, each at a multiple of 16 bytes."""
+    wide = np.full((values.shape[0], values.shape[1] + 8), np.nan, dtype=np.float32)
+    wide[:, : values.shape[1]] = values
+    return wide[:, : values.shape[1]]
+
+
 def every_operation() -> list[np.ndarray]:
     ops = _core.KernelOps("cuda")
     x, w = normal(1, 19, 300), normal(2, 41, 300).view(np.uint8).reshape(-1)
@@ -315,6 +367,9 @@ def every_operation() -> list[np.ndarray]:
     results.append(np.zeros((1, 300), np.float32))
     ops.attention(results[-1], x[:1], x, x, 5, 5, True)
     results[4][:] = x
+    few = aligned(normal(6, 2, 12 * 16))
+    results.append(np.zeros((2, 12 * 16), np.float32))
+    ops.attention(results[-1], few, *(aligned(normal(seed, 300, 3 * 16)) for seed in (7, 8)), 12, 3, True)
     ops.rope(results[4], 60, 7, 1e4)
     for qtype, tokens in itertools.product(MATVEC, (3, 19)):
         data, _ = random_weights(qtype, 9, 768, 1)
@@ -357,6 +412,25 @@ def test_greedy_ids_are_those_of_the_reference(
     ids = [*model.prompt_ids(QUESTIONS[turn]), *expected]
     logits = _core.Session(model._model).logits(ids, model.preprocess(golden_image), _core.Control())
     assert logits[-len(expected) - 1 : -1].argmax(1).tolist() == expected
+
+
+def test_steps_that_were_recorded_serve_later_replies(golden_q4_0: Path) -> None:
+    model = Model(golden_q4_0, device="cuda")
+    rng = np.random.default_rng(1)
+
+    def reply(session: _core.Session, ids: list[int]) -> str:
+        session.begin(ids, None, 6, _core.SamplingOptions(temperature=0), [])
+        while session.next(_core.Control()) is not None:
+            pass
+        return session.text
+
+    one = _core.Session(model._model, 300)
+    texts = []
+    for length in (3, 60, 5):
+        ids = rng.integers(300, 2000, length).tolist()
+        texts.append(reply(one, ids))
+        assert texts[-1] == reply(_core.Session(model._model, 200), ids)
+    assert len(set(texts)) == 3
 
 
 def test_a_quantised_golden_model_agrees_with_the_cpu(

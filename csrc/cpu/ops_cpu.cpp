@@ -91,6 +91,10 @@ public:
             const int64_t n = std::min(kTokenBlock, x.rows - token);
             linear_block(x.row_range(token, n), products, token);
         }
+        for (const Product& p : products) {
+            const Rotation& r = p.rotation;
+            if (r.head_dim > 0) rope(p.y.row_range(p.row, x.rows), r.head_dim, r.first, r.theta);
+        }
     }
 
     void gated_linear(Mat y, ConstMat x, const Weight& gate, const Weight& up) override {
@@ -310,7 +314,7 @@ private:
         int64_t work = 0;
         int64_t scratch_size = 0;
         for (const Product& p : products) {
-            assert(x.cols == p.w.cols && p.y.cols == p.w.rows && first_token + x.rows <= p.y.rows);
+            assert(x.cols == p.w.cols && p.y.cols == p.w.rows && p.row + first_token + x.rows <= p.y.rows);
             assert(p.bias.empty() || static_cast<int64_t>(p.bias.size()) == p.w.rows);
             prepare(input, p.w);
             const int64_t block = row_block(p.w, x.rows);
@@ -323,7 +327,7 @@ private:
         run(static_cast<int64_t>(pieces_.size()), work, [&](int64_t item, Scratch& scratch) {
             const Piece& piece = pieces_[static_cast<size_t>(item)];
             const Product& p = *piece.product;
-            const Mat y = p.y.row_range(first_token, x.rows).col_range(piece.row, piece.n_rows);
+            const Mat y = p.y.row_range(p.row + first_token, x.rows).col_range(piece.row, piece.n_rows);
             linear_rows(y, input, p.w, piece.row, p.bias, p.then == Then::add, scratch.bytes(scratch_size));
             if (p.then != Then::gelu) return;
             for (int64_t t = 0; t < y.rows; ++t) kernels_.gelu(y.row(t).data(), y.cols);

@@ -1,6 +1,7 @@
 // Attention, plain: a block for every query row and head, the softmax kept up to date over tiles of keys.
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
+#include "cuda/position.cuh"
 #include "cuda/reduce.cuh"
 
 namespace yivl::cuda {
@@ -15,12 +16,13 @@ struct AttentionTile {
     float weights[kThreads];  // of the tile's keys, one for each thread
 };
 
-__global__ void attention_kernel(Mat out, ConstMat q, ConstMat k, ConstMat v, AttentionShape shape) {
+__global__ void attention_kernel(Mat out, ConstMat q, ConstMat k, ConstMat v, AttentionShape shape,
+                                 RowNumber position) {
     AttentionTile& tile = shared<AttentionTile>();
     const int64_t row = block_x(), head = block_y();
     const int64_t head_dim = shape.head_dim;
     const int64_t kv_col = head / (shape.n_heads / shape.n_kv_heads) * head_dim;
-    const int64_t n_keys = shape.causal ? k.rows - q.rows + row + 1 : k.rows;
+    const int64_t n_keys = keys_of(row, q, k, shape, position);
     const float scale = 1.0f / sqrtf(static_cast<float>(head_dim));
 
     for (int64_t d = thread_id(); d < head_dim; d += kThreads) {
@@ -61,8 +63,9 @@ __global__ void attention_kernel(Mat out, ConstMat q, ConstMat k, ConstMat v, At
 
 }  // namespace
 
-void attention(Stream& stream, Mat out, ConstMat q, ConstMat k, ConstMat v, const AttentionShape& shape) {
-    launch(stream, "attention", attention_kernel, {q.rows, shape.n_heads}, kThreads, 0, out, q, k, v, shape);
+void attention(Stream& stream, Mat out, ConstMat q, ConstMat k, ConstMat v, const AttentionShape& shape,
+               RowNumber position) {
+    launch(stream, "attention", attention_kernel, {q.rows, shape.n_heads}, kThreads, 0, out, q, k, v, shape, position);
 }
 
 }  // namespace yivl::cuda

@@ -22,6 +22,8 @@ struct Target {
     const std::byte* w;
     const float* bias;
     Finish finish;
+    RowNumber row;
+    Turns turns;
 };
 struct Targets {
     Target of[kMostProducts];
@@ -33,7 +35,7 @@ inline Targets targets_of(std::span<const FinishedProduct> products) {
     for (size_t i = 0; i < products.size(); ++i) {
         const FinishedProduct& p = products[i];
         assert(p.w.type == products[0].w.type);
-        targets.of[i] = {p.y, p.w.data, p.bias.empty() ? nullptr : p.bias.data(), p.finish};
+        targets.of[i] = {p.y, p.w.data, p.bias.empty() ? nullptr : p.bias.data(), p.finish, p.row, p.turns};
     }
     return targets;
 }

@@ -11,55 +11,71 @@ namespace yivl::cuda {
 void gelu(Stream& stream, Mat x);
 void add(Stream& stream, Mat y, ConstMat x);
 
-// norm.cu
-void layer_norm(Stream& stream, Mat y, ConstMat x, Vec weight, Vec bias, float eps);
-void rms_norm(Stream& stream, Mat y, ConstMat x, Vec weight, float eps);
-
-// rope.cu
-// cos_sin (T, hd): cosine and sine of every pair of a head, side by side, at positions `first` + row.
-void rotations(Stream& stream, Mat cos_sin, int64_t first, float theta);
-// Rotates the heads of x (T, n * hd) by cos_sin (T, hd).
-void rotate(Stream& stream, Mat x, ConstMat cos_sin);
-
-// What becomes of a product v: y = v, y + v, gelu(v), silu(v) or y * v.
-enum class Finish { store, add, gelu, silu, times };
-// As Product of tensor.h.
-struct FinishedProduct {
-    Mat y;
-    Weight w;
-    Vec bias = {};
-    Finish finish = Finish::store;
-};
-
-// Of one x, in one launch.
-inline constexpr size_t kMostProducts = 3;
-
-// matmul.cu
-// With weights of any type.
-void linear(Stream& stream, ConstMat x, const FinishedProduct& product);
-
-// matvec.cu
 // x rounded to 15-bit integers, 256 * high + low, with a scale for every 32 columns.
 struct RoundedBlock {
     float scale;
     int32_t sum;  // of the integers
 };
 struct RoundedInput {
-    int8_t* high;          // (T, I)
-    int8_t* low;           // (T, I)
-    RoundedBlock* blocks;  // (T, I / 32)
-    int64_t cols;          // I
+    int8_t* high = nullptr;          // (T, I); null: x is not rounded
+    int8_t* low = nullptr;           // (T, I)
+    RoundedBlock* blocks = nullptr;  // (T, I / 32)
+    int64_t cols = 0;                // I
 };
+
+// norm.cu
+void layer_norm(Stream& stream, Mat y, ConstMat x, Vec weight, Vec bias, float eps);
+// And y rounded, if `rounded` has room for it.
+void rms_norm(Stream& stream, Mat y, ConstMat x, Vec weight, float eps, const RoundedInput& rounded);
+
+// A number of rows that is known on the card alone: 0 where null.
+using RowNumber = const int32_t*;
+
+// How the heads of a row of x are rotated.
+struct Turns {
+    const float* cos_sin = nullptr;  // (P, hd): row `first` + i for row i of x; null: they are not
+    int64_t head_dim = 0;
+    RowNumber first = nullptr;
+};
+
+// rope.cu
+// cos_sin (T, hd): cosine and sine of every pair of a head, side by side, at positions `first` + row.
+void rotations(Stream& stream, Mat cos_sin, int64_t first, float theta);
+// Rotates the heads of x (T, n * hd), which begins `row` rows further on.
+void rotate(Stream& stream, Mat x, const Turns& turns, RowNumber row);
+
+// What becomes of a product v: y = v, y + v, gelu(v), silu(v) or y * v.
+enum class Finish { store, add, gelu, silu, times };
+// As Product of tensor.h, with y (T, O) where the result belongs, or `row` rows before.
+struct FinishedProduct {
+    Mat y;
+    Weight w;
+    Vec bias = {};
+    Finish finish = Finish::store;
+    RowNumber row = nullptr;
+    Turns turns = {};
+};
+
+// Of one x, in one launch.
+inline constexpr size_t kMostProducts = 3;
+
+// matmul.cu
+// With weights of any type; rotates nothing.
+void linear(Stream& stream, ConstMat x, const FinishedProduct& product);
+
+// matvec.cu
 bool has_matvec(WeightType type);
 // Of these types with weights that need x rounded.
 bool takes_rounded(WeightType type);
 size_t rounded_bytes(int64_t rows, int64_t cols);
 // In `memory`, rounded_bytes(T, I) of it, aligned to 16.
-RoundedInput round_input(Stream& stream, ConstMat x, std::byte* memory);
+RoundedInput rounded_in(std::byte* memory, int64_t rows, int64_t cols);
+void round_input(Stream& stream, ConstMat x, const RoundedInput& rounded);
 // Products of one x with weights of one type, kMostProducts or fewer. `rounded` is that x, where the type needs it.
 void matvec(Stream& stream, ConstMat x, const RoundedInput& rounded, std::span<const FinishedProduct> products);
-// y = silu(x gate^T) * (x up^T), the two of one type.
-void gated_matvec(Stream& stream, Mat y, ConstMat x, const RoundedInput& rounded, const Weight& gate, const Weight& up);
+// y = silu(x gate^T) * (x up^T), the two of one type. And y rounded, if `rounded_y` has room for it.
+void gated_matvec(Stream& stream, Mat y, ConstMat x, const RoundedInput& rounded, const Weight& gate, const Weight& up,
+                  const RoundedInput& rounded_y);
 
 // gemm.cu
 struct Half;
@@ -80,8 +96,26 @@ void gemm(Stream& stream, const HalfInput& x, std::span<const FinishedProduct> p
 void gated_gemm(Stream& stream, Mat y, const HalfInput& x, const Weight& gate, const Weight& up);
 
 // attention.cu
+// If `position` is not null, q is one row, which sees that many of k's rows and one more; then k has as many as there
+// can be.
 inline constexpr int64_t kMaxHeadDim = 256;
-void attention(Stream& stream, Mat out, ConstMat q, ConstMat k, ConstMat v, const AttentionShape& shape);
+void attention(Stream& stream, Mat out, ConstMat q, ConstMat k, ConstMat v, const AttentionShape& shape,
+               RowNumber position);
+
+// split_attention.cu
+// The same for heads of at most kMaxSplitHeadDim columns, made for few rows of q: the keys are shared out among blocks.
+// And out rounded, if `rounded` has room for it.
+inline constexpr int64_t kMaxSplitHeadDim = 128;
+bool has_split_attention(ConstMat q, ConstMat k, ConstMat v, const AttentionShape& shape);
+// What blocks hand to the last one: `counts` are 0 before and after, `partials` anything.
+struct SplitMemory {
+    int32_t* counts;
+    float* partials;
+};
+int64_t split_counts(int64_t n_rows, const AttentionShape& shape);
+int64_t split_partials(int64_t n_rows, const AttentionShape& shape);
+void split_attention(Stream& stream, Mat out, ConstMat q, ConstMat k, ConstMat v, const AttentionShape& shape,
+                     RowNumber position, const SplitMemory& memory, const RoundedInput& rounded);
 
 // flash.cu
 // The same for heads of at most kMaxFlashHeadDim columns, made for many rows of q, with keys and values in `memory`,

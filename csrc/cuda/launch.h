@@ -37,7 +37,10 @@ void launch([[maybe_unused]] Stream& stream, const char* name, void (*kernel)(Pa
 #else
     (emulator::check_argument(name, arguments), ...);
     const emulator::Index blocks{static_cast<int>(grid.x), static_cast<int>(grid.y), static_cast<int>(grid.z)};
-    emulator::run_grid(name, blocks, threads, dynamic_shared, [=] { kernel(static_cast<Parameters>(arguments)...); });
+    emulator::run_or_record(stream.handle(), [=] {
+        emulator::run_grid(name, blocks, threads, dynamic_shared,
+                           [=] { kernel(static_cast<Parameters>(arguments)...); });
+    });
 #endif
 }
 

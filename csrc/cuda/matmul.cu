@@ -3,6 +3,7 @@
 #include "cuda/finish.cuh"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
+#include "cuda/position.cuh"
 
 namespace yivl::cuda {
 
@@ -61,11 +62,11 @@ __device__ float dot(ConstMat x, const std::byte* w, int64_t row_bytes, int64_t 
 
 template <WeightType kType>
 __global__ void linear_kernel(Mat y, ConstMat x, const std::byte* w, int64_t row_bytes, const float* bias,
-                              Finish finish) {
+                              Finish finish, RowNumber row) {
     const float sum = dot<kType>(x, w, row_bytes, y.cols);
     const Output at = output_of_thread();
     if (at.row >= y.cols || at.token >= y.rows) return;
-    put(finish, y.data[at.token * y.stride + at.row], bias == nullptr ? sum : sum + bias[at.row]);
+    put(finish, y.data[(number(row) + at.token) * y.stride + at.row], bias == nullptr ? sum : sum + bias[at.row]);
 }
 
 }  // namespace
@@ -74,7 +75,7 @@ void linear(Stream& stream, ConstMat x, const FinishedProduct& product) {
     const Weight& w = product.w;
     with_type(w.type, [&]<WeightType kType> {
         launch(stream, "linear", linear_kernel<kType>, over_outputs(x.rows, w.rows), kThreads, 0, product.y, x, w.data,
-               w.row_bytes(), product.bias.empty() ? nullptr : product.bias.data(), product.finish);
+               w.row_bytes(), product.bias.empty() ? nullptr : product.bias.data(), product.finish, product.row);
     });
 }
 

@@ -11,7 +11,9 @@
 #include "cuda/finish.cuh"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
+#include "cuda/position.cuh"
 #include "cuda/reduce.cuh"
+#include "cuda/round.cuh"
 
 namespace yivl::cuda {
 
@@ -24,7 +26,7 @@ constexpr int kMostTokens = 4;  // of a warp
 // Of a multiprocessor, at least: 128 registers for a thread, more where a piece or the sums of several tokens need
 // them.
 constexpr int blocks_at_once(WeightType type, int tokens) { return 4 - (type == WeightType::Q6_K) - (tokens > 1); }
-constexpr float kLargestInteger = 16383.0f;
+constexpr int kGatedWarps = 8;
 
 // ---- rounding x ----
 
@@ -32,17 +34,7 @@ __global__ void round_kernel(ConstMat x, RoundedInput to) {
     const int64_t block = int64_t{block_x()} * kWarps + warp_id(), n_blocks = x.cols / kBlock;
     if (block >= x.rows * n_blocks) return;
     const int64_t row = block / n_blocks, col = block % n_blocks * kBlock + lane_id();
-    const float value = x.data[row * x.stride + col];
-    const bool finite = ballot(!(fabsf(value) <= 3.4028234e38f)) == 0;  // an infinity or a NaN must not get lost
-    const float most = reduce_warp<Max>(fabsf(value));
-    // What is smaller has no reciprocal, and counts as nothing.
-    const bool some = finite && most > 1.0e-34f;
-    const float rounded = some ? rintf(value * (kLargestInteger / most)) : 0.0f;
-    const int n = static_cast<int>(rounded), high = (n + 128) >> 8;
-    to.high[row * x.cols + col] = static_cast<int8_t>(high);
-    to.low[row * x.cols + col] = static_cast<int8_t>(n - high * 256);
-    const auto sum = static_cast<int>(reduce_warp<Sum>(rounded));  // of at most 19 bits: exact
-    if (lane_id() == 0) to.blocks[block] = {finite ? (some ? most / kLargestInteger : 0.0f) : NAN, sum};
+    round_block(to, row, col, x.data[row * x.stride + col]);
 }
 
 // ---- pieces of a row ----
@@ -392,28 +384,55 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kType, kTokens))
     float sums[kRows][kTokens];
     multiply_rows<Piece<kType>>(sums, w, x, first_token, to.y.rows);
     if (lane_id() != 0) return;
-    for (int r = 0; r < kRows && first_row + r < to.y.cols; ++r) {
-        const int64_t row = first_row + r;
-        for (int t = 0; t < kTokens && first_token + t < to.y.rows; ++t) {
-            put(to.finish, to.y.data[(first_token + t) * to.y.stride + row],
-                to.bias == nullptr ? sums[r][t] : sums[r][t] + to.bias[row]);
+    static_assert(kRows == 2);  // a pair that is rotated together
+    const bool has_second = first_row + 1 < to.y.cols;
+    YIVL_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+        const int64_t token = first_token + t;
+        if (token >= to.y.rows) break;
+        float first = sums[0][t], second = sums[1][t];
+        if (to.bias != nullptr) {
+            first += to.bias[first_row];
+            if (has_second) second += to.bias[first_row + 1];
         }
+        if (to.turns.cos_sin != nullptr) turn(first, second, to.turns, token, first_row);
+        float* y = to.y.data + (number(to.row) + token) * to.y.stride + first_row;
+        put(to.finish, y[0], first);
+        if (has_second) put(to.finish, y[1], second);
     }
 }
 
-// A row of gate and the same of up for every warp.
+// kBlock rows of gate, and the same of up, for every block: their products can be rounded at once.
 template <WeightType kType, class Input, int kTokens>
-__global__ void __launch_bounds__(kThreads, blocks_at_once(kType, kTokens))
-    gated_matvec_kernel(Mat y, const std::byte* gate, const std::byte* up, Input x, int64_t row_bytes) {
-    const int64_t row = int64_t{block_x()} * kWarps + warp_id(), first_token = int64_t{block_y()} * kTokens;
-    if (row >= y.cols) return;
-    static_assert(kRows == 2);
-    const std::byte* const w[kRows] = {gate + row * row_bytes, up + row * row_bytes};
-    float sums[kRows][kTokens];
-    multiply_rows<Piece<kType>>(sums, w, x, first_token, y.rows);
-    if (lane_id() != 0) return;
-    for (int t = 0; t < kTokens && first_token + t < y.rows; ++t) {
-        y.data[(first_token + t) * y.stride + row] = silu_of(sums[0][t]) * sums[1][t];
+__global__ void __launch_bounds__(kGatedWarps* kWarp, blocks_at_once(kType, kTokens) / 2)
+    gated_matvec_kernel(Mat y, const std::byte* gate, const std::byte* up, Input x, int64_t row_bytes,
+                        RoundedInput rounded_y) {
+    struct Products {
+        float of[kTokens][kBlock];
+    };
+    Products& products = shared<Products>();
+    const int64_t first_row = int64_t{block_x()} * kBlock, first_token = int64_t{block_y()} * kTokens;
+    for (int i = warp_id(); i < kBlock; i += kGatedWarps) {
+        const int64_t row = first_row + i;
+        if (row >= y.cols) break;
+        static_assert(kRows == 2);
+        const std::byte* const w[kRows] = {gate + row * row_bytes, up + row * row_bytes};
+        float sums[kRows][kTokens];
+        multiply_rows<Piece<kType>>(sums, w, x, first_token, y.rows);
+        if (lane_id() != 0) continue;
+        YIVL_UNROLL
+        for (int t = 0; t < kTokens; ++t) {
+            if (first_token + t >= y.rows) break;
+            const float product = silu_of(sums[0][t]) * sums[1][t];
+            y.data[(first_token + t) * y.stride + row] = product;
+            products.of[t][i] = product;
+        }
+    }
+    if (rounded_y.high == nullptr) return;
+    sync_block();
+    const int t = warp_id();
+    if (t < kTokens && first_token + t < y.rows) {
+        round_block(rounded_y, first_token + t, first_row + lane_id(), products.of[t][lane_id()]);
     }
 }
 
@@ -461,12 +480,15 @@ size_t rounded_bytes(int64_t rows, int64_t cols) {
     return static_cast<size_t>(rows * cols * 2 + rows * (cols / kBlock) * int64_t{sizeof(RoundedBlock)});
 }
 
-RoundedInput round_input(Stream& stream, ConstMat x, std::byte* memory) {
-    const int64_t n = x.rows * x.cols;
-    const RoundedInput to{reinterpret_cast<int8_t*>(memory), reinterpret_cast<int8_t*>(memory + n),
-                          reinterpret_cast<RoundedBlock*>(memory + 2 * n), x.cols};
-    launch(stream, "round", round_kernel, {blocks(n / kBlock, kWarps)}, kThreads, 0, x, to);
-    return to;
+RoundedInput rounded_in(std::byte* memory, int64_t rows, int64_t cols) {
+    const int64_t n = rows * cols;
+    return {reinterpret_cast<int8_t*>(memory), reinterpret_cast<int8_t*>(memory + n),
+            reinterpret_cast<RoundedBlock*>(memory + 2 * n), cols};
+}
+
+void round_input(Stream& stream, ConstMat x, const RoundedInput& rounded) {
+    const int64_t n_blocks = x.rows * (x.cols / kBlock);
+    launch(stream, "round", round_kernel, {blocks(n_blocks, kWarps)}, kThreads, 0, x, rounded);
 }
 
 void matvec(Stream& stream, ConstMat x, const RoundedInput& rounded, std::span<const FinishedProduct> products) {
@@ -480,13 +502,13 @@ void matvec(Stream& stream, ConstMat x, const RoundedInput& rounded, std::span<c
     });
 }
 
-void gated_matvec(Stream& stream, Mat y, ConstMat x, const RoundedInput& rounded, const Weight& gate,
-                  const Weight& up) {
-    assert(gate.type == up.type);
+void gated_matvec(Stream& stream, Mat y, ConstMat x, const RoundedInput& rounded, const Weight& gate, const Weight& up,
+                  const RoundedInput& rounded_y) {
+    assert(gate.type == up.type && (rounded_y.high == nullptr || y.cols % kBlock == 0));
     with_input(gate.type, x, rounded, [&]<WeightType kType, int kTokens, class Input>(const Input& input) {
         launch(stream, "gated_matvec", gated_matvec_kernel<kType, Input, kTokens>,
-               {blocks(gate.rows, kWarps), blocks(x.rows, kTokens)}, kThreads, 0, y, gate.data, up.data, input,
-               gate.row_bytes());
+               {blocks(gate.rows, kBlock), blocks(x.rows, kTokens)}, kGatedWarps * kWarp, 0, y, gate.data, up.data,
+               input, gate.row_bytes(), rounded_y);
     });
 }
 

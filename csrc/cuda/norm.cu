@@ -2,6 +2,7 @@
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/reduce.cuh"
+#include "cuda/round.cuh"
 
 namespace yivl::cuda {
 
@@ -23,13 +24,17 @@ __global__ void layer_norm_kernel(Mat y, ConstMat x, const float* weight, const 
     for (int64_t i = thread_id(); i < x.cols; i += kThreads) to[i] = (from[i] - mean) * scale * weight[i] + bias[i];
 }
 
-__global__ void rms_norm_kernel(Mat y, ConstMat x, const float* weight, float eps) {
+__global__ void rms_norm_kernel(Mat y, ConstMat x, const float* weight, float eps, RoundedInput rounded) {
     const float* from = x.data + block_x() * x.stride;
     float* to = y.data + block_x() * y.stride;
     float squares = 0.0f;
     for (int64_t i = thread_id(); i < x.cols; i += kThreads) squares += from[i] * from[i];
     const float scale = 1.0f / sqrtf(reduce_block<Sum>(squares) / static_cast<float>(x.cols) + eps);
-    for (int64_t i = thread_id(); i < x.cols; i += kThreads) to[i] = from[i] * scale * weight[i];
+    for (int64_t i = thread_id(); i < x.cols; i += kThreads) {
+        const float value = from[i] * scale * weight[i];
+        to[i] = value;
+        if (rounded.high != nullptr) round_block(rounded, block_x(), i, value);
+    }
 }
 
 }  // namespace
@@ -37,8 +42,9 @@ __global__ void rms_norm_kernel(Mat y, ConstMat x, const float* weight, float ep
 void layer_norm(Stream& stream, Mat y, ConstMat x, Vec weight, Vec bias, float eps) {
     launch(stream, "layer_norm", layer_norm_kernel, {x.rows}, kThreads, 0, y, x, weight.data(), bias.data(), eps);
 }
-void rms_norm(Stream& stream, Mat y, ConstMat x, Vec weight, float eps) {
-    launch(stream, "rms_norm", rms_norm_kernel, {x.rows}, kThreads, 0, y, x, weight.data(), eps);
+void rms_norm(Stream& stream, Mat y, ConstMat x, Vec weight, float eps, const RoundedInput& rounded) {
+    assert(rounded.high == nullptr || x.cols % kBlock == 0);
+    launch(stream, "rms_norm", rms_norm_kernel, {x.rows}, kThreads, 0, y, x, weight.data(), eps, rounded);
 }
 
 }  // namespace yivl::cuda

@@ -5,6 +5,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/kernels.h"
@@ -20,8 +21,9 @@ namespace {
 
 // The host runs ahead of the device by at most two windows of so many operations: a cancel waits for no more.
 constexpr int kWindow = 16;
-// Of x: more are multiplied on tensor cores.
-constexpr int64_t kMostMatvecRows = 8;
+// Of x, or of q: so few are taken by kernels that read weights, or keys and values, as fast as memory allows, and
+// results are rounded ahead for them. More go to tensor cores.
+constexpr int64_t kFewRows = 8;
 // Weights are copied in pieces, so that a cancel waits for no more than one.
 constexpr size_t kPlacedAtOnce = 16 << 20;
 // What the model does not count: the kernels' code, streams, rounding of every allocation.
@@ -33,15 +35,30 @@ Memory allocate_shared(int device, size_t bytes) {
     return {allocate(device, bytes), [device](std::byte* memory) { release(device, memory); }};
 }
 
-// Memory that grows when more is asked for, and then holds nothing.
+// Runs at the end of its scope.
+template <class Fn>
+struct Cleanup {
+    Fn fn;
+    ~Cleanup() { fn(); }
+};
+
+enum class Fill { nothing, zeros };
+
+// Memory that grows when more is asked for, and then holds nothing, or zeros.
 template <class T>
 class Scratch {
 public:
-    T* at_least(Stream& stream, int64_t n) {
+    T* at_least(Stream& stream, int64_t n, Fill fill = Fill::nothing) {
         if (n > size_) {
             stream.synchronize();  // work may still use the old one
             memory_.reset();
-            memory_ = allocate_shared(stream.device(), static_cast<size_t>(n) * sizeof(T));
+            size_ = 0;
+            const size_t bytes = static_cast<size_t>(n) * sizeof(T);
+            memory_ = allocate_shared(stream.device(), bytes);
+            if (fill == Fill::zeros) {
+                const std::vector<std::byte> zeros(bytes);
+                stream.copy_in(memory_.get(), bytes, zeros.data(), bytes, bytes, 1);
+            }
             size_ = n;
         }
         return reinterpret_cast<T*>(memory_.get());
@@ -52,21 +69,29 @@ private:
     int64_t size_ = 0;
 };
 
+// Intermediate results between the kernels of an operation, or of one and the next.
+struct Intermediates {
+    Scratch<int32_t> ids;
+    Scratch<int32_t> index;
+    // Two, since an operation can read one and write another.
+    std::array<Scratch<std::byte>, 2> rounded;
+    Scratch<std::byte> halves;
+    Scratch<std::byte> split_kv;
+    Scratch<int32_t> counts;
+    Scratch<float> partials;
+    // cos and sin of every pair of a head at a range of positions: the same for all layers.
+    Scratch<float> rotations;
+    int64_t rotations_head_dim = 0, rotations_first = 0, rotations_rows = 0;
+    float rotations_theta = 0.0f;
+};
+
 // What one caller needs at a time; kept for the next.
 struct Workspace {
     explicit Workspace(int device) : stream(device), windows{Event(device), Event(device)} {}
 
     Stream stream;
     std::array<Event, 2> windows;
-    Scratch<int32_t> ids;
-    Scratch<int32_t> index;
-    Scratch<std::byte> rounded;
-    Scratch<std::byte> halves;
-    Scratch<std::byte> split_kv;
-    // cos and sin of every pair of a head at a range of positions: the same for all layers.
-    Scratch<float> rotations;
-    int64_t rotations_head_dim = 0, rotations_first = 0, rotations_rows = 0;
-    float rotations_theta = 0.0f;
+    Intermediates intermediates;
 };
 
 // Workspaces that nobody uses.
@@ -94,6 +119,30 @@ private:
     int device_;
     std::mutex mutex_;
     std::vector<std::unique_ptr<Workspace>> idle_;
+};
+
+// A step as the card knows it, where the kernels of a recorded one look.
+struct StepOnDevice {
+    int32_t id;
+    int32_t position;
+};
+
+// A session's step: the first is done operation by operation, which finds out how much memory it takes; the second is
+// recorded.
+class CudaStepRecord final : public StepRecord {
+public:
+    CudaStepRecord(int device, int64_t n_ctx)
+        : graph(device), n_ctx(n_ctx), memory_(allocate_shared(device, sizeof(StepOnDevice))) {}
+
+    StepOnDevice* on_device() const { return reinterpret_cast<StepOnDevice*>(memory_.get()); }
+
+    Intermediates intermediates;
+    Graph graph;
+    const int64_t n_ctx;
+    enum { none, tried, recorded } state = none;
+
+private:
+    Memory memory_;
 };
 
 class CudaOps final : public Ops {
@@ -130,12 +179,15 @@ public:
     }
 
     void linear(ConstMat x, std::span<const Product> products) override {
+        next();
         std::vector<FinishedProduct> finished;
         for (const Product& p : products) {
-            assert(p.y.rows == x.rows && p.y.cols == p.w.rows && p.w.cols == x.cols);
-            finished.push_back({p.y, p.w, p.bias, finish_of(p.then)});
+            assert(p.row + x.rows <= p.y.rows && p.y.cols == p.w.rows && p.w.cols == x.cols);
+            // In a step, a row that is not the first is that of the position.
+            const bool moves = step_ != nullptr && p.row > 0;
+            finished.push_back({p.y.row_range(moves ? 0 : p.row, x.rows), p.w, p.bias, finish_of(p.then),
+                                moves ? &step_->on_device()->position : nullptr, turns(p.rotation, x.rows)});
         }
-        next();
         multiply(x, finished);
     }
     void gated_linear(Mat y, ConstMat x, const Weight& gate, const Weight& up) override {
@@ -147,10 +199,12 @@ public:
             return;
         }
         if (gate.type == up.type && has_matvec(gate.type)) {
-            cuda::gated_matvec(stream_, y, x, takes_rounded(gate.type) ? rounded(x) : RoundedInput{}, gate, up);
+            const RoundedInput in = takes_rounded(gate.type) ? rounded(x) : RoundedInput{};
+            cuda::gated_matvec(stream_, y, x, in, gate, up, round_ahead(y));
             return;
         }
-        const FinishedProduct products[] = {{y, gate, {}, Finish::silu}, {y, up, {}, Finish::times}};
+        const FinishedProduct products[] = {{.y = y, .w = gate, .finish = Finish::silu},
+                                            {.y = y, .w = up, .finish = Finish::times}};
         multiply(x, products);
     }
     void layer_norm(Mat y, ConstMat x, Vec weight, Vec bias, float eps) override {
@@ -162,7 +216,7 @@ public:
     void rms_norm(Mat y, ConstMat x, Vec weight, float eps) override {
         assert(y.rows == x.rows && y.cols == x.cols && static_cast<int64_t>(weight.size()) == x.cols);
         next();
-        cuda::rms_norm(stream_, y, x, weight, eps);
+        cuda::rms_norm(stream_, y, x, weight, eps, round_ahead(y));
     }
     void gelu(Mat x) override {
         next();
@@ -176,7 +230,7 @@ public:
     void rope(Mat x, int64_t head_dim, int64_t first, float theta) override {
         assert(head_dim > 0 && head_dim % 2 == 0 && x.cols % head_dim == 0);
         next();
-        cuda::rotate(stream_, x, rotations(head_dim, first, x.rows, theta));
+        cuda::rotate(stream_, x, turns({.head_dim = head_dim, .first = first, .theta = theta}, x.rows), nullptr);
     }
     void attention(Mat out, ConstMat q, ConstMat k, ConstMat v, const AttentionShape& shape) override {
         assert(shape.n_kv_heads > 0 && shape.n_heads % shape.n_kv_heads == 0);
@@ -188,29 +242,70 @@ public:
                               std::to_string(shape.head_dim));
         }
         next();
-        if (q.rows > 1 && shape.head_dim <= kMaxFlashHeadDim) {
+        if (step_ != nullptr) k.rows = v.rows = step_->n_ctx;
+        if (q.rows <= kFewRows && has_split_attention(q, k, v, shape)) {
+            const int64_t n_counts = split_counts(q.rows, shape);
+            const SplitMemory memory{
+                .counts = intermediates_->counts.at_least(stream_, n_counts, Fill::zeros),
+                .partials = intermediates_->partials.at_least(stream_, split_partials(q.rows, shape)),
+            };
+            const RoundedInput ahead = shape.head_dim % kBlock == 0 ? round_ahead(out) : RoundedInput{};
+            cuda::split_attention(stream_, out, q, k, v, shape, position(), memory, ahead);
+        } else if (q.rows > 1 && shape.head_dim <= kMaxFlashHeadDim) {
             const auto needed = static_cast<int64_t>(split_bytes(k.rows, shape));
-            std::byte* memory = workspace_->split_kv.at_least(stream_, needed);
+            std::byte* memory = intermediates_->split_kv.at_least(stream_, needed);
             cuda::flash_attention(stream_, out, q, k, v, shape, memory);
         } else {
-            cuda::attention(stream_, out, q, k, v, shape);
+            cuda::attention(stream_, out, q, k, v, shape, position());
         }
     }
     void embed(Mat y, const Weight& table, std::span<const int32_t> ids) override {
         assert(y.rows == static_cast<int64_t>(ids.size()) && y.cols == table.cols);
         next();
-        int32_t* on_device = workspace_->ids.at_least(stream_, y.rows);
+        if (step_ != nullptr) {
+            cuda::embed(stream_, y, table, &step_->on_device()->id);
+            return;
+        }
+        int32_t* on_device = intermediates_->ids.at_least(stream_, y.rows);
         stream_.copy_in(on_device, ids.size_bytes(), ids.data(), ids.size_bytes(), ids.size_bytes(), 1);
         cuda::embed(stream_, y, table, on_device);
     }
     int32_t argmax(ConstMat x) override {
         assert(x.rows == 1);
         next();
-        int32_t* on_device = workspace_->index.at_least(stream_, 1);
+        int32_t* on_device = intermediates_->index.at_least(stream_, 1);
         cuda::argmax(stream_, on_device, {x.data, static_cast<size_t>(x.cols)});
         int32_t index = -1;
         stream_.copy_out(&index, sizeof(index), on_device, sizeof(index), sizeof(index), 1);
         return index;
+    }
+
+    void step(const Step& step, std::unique_ptr<StepRecord>& record, const std::function<void()>& forward) override {
+        next();
+        if (record == nullptr) record = std::make_unique<CudaStepRecord>(stream_.device(), step.n_ctx);
+        auto& r = static_cast<CudaStepRecord&>(*record);
+        const StepOnDevice values{step.id, static_cast<int32_t>(step.position)};
+        stream_.copy_in(r.on_device(), sizeof(values), &values, sizeof(values), sizeof(values), 1);
+        const auto in_step = [&] {
+            step_ = &r;
+            intermediates_ = &r.intermediates;
+            const Cleanup cleanup{[this] {
+                step_ = nullptr;
+                intermediates_ = &workspace_->intermediates;
+                just_rounded_ = {};
+            }};
+            forward();
+        };
+        if (r.state == CudaStepRecord::none) {
+            in_step();
+            r.state = CudaStepRecord::tried;
+            return;
+        }
+        if (r.state == CudaStepRecord::tried) {
+            r.graph.record(stream_, in_step);
+            r.state = CudaStepRecord::recorded;
+        }
+        r.graph.start(stream_);
     }
 
 private:
@@ -219,11 +314,15 @@ private:
     // Before every operation.
     void next() {
         control_.check();
-        if (++count_ % kWindow != 0) return;
+        was_rounded_ = std::exchange(just_rounded_, {});
+        // What is recorded is not done now, and cannot be waited for.
+        if (step_ != nullptr || ++count_ % kWindow != 0) return;
         Event& window = workspace_->windows[count_ / kWindow % 2];
         window.wait();
         window.record(stream_);
     }
+
+    RowNumber position() const { return step_ == nullptr ? nullptr : &step_->on_device()->position; }
 
     static Finish finish_of(Then then) {
         switch (then) {
@@ -234,17 +333,34 @@ private:
         return Finish::store;
     }
 
+    // x rounded: by the operation before, if x is its result, or now.
     RoundedInput rounded(ConstMat x) {
+        const ConstMat& known = was_rounded_.x;
+        if (x.data == known.data && x.rows == known.rows && x.cols == known.cols) return was_rounded_.rounded;
+        const RoundedInput to = room_to_round(x);
+        cuda::round_input(stream_, x, to);
+        return to;
+    }
+    // Room for a result that an operation is to round as well, since the next is likely to need it so.
+    RoundedInput round_ahead(ConstMat y) {
+        if (y.rows > kFewRows || y.cols % kBlock != 0) return {};
+        const RoundedInput to = room_to_round(y);
+        just_rounded_ = {y, to};
+        return to;
+    }
+    // Not what the operation before has filled.
+    RoundedInput room_to_round(ConstMat x) {
+        turn_ = 1 - turn_;
         const auto bytes = static_cast<int64_t>(rounded_bytes(x.rows, x.cols));
-        return cuda::round_input(stream_, x, workspace_->rounded.at_least(stream_, bytes));
+        return rounded_in(intermediates_->rounded[turn_].at_least(stream_, bytes), x.rows, x.cols);
     }
 
     // Of more rows, each costs less on tensor cores.
-    static bool takes_gemm(ConstMat x, WeightType type) { return x.rows > kMostMatvecRows && has_gemm(type); }
+    static bool takes_gemm(ConstMat x, WeightType type) { return x.rows > kFewRows && has_gemm(type); }
 
     HalfInput halves(ConstMat x) {
         const auto bytes = static_cast<int64_t>(half_bytes(x.rows, x.cols));
-        return cuda::to_halves(stream_, x, workspace_->halves.at_least(stream_, bytes));
+        return cuda::to_halves(stream_, x, intermediates_->halves.at_least(stream_, bytes));
     }
 
     // In order; neighbours of one type are one launch.
@@ -255,22 +371,35 @@ private:
             const WeightType type = products[0].w.type;
             size_t n = 1;
             while (n < products.size() && n < kMostProducts && products[n].w.type == type) ++n;
-            if (takes_gemm(x, type)) {
-                if (!in_halves) in_halves = halves(x);
-                cuda::gemm(stream_, *in_halves, products.first(n));
-            } else if (has_matvec(type)) {
+            if (!takes_gemm(x, type) && has_matvec(type)) {
                 if (takes_rounded(type) && !in_integers) in_integers = rounded(x);
                 cuda::matvec(stream_, x, in_integers.value_or(RoundedInput{}), products.first(n));
             } else {
-                n = 1;
-                cuda::linear(stream_, x, products[0]);
+                if (takes_gemm(x, type)) {
+                    if (!in_halves) in_halves = halves(x);
+                    cuda::gemm(stream_, *in_halves, products.first(n));
+                } else {
+                    n = 1;
+                    cuda::linear(stream_, x, products[0]);
+                }
+                for (const FinishedProduct& p : products.first(n)) {
+                    if (p.turns.cos_sin != nullptr) cuda::rotate(stream_, p.y, p.turns, p.row);
+                }
             }
             products = products.subspan(n);
         }
     }
 
-    ConstMat rotations(int64_t head_dim, int64_t first, int64_t rows, float theta) {
-        Workspace& w = *workspace_;
+    Turns turns(const Rotation& r, int64_t rows) {
+        if (r.head_dim == 0) return {};
+        assert(r.head_dim > 0 && r.head_dim % 2 == 0);
+        if (step_ == nullptr) return {rotations(r.head_dim, r.first, rows, r.theta), r.head_dim, nullptr};
+        return {rotations(r.head_dim, 0, step_->n_ctx, r.theta), r.head_dim, position()};
+    }
+
+    // cos and sin (rows, hd) at positions from `first` on.
+    const float* rotations(int64_t head_dim, int64_t first, int64_t rows, float theta) {
+        Intermediates& w = *intermediates_;
         const bool known = head_dim == w.rotations_head_dim && theta == w.rotations_theta &&
                            first >= w.rotations_first && first + rows <= w.rotations_first + w.rotations_rows;
         if (!known) {
@@ -282,14 +411,22 @@ private:
             w.rotations_rows = rows;
             w.rotations_theta = theta;
         }
-        const ConstMat all(w.rotations.at_least(stream_, 0), w.rotations_rows, head_dim);
-        return all.row_range(first - w.rotations_first, rows);
+        return w.rotations.at_least(stream_, 0) + (first - w.rotations_first) * head_dim;
     }
+
+    struct Rounded {
+        ConstMat x;
+        RoundedInput rounded;
+    };
 
     Workspaces& workspaces_;
     Control& control_;
     std::unique_ptr<Workspace> workspace_;
     Stream& stream_;
+    Intermediates* intermediates_ = &workspace_->intermediates;
+    CudaStepRecord* step_ = nullptr;      // while one is under way
+    Rounded was_rounded_, just_rounded_;  // by the operation before this one, by this one
+    size_t turn_ = 0;                     // of the two places for what is rounded
     int count_ = 0;
 };
 

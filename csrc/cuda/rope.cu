@@ -2,6 +2,7 @@
 // inv_freq; an error in inv_freq would grow with the position, so that the functions are computed in double.
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
+#include "cuda/position.cuh"
 
 namespace yivl::cuda {
 
@@ -21,14 +22,11 @@ __global__ void rotations_kernel(Mat cos_sin, int64_t first, float theta) {
     }
 }
 
-__global__ void rotate_kernel(Mat x, ConstMat cos_sin) {
+__global__ void rotate_kernel(Mat x, Turns turns, RowNumber row) {
     const int64_t pair = int64_t{block_y()} * kThreads + thread_id();
     if (pair >= x.cols / 2) return;
-    const float* rotation = cos_sin.data + block_x() * cos_sin.stride + 2 * pair % cos_sin.cols;
-    float* at = x.data + block_x() * x.stride + 2 * pair;
-    const float a = at[0], b = at[1];
-    at[0] = a * rotation[0] - b * rotation[1];
-    at[1] = a * rotation[1] + b * rotation[0];
+    float* at = x.data + (block_x() + number(row)) * x.stride + 2 * pair;
+    turn(at[0], at[1], turns, block_x(), 2 * pair);
 }
 
 }  // namespace
@@ -36,9 +34,9 @@ __global__ void rotate_kernel(Mat x, ConstMat cos_sin) {
 void rotations(Stream& stream, Mat cos_sin, int64_t first, float theta) {
     launch(stream, "rotations", rotations_kernel, {cos_sin.rows}, kThreads, 0, cos_sin, first, theta);
 }
-void rotate(Stream& stream, Mat x, ConstMat cos_sin) {
+void rotate(Stream& stream, Mat x, const Turns& turns, RowNumber row) {
     const Grid grid{x.rows, (x.cols / 2 + kThreads - 1) / kThreads};
-    launch(stream, "rotate", rotate_kernel, grid, kThreads, 0, x, cos_sin);
+    launch(stream, "rotate", rotate_kernel, grid, kThreads, 0, x, turns, row);
 }
 
 }  // namespace yivl::cuda

@@ -123,6 +123,40 @@ void Stream::synchronize() {
     check(cudaStreamSynchronize(static_cast<cudaStream_t>(handle_)), "waiting for the device");
 }
 
+Graph::~Graph() {
+    if (handle_ == nullptr) return;
+    if (cudaSetDevice(device_) != cudaSuccess ||
+        cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(handle_)) != cudaSuccess) {
+        cudaGetLastError();
+    }
+}
+
+void Graph::record(Stream& stream, const std::function<void()>& work) {
+    use(device_);
+    const auto handle = static_cast<cudaStream_t>(stream.handle());
+    check(cudaStreamBeginCapture(handle, cudaStreamCaptureModeThreadLocal), "beginning to record");
+    cudaGraph_t graph = nullptr;
+    try {
+        work();
+    } catch (...) {
+        if (cudaStreamEndCapture(handle, &graph) == cudaSuccess) cudaGraphDestroy(graph);
+        cudaGetLastError();
+        throw;
+    }
+    check(cudaStreamEndCapture(handle, &graph), "ending to record");
+    cudaGraphExec_t ready = nullptr;
+    const cudaError_t result = cudaGraphInstantiate(&ready, graph, 0);
+    cudaGraphDestroy(graph);
+    check(result, "preparing what was recorded");
+    handle_ = ready;
+}
+
+void Graph::start(Stream& stream) {
+    use(device_);
+    check(cudaGraphLaunch(static_cast<cudaGraphExec_t>(handle_), static_cast<cudaStream_t>(stream.handle())),
+          "starting what was recorded");
+}
+
 Event::Event(int device) : device_(device) {
     use(device_);
     cudaEvent_t event;

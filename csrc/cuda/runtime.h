@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 
 namespace yivl::cuda {
@@ -45,6 +46,25 @@ public:
 
     // Waits until all work so far is done.
     void synchronize();
+
+private:
+    friend class Graph;
+    int device_;
+    void* handle_ = nullptr;
+};
+
+// Work that is recorded once and then started again and again, at the cost of one launch.
+class Graph {
+public:
+    explicit Graph(int device) : device_(device) {}
+    ~Graph();
+    Graph(const Graph&) = delete;
+    Graph& operator=(const Graph&) = delete;
+
+    // What `work` starts on the stream is kept, not done. Meanwhile nothing may be allocated, awaited, or copied from
+    // or to the host's memory.
+    void record(Stream& stream, const std::function<void()>& work);
+    void start(Stream& stream);
 
 private:
     int device_;

@@ -152,6 +152,39 @@ void copies(Stream& stream) {
     }
 }
 
+// ---- recorded work ----
+
+__global__ void add_kernel(int* to, const int* what) { to[thread_id()] += what[thread_id()]; }
+
+void graph(Stream& stream) {
+    const Array<int> sums(stream, std::vector<int>(kWarp)), what(stream, std::vector<int>(kWarp, 1));
+    const Array<int> copy(stream, std::vector<int>(kWarp));
+    Graph graph(stream.device());
+    graph.record(stream, [&] {
+        launch(stream, "add", add_kernel, {1}, kWarp, 0, sums.data(), what.data());
+        stream.copy(copy.data(), 0, sums.data(), 0, kWarp * sizeof(int), 1);
+    });
+    expect(sums.values()[0] == 0, "done while recorded", 0);
+    // What it reads is what is there when it starts.
+    for (const int n : {2, 5}) {
+        const std::vector<int> now(kWarp, n);
+        stream.copy_in(what.data(), 0, now.data(), 0, kWarp * sizeof(int), 1);
+        graph.start(stream);
+    }
+    for (int i = 0; i < kWarp; ++i) expect(copy.values()[i] == 7, "sum", i);
+
+    Graph stopped(stream.device());
+    bool caught = false;
+    try {
+        stopped.record(stream, [&] { throw std::runtime_error("stopped"); });
+    } catch (const std::runtime_error&) {
+        caught = true;
+    }
+    expect(caught, "no exception", 0);
+    launch(stream, "add", add_kernel, {1}, kWarp, 0, sums.data(), what.data());
+    expect(sums.values()[0] == 12, "sum after a recording that failed", 0);
+}
+
 // ---- numbers ----
 
 __global__ void numbers_kernel(float* out, int* dots, const float* in, int n) {
@@ -381,6 +414,10 @@ void host_address(Stream& stream) {
     int on_host = 0;
     launch(stream, "host_address", overrun_kernel, {1}, 32, 0, &on_host);
 }
+void recorded_copy(Stream& stream) {
+    const Array<int> values(stream, {1});
+    Graph(stream.device()).record(stream, [&] { values.values(); });
+}
 
 #endif
 
@@ -389,6 +426,7 @@ const std::map<std::string, void (*)(Stream&)> kCases{
     {"lanes", lanes},
     {"atomics", atomics},
     {"copies", copies},
+    {"graph", graph},
     {"numbers", numbers},
     {"halves", halves},
     {"mma_half", mma<Kind::half>},
@@ -405,6 +443,7 @@ const std::map<std::string, void (*)(Stream&)> kCases{
     {"fault-too-much-shared", too_much_shared},
     {"fault-threads", odd_threads},
     {"fault-host-address", host_address},
+    {"fault-recorded-copy", recorded_copy},
 #endif
 };
 

@@ -11,6 +11,7 @@
 #include <functional>
 #include <source_location>
 #include <type_traits>
+#include <vector>
 
 #include "half.h"
 
@@ -43,6 +44,16 @@ extern thread_local const Position* position __attribute__((tls_model("initial-e
 // Calls body once for every thread of every block. Throws DeviceError naming the kernel and the place if the threads of
 // a block do not meet, if shared memory is overrun or if a launch asks for more than a card has.
 void run_grid(const char* kernel, Index grid, int threads, size_t dynamic_shared, const std::function<void()>& body);
+
+// A stream's handle is where its work is recorded; null while it is done at once.
+using Recording = std::vector<std::function<void()>>;
+inline void run_or_record(void* handle, std::function<void()> work) {
+    if (handle == nullptr) {
+        work();
+    } else {
+        static_cast<Recording*>(handle)->push_back(std::move(work));
+    }
+}
 
 // Throws DeviceError unless an address that is handed to a kernel, by itself or as a matrix's, is the device's.
 void check_address(const char* kernel, const void* address);

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 
@@ -114,6 +115,11 @@ DeviceHeap& heap() {
     return heap;
 }
 
+// What a card cannot do, either, while it records.
+void require_not_recording(const Stream& stream, const char* what) {
+    if (stream.handle() != nullptr) throw DeviceError("CUDA: " + std::string(what) + " while work is recorded");
+}
+
 void copy_rows(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t rows) {
     const emulator::DeviceAccess access;
     for (size_t i = 0; i < rows; ++i) {
@@ -154,15 +160,35 @@ void release(int, std::byte* memory) noexcept {
 Stream::Stream(int device) : device_(device) {}
 Stream::~Stream() = default;
 void Stream::copy_in(void* to, size_t to_pitch, const void* host, size_t host_pitch, size_t width, size_t rows) {
+    require_not_recording(*this, "copying from the host");
     copy_rows(to, to_pitch, host, host_pitch, width, rows);
 }
 void Stream::copy_out(void* host, size_t host_pitch, const void* from, size_t from_pitch, size_t width, size_t rows) {
+    require_not_recording(*this, "copying to the host");
     copy_rows(host, host_pitch, from, from_pitch, width, rows);
 }
 void Stream::copy(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t rows) {
-    copy_rows(to, to_pitch, from, from_pitch, width, rows);
+    emulator::run_or_record(handle_, [=] { copy_rows(to, to_pitch, from, from_pitch, width, rows); });
 }
-void Stream::synchronize() {}
+void Stream::synchronize() { require_not_recording(*this, "waiting"); }
+
+Graph::~Graph() { delete static_cast<emulator::Recording*>(handle_); }
+void Graph::record(Stream& stream, const std::function<void()>& work) {
+    auto recording = std::make_unique<emulator::Recording>();
+    stream.handle_ = recording.get();
+    try {
+        work();
+    } catch (...) {
+        stream.handle_ = nullptr;
+        throw;
+    }
+    stream.handle_ = nullptr;
+    handle_ = recording.release();
+}
+void Graph::start(Stream& stream) {
+    require_not_recording(stream, "starting recorded work");
+    for (const auto& work : *static_cast<emulator::Recording*>(handle_)) work();
+}
 
 Event::Event(int device) : device_(device) {}
 Event::~Event() = default;
