@@ -146,6 +146,15 @@ inline void store_integers(I* p, I v) { _mm256_store_si256(p, v); }
 inline I integers(int32_t n) { return _mm256_set1_epi32(n); }
 inline I no_integers() { return _mm256_setzero_si256(); }
 inline I add_integers(I a, I b) { return _mm256_add_epi32(a, b); }
+inline I times_integers(I a, I b) { return _mm256_mullo_epi32(a, b); }
+template <int n>
+inline I up32(I v) {
+    return _mm256_slli_epi32(v, n);
+}
+template <int n>
+inline I down32(I v) {
+    return _mm256_srai_epi32(v, n);
+}
 inline F to_floats(I v) { return _mm256_cvtepi32_ps(v); }
 inline I pair(const int16_t* p) {
     int32_t both;
@@ -189,11 +198,13 @@ inline F half_of_lane(I v) {
 
 // 16 bytes of two rows side by side, four rows apart, then a transposition of each four by four.
 YIVL_INLINE void dwords(const std::byte* p, int64_t stride, I* out) {
-    const auto two_rows = [p, stride](int64_t first) YIVL_INLINE_LAMBDA {
-        const auto row = [p, stride](int64_t r) YIVL_INLINE_LAMBDA {
-            return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + r * stride));
+    const std::byte* p4 = p + 4 * stride;
+    YIVL_IN_REGISTER(p4);
+    const auto two_rows = [=](int64_t first) YIVL_INLINE_LAMBDA {
+        const auto row = [=](const std::byte* from) YIVL_INLINE_LAMBDA {
+            return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + first * stride));
         };
-        return _mm256_inserti128_si256(_mm256_castsi128_si256(row(first)), row(first + 4), 1);
+        return _mm256_inserti128_si256(_mm256_castsi128_si256(row(p)), row(p4), 1);
     };
     const I a = two_rows(0), b = two_rows(1), c = two_rows(2), d = two_rows(3);
     const I ab_low = _mm256_unpacklo_epi32(a, b), ab_high = _mm256_unpackhi_epi32(a, b);
@@ -219,16 +230,17 @@ inline float largest_magnitude(const float* x) {
     m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
     return __builtin_bit_cast(float, _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1))));
 }
-inline int32_t round_block(const float* x, float factor, int16_t* dst) {
+inline void round_block(const float* x, float factor, int16_t* dst, int32_t* sums) {
     const auto sixteen = [x, factor, dst](int i) YIVL_TARGET_LAMBDA {
         const I a = _mm256_cvtps_epi32(mul(load(x + i), set1(factor)));
         const I b = _mm256_cvtps_epi32(mul(load(x + i + 8), set1(factor)));
         const I all = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
         _mm256_store_si256(reinterpret_cast<I*>(dst + i),
                            _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(all, 0xd8), 0xd8));
-        return _mm256_add_epi32(a, b);
+        return sum_of_integers(_mm256_add_epi32(a, b));
     };
-    return sum_of_integers(_mm256_add_epi32(sixteen(0), sixteen(16)));
+    sums[0] = sixteen(0);
+    sums[1] = sixteen(16);
 }
 
 }  // namespace

@@ -148,6 +148,15 @@ inline void store_integers(I* p, I v) { _mm512_store_si512(p, v); }
 inline I integers(int32_t n) { return _mm512_set1_epi32(n); }
 inline I no_integers() { return _mm512_setzero_si512(); }
 inline I add_integers(I a, I b) { return _mm512_add_epi32(a, b); }
+inline I times_integers(I a, I b) { return _mm512_mullo_epi32(a, b); }
+template <int n>
+inline I up32(I v) {
+    return _mm512_slli_epi32(v, n);
+}
+template <int n>
+inline I down32(I v) {
+    return _mm512_srai_epi32(v, n);
+}
 inline F to_floats(I v) { return _mm512_cvtepi32_ps(v); }
 inline I pair(const int16_t* p) {
     int32_t both;
@@ -187,14 +196,19 @@ inline F half_of_lane(I v) {
 
 // 16 bytes of four rows side by side, four rows apart, then a transposition of each four by four.
 YIVL_INLINE void dwords(const std::byte* p, int64_t stride, I* out) {
-    const auto four_rows = [p, stride](int64_t first) YIVL_INLINE_LAMBDA {
-        const auto row = [p, stride](int64_t r) YIVL_INLINE_LAMBDA {
-            return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + r * stride));
+    const std::byte *p4 = p + 4 * stride, *p8 = p + 8 * stride;
+    YIVL_IN_REGISTER(p4);
+    YIVL_IN_REGISTER(p8);
+    const std::byte* p12 = p4 + 8 * stride;
+    YIVL_IN_REGISTER(p12);
+    const auto four_rows = [=](int64_t first) YIVL_INLINE_LAMBDA {
+        const auto row = [=](const std::byte* from) YIVL_INLINE_LAMBDA {
+            return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + first * stride));
         };
-        __m512i v = _mm512_castsi128_si512(row(first));
-        v = _mm512_inserti32x4(v, row(first + 4), 1);
-        v = _mm512_inserti32x4(v, row(first + 8), 2);
-        return _mm512_inserti32x4(v, row(first + 12), 3);
+        __m512i v = _mm512_castsi128_si512(row(p));
+        v = _mm512_inserti32x4(v, row(p4), 1);
+        v = _mm512_inserti32x4(v, row(p8), 2);
+        return _mm512_inserti32x4(v, row(p12), 3);
     };
     const I a = four_rows(0), b = four_rows(1), c = four_rows(2), d = four_rows(3);
     const I ab_low = _mm512_unpacklo_epi32(a, b), ab_high = _mm512_unpackhi_epi32(a, b);
@@ -215,12 +229,13 @@ inline float largest_magnitude(const float* x) {
     const I b = _mm512_and_si512(_mm512_loadu_si512(x + 16), magnitude);
     return __builtin_bit_cast(float, _mm512_reduce_max_epi32(_mm512_max_epi32(a, b)));
 }
-inline int32_t round_block(const float* x, float factor, int16_t* dst) {
+inline void round_block(const float* x, float factor, int16_t* dst, int32_t* sums) {
     const I a = _mm512_cvtps_epi32(mul(load(x), set1(factor)));
     const I b = _mm512_cvtps_epi32(mul(load(x + 16), set1(factor)));
     const I all = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(a)), _mm512_cvtepi32_epi16(b), 1);
     _mm512_store_si512(dst, _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(all, 0xd8), 0xd8));
-    return _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+    sums[0] = _mm512_reduce_add_epi32(a);
+    sums[1] = _mm512_reduce_add_epi32(b);
 }
 
 }  // namespace

@@ -27,19 +27,21 @@ YIVL_INLINE void prefetch_far(const std::byte* p) { _mm_prefetch(reinterpret_cas
 
 // The two bytes at each of eight places.
 YIVL_INLINE __m128i eight_halves(const std::byte* p, int64_t stride) {
-    const auto half = [p, stride](int64_t r) YIVL_INLINE_LAMBDA {
+    const std::byte* p4 = p + 4 * stride;
+    YIVL_IN_REGISTER(p4);
+    const auto half = [stride](const std::byte* from, int64_t r) YIVL_INLINE_LAMBDA {
         uint16_t h;
-        __builtin_memcpy(&h, p + r * stride, sizeof(h));
+        __builtin_memcpy(&h, from + r * stride, sizeof(h));
         return static_cast<int>(h);
     };
-    __m128i v = _mm_cvtsi32_si128(half(0));
-    v = _mm_insert_epi16(v, half(1), 1);
-    v = _mm_insert_epi16(v, half(2), 2);
-    v = _mm_insert_epi16(v, half(3), 3);
-    v = _mm_insert_epi16(v, half(4), 4);
-    v = _mm_insert_epi16(v, half(5), 5);
-    v = _mm_insert_epi16(v, half(6), 6);
-    return _mm_insert_epi16(v, half(7), 7);
+    __m128i v = _mm_cvtsi32_si128(half(p, 0));
+    v = _mm_insert_epi16(v, half(p, 1), 1);
+    v = _mm_insert_epi16(v, half(p, 2), 2);
+    v = _mm_insert_epi16(v, half(p, 3), 3);
+    v = _mm_insert_epi16(v, half(p4, 0), 4);
+    v = _mm_insert_epi16(v, half(p4, 1), 5);
+    v = _mm_insert_epi16(v, half(p4, 2), 6);
+    return _mm_insert_epi16(v, half(p4, 3), 7);
 }
 
 }  // namespace

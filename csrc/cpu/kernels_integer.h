@@ -10,7 +10,8 @@
 //
 //   I                              a vector of kLanes int32, or of 2 * kLanes int16
 //   kIntegerTokens                 tokens of a tile, which is two vectors of rows high
-//   load_integers(p) store_integers(p, v) integers(n) no_integers() add_integers(a, b) to_floats(v)     of int32
+//   load_integers(p) store_integers(p, v) integers(n) no_integers() add_integers(a, b) times_integers(a, b)
+//   up32<n>(v) down32<n>(v) to_floats(v)    of int32: shifts (down32 with the sign)
 //   pair(p)                        the two int16 at p, in every lane
 //   multiply_pairs(sums, a, b)     sums + a[2l] * b[2l] + a[2l + 1] * b[2l + 1] in every lane l
 //   multiply_pairs_at(sums, a, p)  the same with pair(p) for b
@@ -22,8 +23,8 @@
 //   dwords(p, stride, out)         out[j] = bytes [4j, 4j + 4) at p + l * stride in lane l, j in [0, 4)
 //   halves(p, stride)              the half-precision number at p + l * stride in lane l, as a float
 //   largest_magnitude(x)           of 32 numbers; a NaN is larger than all
-//   round_block(x, factor, dst)    32 numbers times `factor`, to the nearest integers, their columns paired; returns
-//                                  the sum of them
+//   round_block(x, factor, dst, sums)   32 numbers times `factor`, to the nearest integers, their columns paired, and
+//                                  the sums of the first 16 and of the others
 //   prefetch_far(p)                the cache line at p, later
 
 namespace {
@@ -40,8 +41,7 @@ struct alignas(64) InputSlab {
     int16_t integers[kSlabBlocks][kBlock];
     float scale[kSlabBlocks];
     float minus_sum[kSlabBlocks];  // of the rounded values
-    int32_t sum[kSlabBlocks];      // of the integers
-    int32_t padding[8];
+    int32_t sums[kSlabBlocks][2];  // of the integers of half a block
 };
 
 // ---- weights ----
@@ -104,10 +104,17 @@ struct SixBits {
         high_scales = any_bits(low_bits(w[3], 0x0f0f), low_bits(down<2>(w[1]), 0x3030));
         high_minima = any_bits(low_bits(down<4>(w[3]), 0x0f0f), low_bits(down<2>(w[2]), 0x3030));
     }
+    template <int g>
+    YIVL_INLINE F scale() const {
+        return mul(d, to_floats(byte<g % 4>(g < 4 ? low_scales : high_scales)));
+    }
+    template <int g>
+    YIVL_INLINE F offset() const {
+        return mul(minimum, to_floats(byte<g % 4>(g < 4 ? low_minima : high_minima)));
+    }
     template <int g, class Sink>
     YIVL_INLINE void finish(Sink& sink) const {
-        const I scales = g < 4 ? low_scales : high_scales, minima = g < 4 ? low_minima : high_minima;
-        sink.template finish<g>(mul(d, to_floats(byte<g % 4>(scales))), mul(minimum, to_floats(byte<g % 4>(minima))));
+        sink.template finish<g>(scale<g>(), offset<g>());
     }
 };
 
@@ -209,43 +216,184 @@ struct RowsQ6_K {
 };
 
 // ---- one token ----
+//
+// Bits of a weight are multiplied where they stand in a lane of 16, as long as the sum of a block fits 32 bits: so one
+// shift of the sum takes the place of one for every pair of columns.
 
+// Of the next rows, a little at a time: what is fetched from memory must not keep loads from the cache waiting.
 template <class Rows>
-struct SumSink {
-    // Two sums for each block, which need not wait for each other.
-    I sums[Rows::kBlocks][2];
-    const InputSlab* x;
-    int64_t block;  // the first one's, in the slab
-    const std::byte* ahead;
-    F total;
+struct Ahead {
+    const std::byte* p;
 
-    // A little at a time: what is fetched from memory must not keep loads from the cache waiting.
-    template <int step>
-    YIVL_INLINE void fetch_ahead() {
-        constexpr int kSteps = Rows::kBlocks * kPairs, kLines = (kLanes * Rows::kBytes + 63) / 64;
-        if constexpr (step * kLines / kSteps != (step + 1) * kLines / kSteps) {
-            prefetch_far(ahead + step * kLines / kSteps * 64);
-        }
-    }
-
-    template <int b, int i>
-    YIVL_INLINE void vector(I v) {
-        fetch_ahead<b * kPairs + i>();
-        I& sum = sums[b][i % 2];
-        if constexpr (i == 0 && Rows::kOffset != 0) {
-            sum = integers(x->sum[block] * -Rows::kOffset);
-        } else if constexpr (i < 2) {
-            sum = no_integers();
-        }
-        sum = multiply_pairs_at(sum, v, x->integers[block + b] + i * 2);
-    }
-    template <int b>
-    YIVL_INLINE void finish(F scale, F minimum) {
-        const F sum = to_floats(add_integers(sums[b][0], sums[b][1]));
-        total = fma(sum, mul(scale, set1(x->scale[block + b])), total);
-        if constexpr (Rows::kMinimum) total = fma(minimum, set1(x->minus_sum[block + b]), total);
+    template <int step, int n_steps>
+    YIVL_INLINE void fetch() const {
+        constexpr int64_t kLines = (kLanes * Rows::kBytes + 63) / 64;
+        repeat<static_cast<int>((step + 1) * kLines / n_steps - step * kLines / n_steps)>(
+            [&]<int line>() YIVL_INLINE_LAMBDA { prefetch_far(p + (step * kLines / n_steps + line) * 64); });
     }
 };
+
+// The low or the high nibbles of bytes times x. `offset` counts as often as a nibble of byte 0 does.
+template <bool high>
+struct NibbleSum {
+    I even, odd;
+
+    explicit YIVL_INLINE NibbleSum(I offset) : even(offset), odd(no_integers()) {}
+
+    // x begins with the columns of bytes 0 and 2; those of bytes 1 and 3 follow.
+    YIVL_INLINE void add(I bytes, const int16_t* x) {
+        even = multiply_pairs_at(even, low_bits(bytes, high ? 0x00f0 : 0x000f), x);
+        odd = multiply_pairs_at(odd, high ? down<12>(bytes) : low_bits(bytes, 0x0f00), x + 2);
+    }
+    YIVL_INLINE I total() const { return high ? add_integers(down32<4>(even), odd) : add_integers(even, down32<8>(odd)); }
+};
+
+// Bits [first, first + n) of bytes, times x and `factor`.
+template <int first, int n, int factor>
+struct BitSum {
+    I sum;
+
+    YIVL_INLINE BitSum() : sum(no_integers()) {}
+    // `odd` holds bytes 1 and 3 in place of 0 and 2.
+    YIVL_INLINE void add(I bytes, I odd, const int16_t* x) {
+        constexpr int kMask = ((1 << n) - 1) << first;
+        sum = multiply_pairs_at(sum, low_bits(bytes, kMask), x);
+        sum = multiply_pairs_at(sum, low_bits(odd, kMask), x + 2);
+    }
+    YIVL_INLINE I total() const {
+        constexpr int kFactor = __builtin_ctz(factor);
+        if constexpr (kFactor >= first) {
+            return up32<kFactor - first>(sum);
+        } else {
+            return down32<first - kFactor>(sum);
+        }
+    }
+};
+
+// total += weights of a block times x, from the sum of the integers.
+template <bool has_minimum>
+YIVL_INLINE void add_block(F& total, I sum, F scale, F minimum, const InputSlab& x, int64_t block) {
+    total = fma(to_floats(sum), mul(scale, set1(x.scale[block])), total);
+    if constexpr (has_minimum) total = fma(minimum, set1(x.minus_sum[block]), total);
+}
+
+// total += a row's blocks from p, times blocks [block, block + Rows::kBlocks) of x, in every lane
+YIVL_INLINE void multiply_blocks(RowsQ8_0, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x,
+                                 int64_t block, Ahead<RowsQ8_0> ahead) {
+    I q[8], sums[4];
+    dwords(p + 2, row_bytes, q);
+    dwords(p + 18, row_bytes, q + 4);
+    YIVL_UNROLL
+    for (int i = 0; i < 4; ++i) sums[i] = no_integers();
+    repeat<8>([&]<int j>() YIVL_INLINE_LAMBDA {
+        ahead.template fetch<j, 8>();
+        const int16_t* const from = x.integers[block] + j * 4;
+        I &even = sums[j % 2 * 2], &odd = sums[j % 2 * 2 + 1];
+        even = multiply_pairs_at(even, signed_down<8>(up<8>(q[j])), from);
+        odd = multiply_pairs_at(odd, signed_down<8>(q[j]), from + 2);
+    });
+    const I sum = add_integers(add_integers(sums[0], sums[1]), add_integers(sums[2], sums[3]));
+    add_block<false>(total, sum, halves(p, row_bytes), zero(), x, block);
+}
+
+YIVL_INLINE void multiply_blocks(RowsQ4_0, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x,
+                                 int64_t block, Ahead<RowsQ4_0> ahead) {
+    I q[4];
+    dwords(p + 2, row_bytes, q);
+    NibbleSum<false> low(integers(-8 * (x.sums[block][0] + x.sums[block][1])));
+    NibbleSum<true> high(no_integers());
+    repeat<4>([&]<int j>() YIVL_INLINE_LAMBDA {
+        ahead.template fetch<j, 4>();
+        low.add(q[j], x.integers[block] + j * 4);
+        high.add(q[j], x.integers[block] + kBlock / 2 + j * 4);
+    });
+    add_block<false>(total, add_integers(low.total(), high.total()), halves(p, row_bytes), zero(), x, block);
+}
+
+YIVL_INLINE void multiply_blocks(RowsQ4_K, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x, int64_t,
+                                 Ahead<RowsQ4_K> ahead) {
+    const SixBits six_bits(p, row_bytes);
+    repeat<4>([&]<int two>() YIVL_INLINE_LAMBDA {
+        I q[8];
+        dwords(p + 16 + two * 32, row_bytes, q);
+        dwords(p + 32 + two * 32, row_bytes, q + 4);
+        NibbleSum<false> low(no_integers());
+        NibbleSum<true> high(no_integers());
+        repeat<8>([&]<int j>() YIVL_INLINE_LAMBDA {
+            ahead.template fetch<two * 8 + j, 32>();
+            low.add(q[j], x.integers[two * 2] + j * 4);
+            high.add(q[j], x.integers[two * 2 + 1] + j * 4);
+        });
+        add_block<true>(total, low.total(), six_bits.template scale<two * 2>(), six_bits.template offset<two * 2>(), x,
+                        two * 2);
+        add_block<true>(total, high.total(), six_bits.template scale<two * 2 + 1>(),
+                        six_bits.template offset<two * 2 + 1>(), x, two * 2 + 1);
+    });
+}
+
+YIVL_INLINE void multiply_blocks(RowsQ5_K, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x, int64_t,
+                                 Ahead<RowsQ5_K> ahead) {
+    const SixBits six_bits(p, row_bytes);
+    I fifth[8], odd_fifth[8];
+    dwords(p + 16, row_bytes, fifth);
+    dwords(p + 32, row_bytes, fifth + 4);
+    YIVL_UNROLL
+    for (int j = 0; j < 8; ++j) odd_fifth[j] = down<8>(fifth[j]);
+    repeat<4>([&]<int two>() YIVL_INLINE_LAMBDA {
+        I q[8];
+        dwords(p + 48 + two * 32, row_bytes, q);
+        dwords(p + 64 + two * 32, row_bytes, q + 4);
+        NibbleSum<false> low(no_integers());
+        NibbleSum<true> high(no_integers());
+        BitSum<two * 2, 1, 16> low_fifth;
+        BitSum<two * 2 + 1, 1, 16> high_fifth;
+        repeat<8>([&]<int j>() YIVL_INLINE_LAMBDA {
+            ahead.template fetch<two * 8 + j, 32>();
+            low.add(q[j], x.integers[two * 2] + j * 4);
+            low_fifth.add(fifth[j], odd_fifth[j], x.integers[two * 2] + j * 4);
+            high.add(q[j], x.integers[two * 2 + 1] + j * 4);
+            high_fifth.add(fifth[j], odd_fifth[j], x.integers[two * 2 + 1] + j * 4);
+        });
+        add_block<true>(total, add_integers(low.total(), low_fifth.total()), six_bits.template scale<two * 2>(),
+                        six_bits.template offset<two * 2>(), x, two * 2);
+        add_block<true>(total, add_integers(high.total(), high_fifth.total()), six_bits.template scale<two * 2 + 1>(),
+                        six_bits.template offset<two * 2 + 1>(), x, two * 2 + 1);
+    });
+}
+
+YIVL_INLINE void multiply_blocks(RowsQ6_K, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x, int64_t,
+                                 Ahead<RowsQ6_K> ahead) {
+    I scales[4];
+    dwords(p + 192, row_bytes, scales);
+    const F d = halves(p + 208, row_bytes);
+    repeat<2>([&]<int half>() YIVL_INLINE_LAMBDA {
+        I sums[4];
+        // Columns [c, c + 16) of four blocks at a time.
+        repeat<2>([&]<int part>() YIVL_INLINE_LAMBDA {
+            I low[4], next[4], high[4], odd_high[4];
+            dwords(p + half * 64 + part * 16, row_bytes, low);
+            dwords(p + half * 64 + part * 16 + 32, row_bytes, next);
+            dwords(p + 128 + half * 32 + part * 16, row_bytes, high);
+            YIVL_UNROLL
+            for (int j = 0; j < 4; ++j) odd_high[j] = down<8>(high[j]);
+            repeat<4>([&]<int b>() YIVL_INLINE_LAMBDA {
+                NibbleSum<b / 2 == 1> four(integers(-32 * x.sums[half * 4 + b][part] * (b / 2 == 1 ? 16 : 1)));
+                BitSum<b * 2, 2, 16> two;
+                repeat<4>([&]<int j>() YIVL_INLINE_LAMBDA {
+                    ahead.template fetch<((half * 2 + part) * 4 + b) * 4 + j, 64>();
+                    const int16_t* const from = x.integers[half * 4 + b] + part * (kBlock / 2) + j * 4;
+                    four.add((b % 2 == 0 ? low : next)[j], from);
+                    two.add(high[j], odd_high[j], from);
+                });
+                constexpr int kGroup = half * 8 + b * 2 + part;  // of 16 columns
+                const I scale = down32<24>(up32<24 - kGroup % 4 * 8>(scales[kGroup / 4]));
+                const I sum = times_integers(add_integers(four.total(), two.total()), scale);
+                sums[b] = part == 0 ? sum : add_integers(sums[b], sum);
+            });
+        });
+        repeat<4>([&]<int b>() YIVL_INLINE_LAMBDA { add_block<false>(total, sums[b], d, zero(), x, half * 4 + b); });
+    });
+}
 
 // Rows that a vector has no lanes for are few: they are copied to where all lanes may read.
 struct RestOfRows {
@@ -275,11 +423,9 @@ void multiply_one(const PackedPiece& p) {
     for (int64_t row = 0; row < p.n_rows; row += kLanes) {
         const std::byte* const w = p.w + row * p.row_bytes;
         const int64_t n = min64(kLanes, p.n_rows - row);
-        SumSink<Rows> sink;
-        sink.block = 0;
         // The next rows lie behind these, and are fetched in the order of the file.
-        sink.ahead = w + kLanes * p.row_bytes;
-        sink.total = zero();
+        Ahead<Rows> ahead{w + kLanes * p.row_bytes};
+        F total = zero();
         for (int64_t col = 0; col < p.cols; col += kCols) {
             const std::byte* from = w + col / kCols * Rows::kBytes;
             int64_t stride = p.row_bytes;
@@ -288,12 +434,10 @@ void multiply_one(const PackedPiece& p) {
                 from = rest.bytes;
                 stride = RestOfRows::kStride;
             }
-            sink.x = x + col / kSlabCols;
-            if constexpr (Rows::kBlocks == 1) sink.block = col % kSlabCols / kBlock;
-            Rows::unpack(from, stride, sink);
-            sink.ahead += kLanes * Rows::kBytes;
+            multiply_blocks(Rows(), total, from, stride, x[col / kSlabCols], col % kSlabCols / kBlock, ahead);
+            ahead.p += kLanes * Rows::kBytes;
         }
-        put_outputs(p, 0, row, sink.total, n);
+        put_outputs(p, 0, row, total, n);
     }
 }
 
@@ -463,16 +607,16 @@ void pack_block(InputSlab& slab, int64_t b, const float* x) {
     if (!(most <= 3.4028234e38f)) {  // an infinity or no number: neither may get lost
         for (int16_t& n : slab.integers[b]) n = 0;
         slab.scale[b] = slab.minus_sum[b] = __builtin_nanf("");
-        slab.sum[b] = 0;
+        slab.sums[b][0] = slab.sums[b][1] = 0;
         return;
     }
     // What is smaller has no reciprocal, and counts as nothing.
     const bool some = most > 1.0e-34f;
     const float scale = some ? most / kLargestInteger : 0.0f;
     const float factor = some ? kLargestInteger / most : 0.0f;
-    slab.sum[b] = round_block(x, factor, slab.integers[b]);
+    round_block(x, factor, slab.integers[b], slab.sums[b]);
     slab.scale[b] = scale;
-    slab.minus_sum[b] = -scale * static_cast<float>(slab.sum[b]);
+    slab.minus_sum[b] = -scale * static_cast<float>(slab.sums[b][0] + slab.sums[b][1]);
 }
 
 void pack_integers(std::byte* dst, const PackedInput& p, int64_t group) {

@@ -29,3 +29,7 @@
 // Scales that are broadcast one by one come from memory for nothing; from a register each takes a shuffle, and shuffles
 // are what unpacking is short of. GCC would keep them in the register.
 #define YIVL_IN_MEMORY(object) asm("" : "+m"(object))
+
+// An address that is worked out here, from others: GCC would keep the offsets of all rows for the whole loop, in
+// registers that it does not have.
+#define YIVL_IN_REGISTER(pointer) asm("" : "+r"(pointer))
