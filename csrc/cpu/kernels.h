@@ -14,9 +14,6 @@ namespace yivl {
 // cache; a multiple of every block size.
 inline constexpr int64_t kSlab = 1024;
 
-// Keys that a query row sees at a time in attention.
-inline constexpr int64_t kKeyBlock = 128;
-
 // Attention of the query heads that share one KV head. Query row r of [0, T * group) is head r % group of token
 // r / group.
 struct AttentionPiece {

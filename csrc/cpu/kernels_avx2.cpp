@@ -23,6 +23,7 @@ typedef __m256 F;
 constexpr int kLanes = 8;
 constexpr int kTokens = 3, kRows = 4;
 constexpr int kTileRows = 6, kTileVectors = 2;
+constexpr int kKeyBlock = 128;
 
 inline F set1(float s) { return _mm256_set1_ps(s); }
 inline F zero() { return _mm256_setzero_ps(); }

@@ -28,7 +28,8 @@ typedef __m512 F;
 
 constexpr int kLanes = 16;
 constexpr int kTokens = 6, kRows = 4;
-constexpr int kTileRows = 6, kTileVectors = 4;
+constexpr int kTileRows = 12, kTileVectors = 2;
+constexpr int kKeyBlock = 256;
 
 inline F set1(float s) { return _mm512_set1_ps(s); }
 inline F zero() { return _mm512_setzero_ps(); }

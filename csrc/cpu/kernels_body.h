@@ -8,6 +8,8 @@
 //   transpose(r) of kLanes vectors
 //   sum(v), largest(v) over the lanes; sum4(a, b, c, d, out) four sums, each as any other position would give it
 //   kTokens x kRows: accumulators of the dot tile (kRows is 4); kTileRows x kTileVectors: of the attention tile
+//   kKeyBlock                      keys that attention takes at a time: they and their values should fit half of the
+//                                  second-level cache
 //   dequantize
 //
 // No include guard and no includes: standard headers must not be compiled inside a target region.
@@ -230,10 +232,11 @@ constexpr int64_t kPanel = kTileVectors * kLanes;  // keys, or values of a head,
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// c[r][0..V lanes) (+)= sum over i of a[r][i] * b[i][..], in order of i.
-template <int R, int V>
-inline void outer_tile(float* c, int64_t c_stride, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                       int64_t k, bool accumulate) {
+// c[r][0..V lanes) (+)= sum over i of a[r * row_step + i * step] * b[i][..], in order of i. The steps are constants: R
+// addresses would not fit the registers.
+template <int R, int V, int row_step, int step>
+inline void outer_tile(float* c, int64_t c_stride, const float* a, const float* b, int64_t b_stride, int64_t k,
+                       bool accumulate) {
     F acc[R][V];
     YIVL_UNROLL
     for (int r = 0; r < R; ++r) {
@@ -246,7 +249,7 @@ inline void outer_tile(float* c, int64_t c_stride, const float* a, int64_t a_str
         for (int v = 0; v < V; ++v) bs[v] = load(b + i * b_stride + v * kLanes);
         YIVL_UNROLL
         for (int r = 0; r < R; ++r) {
-            const F as = set1(a[r * a_stride + i]);
+            const F as = set1(a[r * row_step + i * step]);
             YIVL_UNROLL
             for (int v = 0; v < V; ++v) acc[r][v] = fma(as, bs[v], acc[r][v]);
         }
@@ -258,116 +261,116 @@ inline void outer_tile(float* c, int64_t c_stride, const float* a, int64_t a_str
     }
 }
 
-// Scores of R query rows: s[r][j] = q[r] . k[j], k packed in panels of (head_dim, kPanel).
-template <int R>
-void score_rows(float* s, const float* q, int64_t q_stride, const float* k_panels, int64_t head_dim, int64_t n_keys) {
-    for (int64_t j = 0; j < n_keys; j += kPanel) {
-        outer_tile<R, kTileVectors>(s + j, kKeyBlock, q, q_stride, k_panels + j * head_dim, kPanel, head_dim, false);
-    }
-}
-
-// out[r][0..V lanes) += p[r] . v, V in [1, N].
-template <int R, int N>
-inline void value_tile(int64_t vectors, float* out, const float* p, const float* v, int64_t v_stride, int64_t width,
-                       int64_t n_keys) {
-    if (vectors == N) {
-        outer_tile<R, N>(out, width, p, kKeyBlock, v, v_stride, n_keys, true);
-    } else if constexpr (N > 1) {
-        value_tile<R, N - 1>(vectors, out, p, v, v_stride, width, n_keys);
-    }
-}
-
-// out[r] += sum over j of p[r][j] * v[j], v of whole vectors. The width is cut evenly: 5 vectors as 3 + 2,
-// since a tile of one would be bound by loads.
-template <int R>
-void value_rows(float* out, const float* p, const float* v, int64_t v_stride, int64_t width, int64_t n_keys) {
-    int64_t vectors = width / kLanes;
-    for (int64_t tiles = (vectors + kTileVectors - 1) / kTileVectors; tiles > 0; --tiles) {
-        const int64_t n = (vectors + tiles - 1) / tiles;
-        value_tile<R, kTileVectors>(n, out, p, v, v_stride, width, n_keys);
-        out += n * kLanes;
-        v += n * kLanes;
-        vectors -= n;
-    }
-}
-
-// s[0..visible) = exp(s - the largest so far), the rest 0; sum and out are brought to the new largest first.
-inline void softmax_row(float* s, int64_t visible, int64_t n, float& largest_seen, float& total, float* out,
-                        int64_t width) {
-    F most = set1(largest_seen);
-    int64_t j = 0;
-    for (; j + kLanes <= visible; j += kLanes) most = max(most, load(s + j));
-    float now = largest(most);
-    for (; j < visible; ++j) now = s[j] > now ? s[j] : now;
-    if (now > largest_seen) {
-        float factor[kLanes];
-        store(factor, exp(set1(largest_seen - now)));
-        total *= factor[0];
-        for (int64_t d = 0; d < width; d += kLanes) store(out + d, mul(load(out + d), set1(factor[0])));
-        largest_seen = now;
-    }
-    F acc = zero();
-    for (j = 0; j + kLanes <= visible; j += kLanes) {
-        const F p = exp(sub(load(s + j), set1(now)));
-        store(s + j, p);
-        acc = add(acc, p);
-    }
-    if (j < visible) {
-        float p[kLanes];
-        store(p, exp(sub(load_n(s + j, visible - j), set1(now))));
-        for (int64_t i = 0; j + i < visible; ++i) s[j + i] = p[i];
-        acc = add(acc, load_n(s + j, visible - j));
-    }
-    for (j = visible; j < n; ++j) s[j] = 0.0f;
-    total += sum(acc);
-}
-
 struct AttentionRows {
     const AttentionPiece& piece;
+    int64_t rows;
     int64_t width;  // head_dim rounded up to whole vectors
-    float* q;       // (rows, head_dim), scaled
+    float* q;       // scaled, (head_dim, R) for every R rows that each_tile takes
     float* out;     // (rows, width)
     float* largest;
-    float* total;
+    float* totals;  // (rows, kLanes), to be added up
     float* k;       // panels of (head_dim, kPanel)
-    float* v;       // (kKeyBlock, width)
+    float* v;       // panels of (kKeyBlock, kPanel)
     bool in_place;  // values are read where they are
-    float* scores;  // (kTileRows, kKeyBlock)
+    float* scores;  // (rows, kKeyBlock)
 };
 
 inline int64_t visible_keys(const AttentionPiece& piece, int64_t row) {
     return piece.causal ? min64(piece.first_limit + row / piece.group, piece.n_keys) : piece.n_keys;
 }
 
-// R query rows from `row` against the packed keys [key, key + n).
-template <int R>
-void attend_tile(const AttentionRows& a, int64_t row, int64_t key, int64_t n) {
-    const int64_t i = row - a.piece.row_begin;
-    const float* const v = a.in_place ? a.piece.v + key * a.piece.v_stride : a.v;
-    const int64_t head_dim = a.piece.head_dim;
-    // The last row sees the most.
-    n = min64(n, visible_keys(a.piece, row + R - 1) - key);
-    if (n <= 0) return;
-    score_rows<R>(a.scores, a.q + i * head_dim, head_dim, a.k, head_dim, n);
-    YIVL_UNROLL
-    for (int r = 0; r < R; ++r) {
-        float* s = a.scores + r * kKeyBlock;
-        const int64_t visible = min64(n, visible_keys(a.piece, row + r) - key);
-        if (visible > 0) {
-            softmax_row(s, visible, n, a.largest[i + r], a.total[i + r], a.out + (i + r) * a.width, a.width);
-        } else {
-            for (int64_t j = 0; j < n; ++j) s[j] = 0.0f;
-        }
-    }
-    value_rows<R>(a.out + i * a.width, a.scores, v, a.in_place ? a.piece.v_stride : a.width, a.width, n);
+// Of keys [key, key + n), how many the rows up to `row` of a see.
+inline int64_t visible_of(const AttentionRows& a, int64_t row, int64_t key, int64_t n) {
+    return min64(n, visible_keys(a.piece, a.piece.row_begin + row) - key);
 }
 
-template <int N>
-inline void attend_rest(int64_t n_rows, const AttentionRows& a, int64_t row, int64_t key, int64_t n) {
-    if (n_rows == N) {
-        attend_tile<N>(a, row, key, n);
+// fn<R>(row) for all rows, R of them at a time.
+template <int R = kTileRows, class Fn>
+YIVL_INLINE void each_tile(int64_t row, int64_t rows, Fn&& fn) {
+    for (; row + R <= rows; row += R) fn.template operator()<R>(row);
+    if constexpr (R > 1) {
+        if (row < rows) each_tile<R / 2>(row, rows, fn);
+    }
+}
+
+// Scores of all rows, a panel of keys at a time, which stays in the first-level cache.
+void score(const AttentionRows& a, int64_t key, int64_t n) {
+    const int64_t head_dim = a.piece.head_dim;
+    for (int64_t j = 0; j < n; j += kPanel) {
+        each_tile(0, a.rows, [&]<int R>(int64_t row) YIVL_TARGET_LAMBDA {
+            if (visible_of(a, row + R - 1, key, n) <= j) return;
+            outer_tile<R, kTileVectors, 1, R>(a.scores + row * kKeyBlock + j, kKeyBlock, a.q + row * head_dim,
+                                              a.k + j * head_dim, kPanel, head_dim, false);
+        });
+    }
+}
+
+// scores = exp(score - the largest so far) of visible keys, 0 of others; totals and out are brought to the new largest
+// first. Step by step for all R rows: one waits for its own results much longer than it works.
+template <int R>
+void softmax_rows(const AttentionRows& a, int64_t row, int64_t key, int64_t n) {
+    int64_t visible[R];
+    float now[R];
+    for (int r = 0; r < R; ++r) {
+        const float* const s = a.scores + (row + r) * kKeyBlock;
+        visible[r] = visible_of(a, row + r, key, n);
+        F most = set1(a.largest[row + r]);
+        int64_t j = 0;
+        for (; j + kLanes <= visible[r]; j += kLanes) most = max(most, load(s + j));
+        now[r] = largest(most);
+        for (; j < visible[r]; ++j) now[r] = s[j] > now[r] ? s[j] : now[r];
+    }
+    for (int r = 0; r < R; ++r) {
+        if (now[r] <= a.largest[row + r]) continue;
+        const F factor = exp(set1(a.largest[row + r] - now[r]));
+        float* const totals = a.totals + (row + r) * kLanes;
+        float* const out = a.out + (row + r) * a.width;
+        store(totals, mul(load(totals), factor));
+        for (int64_t d = 0; d < a.width; d += kLanes) store(out + d, mul(load(out + d), factor));
+        a.largest[row + r] = now[r];
+    }
+    for (int r = 0; r < R; ++r) {
+        float* const s = a.scores + (row + r) * kKeyBlock;
+        float* const totals = a.totals + (row + r) * kLanes;
+        const F most = set1(now[r]);
+        F total = load(totals);
+        int64_t j = 0;
+        for (; j + kLanes <= visible[r]; j += kLanes) {
+            const F p = exp(sub(load(s + j), most));
+            store(s + j, p);
+            total = add(total, p);
+        }
+        if (j < visible[r]) {
+            float p[kLanes];
+            store(p, exp(sub(load_n(s + j, visible[r] - j), most)));
+            for (int64_t i = 0; j + i < visible[r]; ++i) s[j + i] = p[i];
+            total = add(total, load_n(s + j, visible[r] - j));
+        }
+        store(totals, total);
+        for (j = visible[r] > 0 ? visible[r] : 0; j < n; ++j) s[j] = 0.0f;
+    }
+}
+
+// out += scores . values for R rows and up to N vectors of columns.
+template <int R, int N>
+YIVL_INLINE void value_tile(int64_t vectors, float* out, const float* p, const float* v, int64_t v_stride,
+                            int64_t width, int64_t n_keys) {
+    if (vectors >= N) {
+        outer_tile<R, N, kKeyBlock, 1>(out, width, p, v, v_stride, n_keys, true);
     } else if constexpr (N > 1) {
-        attend_rest<N - 1>(n_rows, a, row, key, n);
+        value_tile<R, N - 1>(vectors, out, p, v, v_stride, width, n_keys);
+    }
+}
+
+void add_values(const AttentionRows& a, int64_t key, int64_t n) {
+    for (int64_t d = 0; d < a.width; d += kPanel) {
+        const float* const v = a.in_place ? a.piece.v + key * a.piece.v_stride + d : a.v + d * kKeyBlock;
+        each_tile(0, a.rows, [&]<int R>(int64_t row) YIVL_TARGET_LAMBDA {
+            const int64_t visible = visible_of(a, row + R - 1, key, n);
+            if (visible <= 0) return;
+            value_tile<R, kTileVectors>((a.width - d) / kLanes, a.out + row * a.width + d, a.scores + row * kKeyBlock,
+                                        v, a.in_place ? a.piece.v_stride : kPanel, a.width, visible);
+        });
     }
 }
 
@@ -392,14 +395,16 @@ void pack_values(const AttentionRows& a, int64_t key, int64_t n) {
     const int64_t head_dim = a.piece.head_dim;
     for (int64_t j = 0; j < n; ++j) {
         const float* from = a.piece.v + (key + j) * a.piece.v_stride;
-        for (int64_t d = 0; d < a.width; d += kLanes) store(a.v + j * a.width + d, load_some(from + d, head_dim - d));
+        for (int64_t d = 0; d < a.width; d += kLanes) {
+            store(a.v + d / kPanel * kPanel * kKeyBlock + j * kPanel + d % kPanel, load_some(from + d, head_dim - d));
+        }
     }
 }
 
 int64_t attention_scratch(int64_t rows, int64_t head_dim) {
     const int64_t width = round_up(head_dim, kLanes);
-    return round_up(rows * head_dim, kLanes) + rows * width + 2 * round_up(rows, kLanes) +
-           kKeyBlock * (head_dim + width + kTileRows);
+    return round_up(rows * head_dim, kLanes) + rows * (width + kLanes + kKeyBlock) + round_up(rows, kLanes) +
+           kKeyBlock * (head_dim + round_up(head_dim, kPanel));
 }
 
 void attention(const AttentionPiece& piece, float* scratch, bool (*stop)(const void*), const void* stop_arg) {
@@ -411,25 +416,30 @@ void attention(const AttentionPiece& piece, float* scratch, bool (*stop)(const v
         scratch += n;
         return p;
     };
-    AttentionRows a{piece,
-                    width,
-                    take(round_up(rows * head_dim, kLanes)),
-                    take(rows * width),
-                    take(round_up(rows, kLanes)),
-                    take(round_up(rows, kLanes)),
-                    take(kKeyBlock * head_dim),
-                    take(kKeyBlock * width),
-                    rows <= kFewQueryRows && width == head_dim,
-                    take(kKeyBlock * kTileRows)};
+    const AttentionRows a{.piece = piece,
+                          .rows = rows,
+                          .width = width,
+                          .q = take(round_up(rows * head_dim, kLanes)),
+                          .out = take(rows * width),
+                          .largest = take(round_up(rows, kLanes)),
+                          .totals = take(rows * kLanes),
+                          .k = take(kKeyBlock * head_dim),
+                          .v = take(kKeyBlock * round_up(head_dim, kPanel)),
+                          .in_place = rows <= kFewQueryRows && width == head_dim,
+                          .scores = take(rows * kKeyBlock)};
 
     const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(head_dim));
+    each_tile(0, rows, [&]<int R>(int64_t first) YIVL_TARGET_LAMBDA {
+        for (int r = 0; r < R; ++r) {
+            const int64_t row = piece.row_begin + first + r;
+            const float* const from = piece.q + row / piece.group * piece.q_stride + row % piece.group * head_dim;
+            for (int64_t d = 0; d < head_dim; ++d) a.q[first * head_dim + d * R + r] = from[d] * scale;
+        }
+    });
     for (int64_t i = 0; i < rows; ++i) {
-        const int64_t row = piece.row_begin + i;
-        const float* from = piece.q + row / piece.group * piece.q_stride + row % piece.group * head_dim;
-        for (int64_t d = 0; d < head_dim; ++d) a.q[i * head_dim + d] = from[d] * scale;
         for (int64_t d = 0; d < width; ++d) a.out[i * width + d] = 0.0f;
         a.largest[i] = -3.0e38f;
-        a.total[i] = 0.0f;
+        store(a.totals + i * kLanes, zero());
     }
 
     const int64_t n_keys = visible_keys(piece, piece.row_end - 1);
@@ -438,15 +448,15 @@ void attention(const AttentionPiece& piece, float* scratch, bool (*stop)(const v
         const int64_t n = min64(kKeyBlock, n_keys - key);
         pack_keys(a, key, n);
         if (!a.in_place) pack_values(a, key, n);
-        for (int64_t row = piece.row_begin; row < piece.row_end; row += kTileRows) {
-            attend_rest<kTileRows>(min64(kTileRows, piece.row_end - row), a, row, key, n);
-        }
+        score(a, key, n);
+        each_tile(0, rows, [&]<int R>(int64_t row) YIVL_TARGET_LAMBDA { softmax_rows<R>(a, row, key, n); });
+        add_values(a, key, n);
     }
 
     for (int64_t i = 0; i < rows; ++i) {
         const int64_t row = piece.row_begin + i;
         float* to = piece.out + row / piece.group * piece.out_stride + row % piece.group * head_dim;
-        const float total = a.total[i];
+        const float total = sum(load(a.totals + i * kLanes));
         for (int64_t d = 0; d < head_dim; ++d) to[d] = a.out[i * width + d] / total;
     }
 }

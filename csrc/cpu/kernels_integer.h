@@ -245,7 +245,9 @@ struct NibbleSum {
         even = multiply_pairs_at(even, low_bits(bytes, high ? 0x00f0 : 0x000f), x);
         odd = multiply_pairs_at(odd, high ? down<12>(bytes) : low_bits(bytes, 0x0f00), x + 2);
     }
-    YIVL_INLINE I total() const { return high ? add_integers(down32<4>(even), odd) : add_integers(even, down32<8>(odd)); }
+    YIVL_INLINE I total() const {
+        return high ? add_integers(down32<4>(even), odd) : add_integers(even, down32<8>(odd));
+    }
 };
 
 // Bits [first, first + n) of bytes, times x and `factor`.

@@ -16,6 +16,7 @@ typedef int32_t I __attribute__((vector_size(16)));
 constexpr int kLanes = 4;
 constexpr int kTokens = 2, kRows = 4;
 constexpr int kTileRows = 4, kTileVectors = 2;
+constexpr int kKeyBlock = 128;
 
 inline F set1(float s) { return F{s, s, s, s}; }
 inline F zero() { return set1(0.0f); }
