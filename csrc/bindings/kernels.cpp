@@ -148,21 +148,11 @@ public:
         : kernels_(choose_kernels(isa)), pool_(n_threads == 0 ? default_thread_count() : n_threads) {}
 
     // Multiply-adds on registers, on all threads; how many floating-point operations that was.
-    int64_t multiply_add(int64_t rounds) {
-        std::atomic<int64_t> operations{0};
-        run(pool_.n_threads(), [&](int64_t) {
-            float sink;
-            operations += kernels_.multiply_add(rounds, &sink);
-        });
-        return operations;
-    }
+    int64_t multiply_add(int64_t rounds) { return operations_of(*kernels_.floats, rounds); }
 
     // The same in the unit for packed operands; 0 if the instruction set has none.
     int64_t packed_multiply_add(int64_t rounds) {
-        if (kernels_.packed == nullptr) return 0;
-        std::atomic<int64_t> operations{0};
-        run(pool_.n_threads(), [&](int64_t) { operations += kernels_.packed->multiply_add(rounds); });
-        return operations;
+        return kernels_.packed == nullptr ? 0 : operations_of(*kernels_.packed, rounds);
     }
 
     // Reads the array once.
@@ -177,6 +167,12 @@ public:
     }
 
 private:
+    int64_t operations_of(const PackedKernels& kernels, int64_t rounds) {
+        std::atomic<int64_t> operations{0};
+        run(pool_.n_threads(), [&](int64_t) { operations += kernels.multiply_add(rounds); });
+        return operations;
+    }
+
     template <class Fn>
     void run(int64_t n, Fn&& fn) {
         const py::gil_scoped_release release;

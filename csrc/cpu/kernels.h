@@ -10,10 +10,6 @@
 
 namespace yivl {
 
-// Inner products are summed over slabs of this many columns, so that a slab of weights widened to float32 stays in the
-// cache; a multiple of every block size.
-inline constexpr int64_t kSlab = 1024;
-
 // Attention of the query heads that share one KV head. Query row r of [0, T * group) is head r % group of token
 // r / group.
 struct AttentionPiece {
@@ -57,15 +53,17 @@ struct PackedPiece {
     const float* bias;  // of the first row; null: none
 };
 
-// Products whose operands are brought into another form first.
+// Products, whose operands are brought into another form first.
 struct PackedKernels {
     static constexpr int kOrders = 2;
 
+    // Tokens that are packed together.
+    int64_t tokens;
     // In what order of columns x is packed for weights of this type, [0, kOrders); -1: not for this type.
     int (*order)(WeightType type);
     // Bytes of packed x, to be aligned to 64.
     int64_t (*packed_bytes)(int64_t n_tokens, int64_t cols);
-    // Packs tokens [16 * group, 16 * group + 16).
+    // Packs group `group` of the tokens.
     void (*pack)(std::byte* dst, const PackedInput& x, int64_t group);
     // Bytes of scratch, aligned to 64, for a piece of n_rows.
     int64_t (*scratch_bytes)(int64_t n_tokens, int64_t n_rows, int64_t cols);
@@ -81,15 +79,6 @@ struct Kernels {
     // dst[0..n) = the n weights that begin at `src`, bit for bit as dequantize_row.
     void (*dequantize)(WeightType type, const std::byte* src, float* dst, int64_t n);
 
-    // y[t][o] (+)= x[t] . w[o] over k <= kSlab columns, for every t of n_x rows and o of n_w rows.
-    void (*dot)(float* y, int64_t y_stride, const float* x, int64_t x_stride, int64_t n_x, const float* w,
-                int64_t w_stride, int64_t n_w, int64_t k, bool accumulate);
-
-    // y[o] = x . row o of n_rows packed rows, with the same sums as dequantize and dot; false if there is no such path
-    // for the type, and then nothing is done.
-    bool (*multiply)(WeightType type, float* y, const float* x, const std::byte* w, int64_t row_bytes, int64_t n_rows,
-                     int64_t cols);
-
     void (*layer_norm)(float* y, const float* x, const float* weight, const float* bias, float eps, int64_t n);
     void (*rms_norm)(float* y, const float* x, const float* weight, float eps, int64_t n);
     void (*gelu)(float* x, int64_t n);
@@ -103,12 +92,12 @@ struct Kernels {
     // `stop` is polled between blocks of keys; the output is not complete if it said true.
     void (*attention)(const AttentionPiece& piece, float* scratch, bool (*stop)(const void*), const void* stop_arg);
 
-    // For benchmarks: `rounds` of multiply-adds on registers, as many at once as the units can take (returns how many
-    // operations that was), and a read of n floats. `sink` keeps the compiler from leaving them out.
-    int64_t (*multiply_add)(int64_t rounds, float* sink);
+    // For benchmarks: a read of n floats. `sink` keeps the compiler from leaving it out.
     void (*read)(const float* x, int64_t n, float* sink);
 
-    // In place of dequantize, dot and multiply for the types that it takes; null: none.
+    // Products with weights of all types.
+    const PackedKernels* floats;
+    // In place of those for the types that it takes; null: none.
     const PackedKernels* packed;
 };
 
@@ -119,8 +108,6 @@ struct Kernels {
     {                                                  \
         .name = isa,                                   \
         .dequantize = space::dequantize,               \
-        .dot = space::dot,                             \
-        .multiply = space::multiply,                   \
         .layer_norm = space::layer_norm,               \
         .rms_norm = space::rms_norm,                   \
         .gelu = space::gelu,                           \
@@ -129,7 +116,7 @@ struct Kernels {
         .rotate = space::rotate,                       \
         .attention_scratch = space::attention_scratch, \
         .attention = space::attention,                 \
-        .multiply_add = space::multiply_add,           \
         .read = space::read,                           \
+        .floats = &space::kFloatKernels,               \
         .packed = packed_kernels,                      \
     }

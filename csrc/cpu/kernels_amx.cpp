@@ -676,6 +676,7 @@ YIVL_TARGET_END
 namespace yivl {
 
 const PackedKernels kAmxPackedKernels = {
+    .tokens = 16,
     .order = amx::order,
     .packed_bytes = amx::packed_bytes,
     .pack = amx::pack,

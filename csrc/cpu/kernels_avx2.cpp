@@ -21,7 +21,6 @@ namespace {
 typedef __m256 F;
 
 constexpr int kLanes = 8;
-constexpr int kTokens = 3, kRows = 4;
 constexpr int kTileRows = 6, kTileVectors = 2;
 constexpr int kKeyBlock = 128;
 
@@ -61,10 +60,6 @@ inline float largest(F v) {
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
-inline void sum4(F a, F b, F c, F d, float* out) {
-    _mm_storeu_ps(out, halves_added(_mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d))));
-}
-
 // Pairs, then fours of each half, then the halves of the vectors.
 YIVL_INLINE void transpose(F (&r)[8]) {
     F t[8];
@@ -89,51 +84,10 @@ YIVL_INLINE void transpose(F (&r)[8]) {
     for (int j = 0; j < 8; ++j) r[j] = t[j];
 }
 
-inline F from_i8(const int8_t* p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-}
 inline F from_half(const std::byte* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline F from_bfloat(const std::byte* p) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
-
-inline void halves_to_floats(float* dst, const half_bits* src) {
-    const __m128i* halves = reinterpret_cast<const __m128i*>(src);
-    store(dst, _mm256_cvtph_ps(_mm_loadu_si128(halves)));
-    store(dst + 8, _mm256_cvtph_ps(_mm_loadu_si128(halves + 1)));
-}
-inline void scale_halves(float* dst, const int8_t* p, float a, float b) {
-    store(dst, mul(from_i8(p), set1(a)));
-    store(dst + 8, mul(from_i8(p + 8), set1(b)));
-}
-
-// The eight integers in the low bytes of the 64-bit halves of p, as floats.
-inline F floats_of(__m128i p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(p)); }
-template <class Sink>
-YIVL_INLINE void block_of_nibbles(const uint8_t* p, float scale, Sink& sink) {
-    const __m128i nibbles = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
-    const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    const __m128i low = _mm_sub_epi8(_mm_and_si128(packed, nibbles), eight);
-    const __m128i high = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(packed, 4), nibbles), eight);
-    const F s = set1(scale);
-    sink(0, mul(floats_of(low), s));
-    sink(8, mul(floats_of(_mm_srli_si128(low, 8)), s));
-    sink(16, mul(floats_of(high), s));
-    sink(24, mul(floats_of(_mm_srli_si128(high, 8)), s));
-}
-template <class Sink>
-YIVL_INLINE void pair_of_nibbles(const uint8_t* p, const float* scale, const float* minimum, int64_t i, Sink& sink) {
-    const __m128i nibbles = _mm_set1_epi8(15);
-    YIVL_UNROLL
-    for (int half = 0; half < 2; ++half) {
-        YIVL_UNROLL
-        for (int j = 0; j < 32; j += 8) {
-            const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + j));
-            const __m128i q = _mm_and_si128(half == 0 ? packed : _mm_srli_epi16(packed, 4), nibbles);
-            sink(i + half * 32 + j, _mm256_fmsub_ps(floats_of(q), set1(scale[half]), set1(minimum[half])));
-        }
-    }
 }
 
 // ---- integers ----
@@ -247,8 +201,8 @@ inline void round_block(const float* x, float factor, int16_t* dst, int32_t* sum
 }  // namespace
 
 #include "cpu/kernels_body.h"
+#include "cpu/kernels_floats.h"
 #include "cpu/kernels_integer.h"
-#include "cpu/kernels_weights.h"
 
 }  // namespace yivl::avx2
 

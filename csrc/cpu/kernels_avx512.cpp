@@ -27,7 +27,6 @@ namespace {
 typedef __m512 F;
 
 constexpr int kLanes = 16;
-constexpr int kTokens = 6, kRows = 4;
 constexpr int kTileRows = 12, kTileVectors = 2;
 constexpr int kKeyBlock = 256;
 
@@ -54,17 +53,6 @@ inline F pow2(F v) { return _mm512_scalef_ps(set1(1.0f), v); }
 
 inline float sum(F v) { return _mm512_reduce_add_ps(v); }
 inline float largest(F v) { return _mm512_reduce_max_ps(v); }
-// Halves, then quarters of two vectors side by side, then within quarters: every sum is made in the same order.
-inline void sum4(F a, F b, F c, F d, float* out) {
-    const F ab = add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-    const F cd = add(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
-    F s = add(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
-    s = add(s, _mm512_permute_ps(s, 0x4e));
-    s = add(s, _mm512_permute_ps(s, 0xb1));
-    const __m512i heads = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
-    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(heads, s)));
-}
-
 // Pairs, then fours of each quarter, then the quarters of the vectors.
 YIVL_INLINE void transpose(F (&r)[16]) {
     F t[16];
@@ -96,46 +84,12 @@ YIVL_INLINE void transpose(F (&r)[16]) {
     }
 }
 
-inline F from_i8(const int8_t* p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-}
 inline F from_half(const std::byte* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 inline F from_bfloat(const std::byte* p) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-
-inline void halves_to_floats(float* dst, const half_bits* src) {
-    store(dst, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src))));
-}
-inline void scale_halves(float* dst, const int8_t* p, float a, float b) {
-    store(dst, mul(from_i8(p), _mm512_insertf32x8(set1(a), _mm256_set1_ps(b), 1)));
-}
-
-// Four-bit integers are looked up in a register of the 16 values they can mean; a look-up reads the low four bits of
-// each index.
-inline F steps() { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
-inline __m512i indices(const uint8_t* p) {
-    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-template <class Sink>
-YIVL_INLINE void block_of_nibbles(const uint8_t* p, float scale, Sink& sink) {
-    const F values = mul(sub(steps(), set1(8.0f)), set1(scale));
-    const __m512i index = indices(p);
-    sink(0, _mm512_permutexvar_ps(index, values));
-    sink(16, _mm512_permutexvar_ps(_mm512_srli_epi32(index, 4), values));
-}
-template <class Sink>
-YIVL_INLINE void pair_of_nibbles(const uint8_t* p, const float* scale, const float* minimum, int64_t i, Sink& sink) {
-    const F low = _mm512_fmsub_ps(steps(), set1(scale[0]), set1(minimum[0]));
-    const F high = _mm512_fmsub_ps(steps(), set1(scale[1]), set1(minimum[1]));
-    const __m512i first = indices(p), second = indices(p + 16);
-    sink(i, _mm512_permutexvar_ps(first, low));
-    sink(i + 16, _mm512_permutexvar_ps(second, low));
-    sink(i + 32, _mm512_permutexvar_ps(_mm512_srli_epi32(first, 4), high));
-    sink(i + 48, _mm512_permutexvar_ps(_mm512_srli_epi32(second, 4), high));
 }
 
 // ---- integers ----
@@ -242,7 +196,7 @@ inline void round_block(const float* x, float factor, int16_t* dst, int32_t* sum
 }  // namespace
 
 #include "cpu/kernels_body.h"
-#include "cpu/kernels_weights.h"
+#include "cpu/kernels_floats.h"
 
 namespace plain {
 

@@ -6,11 +6,11 @@
 //   add sub mul div max min abs, fma(a, b, c) = a * b + c, below(a, b, x, y) = a < b ? x : y per lane
 //   round(v) to the nearest integer, pow2(v) = 2^v for integers v in [-126, 127]
 //   transpose(r) of kLanes vectors
-//   sum(v), largest(v) over the lanes; sum4(a, b, c, d, out) four sums, each as any other position would give it
-//   kTokens x kRows: accumulators of the dot tile (kRows is 4); kTileRows x kTileVectors: of the attention tile
+//   sum(v), largest(v) over the lanes
+//   prefetch(p)                    the cache line at p, soon
+//   kTileRows x kTileVectors       accumulators of a tile
 //   kKeyBlock                      keys that attention takes at a time: they and their values should fit half of the
 //                                  second-level cache
-//   dequantize
 //
 // No include guard and no includes: standard headers must not be compiled inside a target region.
 
@@ -63,92 +63,6 @@ inline F erf(F z) {
     F large = sub(set1(1.0f), exp(q));
     large = below(z, zero(), sub(zero(), large), large);
     return below(a, set1(1.0f), small, large);
-}
-
-// ---- linear ----
-
-// T rows of x against R rows of w. Every output has one accumulator vector, so its value does not depend on T and R.
-template <int T, int R>
-inline void dot_tile(float* y, int64_t y_stride, const float* x, int64_t x_stride, const float* w, int64_t w_stride,
-                     int64_t k, bool accumulate) {
-    F acc[T][R];
-    YIVL_UNROLL
-    for (int t = 0; t < T; ++t) {
-        YIVL_UNROLL
-        for (int r = 0; r < R; ++r) acc[t][r] = zero();
-    }
-    int64_t i = 0;
-    for (; i + kLanes <= k; i += kLanes) {
-        F xs[T];
-        YIVL_UNROLL
-        for (int t = 0; t < T; ++t) xs[t] = load(x + t * x_stride + i);
-        YIVL_UNROLL
-        for (int r = 0; r < R; ++r) {
-            const F ws = load(w + r * w_stride + i);
-            YIVL_UNROLL
-            for (int t = 0; t < T; ++t) acc[t][r] = fma(xs[t], ws, acc[t][r]);
-        }
-    }
-    if (i < k) {
-        F xs[T];
-        YIVL_UNROLL
-        for (int t = 0; t < T; ++t) xs[t] = load_n(x + t * x_stride + i, k - i);
-        YIVL_UNROLL
-        for (int r = 0; r < R; ++r) {
-            const F ws = load_n(w + r * w_stride + i, k - i);
-            YIVL_UNROLL
-            for (int t = 0; t < T; ++t) acc[t][r] = fma(xs[t], ws, acc[t][r]);
-        }
-    }
-    YIVL_UNROLL
-    for (int t = 0; t < T; ++t) {
-        YIVL_UNROLL
-        for (int r = 0; r < R; r += 4) {
-            float sums[4];
-            sum4(acc[t][r], acc[t][r + 1 < R ? r + 1 : r], acc[t][r + 2 < R ? r + 2 : r], acc[t][r + 3 < R ? r + 3 : r],
-                 sums);
-            for (int j = 0; j < 4 && r + j < R; ++j) {
-                float& out = y[t * y_stride + r + j];
-                out = accumulate ? out + sums[j] : sums[j];
-            }
-        }
-    }
-}
-
-// T rows of x against all rows of w. Few rows of x take more rows of w at once, to have enough independent sums.
-template <int T>
-void dot_rows(float* y, int64_t y_stride, const float* x, int64_t x_stride, const float* w, int64_t w_stride,
-              int64_t n_w, int64_t k, bool accumulate) {
-    constexpr int kWide = T * 8 <= kTokens * kRows ? 8 : kRows;
-    int64_t r = 0;
-    for (; r + kWide <= n_w; r += kWide) {
-        dot_tile<T, kWide>(y + r, y_stride, x, x_stride, w + r * w_stride, w_stride, k, accumulate);
-    }
-    for (; r + 4 <= n_w; r += 4) {
-        dot_tile<T, 4>(y + r, y_stride, x, x_stride, w + r * w_stride, w_stride, k, accumulate);
-    }
-    for (; r < n_w; ++r) {
-        dot_tile<T, 1>(y + r, y_stride, x, x_stride, w + r * w_stride, w_stride, k, accumulate);
-    }
-}
-
-// Calls dot_rows<n>, n in [1, N].
-template <int N>
-inline void dot_rest(int64_t n, float* y, int64_t y_stride, const float* x, int64_t x_stride, const float* w,
-                     int64_t w_stride, int64_t n_w, int64_t k, bool accumulate) {
-    if (n == N) {
-        dot_rows<N>(y, y_stride, x, x_stride, w, w_stride, n_w, k, accumulate);
-    } else if constexpr (N > 1) {
-        dot_rest<N - 1>(n, y, y_stride, x, x_stride, w, w_stride, n_w, k, accumulate);
-    }
-}
-
-void dot(float* y, int64_t y_stride, const float* x, int64_t x_stride, int64_t n_x, const float* w, int64_t w_stride,
-         int64_t n_w, int64_t k, bool accumulate) {
-    for (int64_t t = 0; t < n_x; t += kTokens) {
-        dot_rest<kTokens>(min64(n_x - t, kTokens), y + t * y_stride, y_stride, x + t * x_stride, x_stride, w, w_stride,
-                          n_w, k, accumulate);
-    }
 }
 
 // ---- norms and element-wise operations ----
@@ -233,10 +147,11 @@ constexpr int64_t kPanel = kTileVectors * kLanes;  // keys, or values of a head,
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // c[r][0..V lanes) (+)= sum over i of a[r * row_step + i * step] * b[i][..], in order of i. The steps are constants: R
-// addresses would not fit the registers.
+// addresses would not fit the registers. The next tile's `a` is fetched meanwhile, from where it lies if it is as
+// large.
 template <int R, int V, int row_step, int step>
-inline void outer_tile(float* c, int64_t c_stride, const float* a, const float* b, int64_t b_stride, int64_t k,
-                       bool accumulate) {
+inline void outer_tile(float* c, int64_t c_stride, const float* a, int64_t next, const float* b, int64_t b_stride,
+                       int64_t k, bool accumulate) {
     F acc[R][V];
     YIVL_UNROLL
     for (int r = 0; r < R; ++r) {
@@ -244,6 +159,7 @@ inline void outer_tile(float* c, int64_t c_stride, const float* a, const float* 
         for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? load(c + r * c_stride + v * kLanes) : zero();
     }
     for (int64_t i = 0; i < k; ++i) {
+        prefetch(reinterpret_cast<const std::byte*>(a + next + i * step));
         F bs[V];
         YIVL_UNROLL
         for (int v = 0; v < V; ++v) bs[v] = load(b + i * b_stride + v * kLanes);
@@ -300,7 +216,7 @@ void score(const AttentionRows& a, int64_t key, int64_t n) {
         each_tile(0, a.rows, [&]<int R>(int64_t row) YIVL_TARGET_LAMBDA {
             if (visible_of(a, row + R - 1, key, n) <= j) return;
             outer_tile<R, kTileVectors, 1, R>(a.scores + row * kKeyBlock + j, kKeyBlock, a.q + row * head_dim,
-                                              a.k + j * head_dim, kPanel, head_dim, false);
+                                              R * head_dim, a.k + j * head_dim, kPanel, head_dim, false);
         });
     }
 }
@@ -356,7 +272,7 @@ template <int R, int N>
 YIVL_INLINE void value_tile(int64_t vectors, float* out, const float* p, const float* v, int64_t v_stride,
                             int64_t width, int64_t n_keys) {
     if (vectors >= N) {
-        outer_tile<R, N, kKeyBlock, 1>(out, width, p, v, v_stride, n_keys, true);
+        outer_tile<R, N, kKeyBlock, 1>(out, width, p, R * kKeyBlock, v, v_stride, n_keys, true);
     } else if constexpr (N > 1) {
         value_tile<R, N - 1>(vectors, out, p, v, v_stride, width, n_keys);
     }
@@ -461,23 +377,7 @@ void attention(const AttentionPiece& piece, float* scratch, bool (*stop)(const v
     }
 }
 
-// ---- ceilings ----
-
-int64_t multiply_add(int64_t rounds, float* sink) {
-    constexpr int kSums = kTokens * kRows;
-    F acc[kSums];
-    YIVL_UNROLL
-    for (int i = 0; i < kSums; ++i) acc[i] = set1(static_cast<float>(i));
-    const F a = set1(0.5f), b = set1(1.0f);
-    for (int64_t r = 0; r < rounds; ++r) {
-        YIVL_UNROLL
-        for (int i = 0; i < kSums; ++i) acc[i] = fma(acc[i], a, b);
-    }
-    YIVL_UNROLL
-    for (int i = 1; i < kSums; ++i) acc[0] = add(acc[0], acc[i]);
-    *sink = sum(acc[0]);
-    return rounds * kSums * kLanes * 2;
-}
+// ---- ceiling ----
 
 void read(const float* x, int64_t n, float* sink) {
     *sink = sum_of(n, [x, n](int64_t i) YIVL_TARGET_LAMBDA { return load_some(x + i, n - i); });

@@ -672,6 +672,7 @@ int64_t multiply_add_integers(int64_t rounds) {
 }
 
 const PackedKernels kIntegerKernels = {
+    .tokens = 16,
     .order = order_of_integers,
     .packed_bytes = packed_integer_bytes,
     .pack = pack_integers,

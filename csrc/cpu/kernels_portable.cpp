@@ -14,7 +14,6 @@ typedef float F __attribute__((vector_size(16)));
 typedef int32_t I __attribute__((vector_size(16)));
 
 constexpr int kLanes = 4;
-constexpr int kTokens = 2, kRows = 4;
 constexpr int kTileRows = 4, kTileVectors = 2;
 constexpr int kKeyBlock = 128;
 
@@ -48,28 +47,27 @@ inline float largest(F v) {
     const float a = v[0] < v[1] ? v[1] : v[0], b = v[2] < v[3] ? v[3] : v[2];
     return a < b ? b : a;
 }
-inline void sum4(F a, F b, F c, F d, float* out) {
-    out[0] = sum(a);
-    out[1] = sum(b);
-    out[2] = sum(c);
-    out[3] = sum(d);
-}
-
 inline void transpose(F (&r)[kLanes]) {
-    F t[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-        for (int j = 0; j < kLanes; ++j) t[j][i] = r[i][j];
-    }
-    for (int i = 0; i < kLanes; ++i) r[i] = t[i];
+    const F a = r[0], b = r[1], c = r[2], d = r[3];
+    for (int i = 0; i < kLanes; ++i) r[i] = F{a[i], b[i], c[i], d[i]};
 }
 
-void dequantize(WeightType type, const std::byte* src, float* dst, int64_t n) { dequantize_row(type, src, dst, n); }
+template <WeightType type>
+inline F from_file(const std::byte* p) {
+    float values[kLanes];
+    dequantize_row(type, p, values, kLanes);
+    return load(values);
+}
+inline F from_half(const std::byte* p) { return from_file<WeightType::F16>(p); }
+inline F from_bfloat(const std::byte* p) { return from_file<WeightType::BF16>(p); }
 
-bool multiply(WeightType, float*, const float*, const std::byte*, int64_t, int64_t, int64_t) { return false; }
+inline void prefetch(const std::byte* p) { __builtin_prefetch(p); }
+inline void prefetch_far(const std::byte* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace
 
 #include "cpu/kernels_body.h"
+#include "cpu/kernels_floats.h"
 
 }  // namespace yivl::portable
 

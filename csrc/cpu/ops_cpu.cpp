@@ -19,17 +19,9 @@ namespace {
 
 // Rows of x that are multiplied at a time.
 constexpr int64_t kTokenBlock = 1152;
-// Products in float32: rows of weights that are widened at a time, and rows of x that use them. A slab of both then
-// fits the second-level cache, and widening costs little beside its use.
-constexpr int64_t kRowBlock = 64;
-constexpr int64_t kSlabTokens = 256;
-// With few rows of x the widened weights are used only once: keep them in the first-level cache.
-constexpr int64_t kFewTokens = 4;
-constexpr int64_t kFewRowBlock = 8;
-// Products of packed operands: rows of one piece.
-constexpr int64_t kPackedRowBlock = 256;
-constexpr int64_t kPackedRows = 32;
-constexpr int64_t kPackedTokens = 16;  // that are packed together
+// Rows of the weights in one piece of a product: a multiple of kRowStep, unless there are no more.
+constexpr int64_t kRowBlock = 256;
+constexpr int64_t kRowStep = 32;
 // Query rows that share a packed block of keys.
 constexpr int64_t kQueryRows = 128;
 
@@ -37,7 +29,7 @@ constexpr int64_t kQueryRows = 128;
 // to a thread should not be smaller.
 constexpr int64_t kInlineWork = 1 << 16;
 constexpr int64_t kPieceWork = 1 << 17;
-// Multiply-adds of packed operands that take as long as one in float32.
+// Multiply-adds of other kernels that take as long as one in float32.
 constexpr int64_t kPackedSpeed = 4;
 // Multiply-adds that take as long as one transcendental function, or as one value read and written.
 constexpr int64_t kFunctionWork = 16;
@@ -242,74 +234,56 @@ private:
         run(shape.rows, shape.cols * work_per_value, [&](int64_t i, Scratch&) { fn(i); });
     }
 
-    // Rows of x cut into slabs of columns: slab s of row t begins at data + s * slab_step + t * stride.
-    struct Slabs {
-        const float* data;
-        int64_t stride;
-        int64_t slab_step;
+    // How x is packed for some weights.
+    struct Form {
+        const PackedKernels& kernels;
+        int order;
+        int slot;  // of Input
     };
+    static constexpr int kForms = PackedKernels::kOrders + 1;
 
-    // x as some weights want it: in slabs of float32, or packed in one order or the other.
+    // x in the forms that some weights want.
     struct Input {
         ConstMat x;
-        Slabs slabs;
-        const std::byte* packed[PackedKernels::kOrders];
+        const std::byte* packed[kForms] = {};
     };
 
-    // The order in which x is packed for weights of this type, -1 for products in float32.
-    int order_for(const Weight& w) const { return kernels_.packed == nullptr ? -1 : kernels_.packed->order(w.type); }
+    Form form_for(const Weight& w) const {
+        if (kernels_.packed != nullptr) {
+            if (const int order = kernels_.packed->order(w.type); order >= 0) return {*kernels_.packed, order, order};
+        }
+        return {*kernels_.floats, kernels_.floats->order(w.type), PackedKernels::kOrders};
+    }
 
-    // Makes the forms that are new to `input`.
+    // Packs x for w, unless it is already.
     void prepare(Input& input, const Weight& w) {
         const ConstMat x = input.x;
-        const int order = order_for(w);
-        if (order < 0) {
-            if (input.slabs.data == nullptr) input.slabs = slabs_of(x);
-            return;
-        }
-        if (input.packed[order] != nullptr) return;
-        const PackedInput from{x.data, x.stride, x.rows, x.cols, order};
-        std::byte* to = packed_[order].bytes(kernels_.packed->packed_bytes(x.rows, x.cols));
-        run(divide_up(x.rows, kPackedTokens), kPackedTokens * x.cols * kCopyWork,
-            [&](int64_t group, Scratch&) { kernels_.packed->pack(to, from, group); });
-        input.packed[order] = to;
+        const Form form = form_for(w);
+        if (input.packed[form.slot] != nullptr) return;
+        const PackedInput from{x.data, x.stride, x.rows, x.cols, form.order};
+        std::byte* to = packed_[form.slot].bytes(form.kernels.packed_bytes(x.rows, x.cols));
+        run(divide_up(x.rows, form.kernels.tokens), form.kernels.tokens * x.cols * kCopyWork,
+            [&](int64_t group, Scratch&) { form.kernels.pack(to, from, group); });
+        input.packed[form.slot] = to;
     }
 
-    // Rows far apart by a power of two would compete for the same cache lines: each slab's rows lie side by side.
-    Slabs slabs_of(ConstMat x) {
-        if (x.rows <= kFewTokens) return {x.data, x.stride, kSlab};
-        const int64_t slab_step = x.rows * kSlab;
-        float* to = slabs_.floats(slab_step * divide_up(x.cols, kSlab));
-        run(x.rows, x.cols * kCopyWork, [&](int64_t t, Scratch&) {
-            for (int64_t col = 0; col < x.cols; col += kSlab) {
-                const size_t n = static_cast<size_t>(std::min(kSlab, x.cols - col));
-                std::memcpy(to + col / kSlab * slab_step + t * kSlab, x.row(t).data() + col, n * sizeof(float));
-            }
-        });
-        return {to, kSlab, slab_step};
-    }
-
-    // Rows of one piece.
-    int64_t row_block(const Weight& w, int64_t n_tokens) const {
-        if (order_for(w) < 0) return n_tokens <= kFewTokens ? kFewRowBlock : kRowBlock;
-        // Several pieces for each thread, so that all end at about the same time.
+    // Rows of one piece: several pieces for each thread, so that all end at about the same time.
+    int64_t row_block(const Weight& w) const {
         const int64_t share = divide_up(w.rows, 8 * state_.pool.n_threads());
-        return std::clamp(divide_up(share, kPackedRows) * kPackedRows, kPackedRows, kPackedRowBlock);
+        return std::clamp(divide_up(share, kRowStep) * kRowStep, kRowStep, kRowBlock);
     }
 
     int64_t piece_work(const Weight& w, int64_t n_tokens) const {
-        const int64_t uses = order_for(w) < 0 ? n_tokens : n_tokens / kPackedSpeed;
-        return row_block(w, n_tokens) * w.cols * (kCopyWork + uses);
+        const int64_t uses = &form_for(w).kernels == kernels_.floats ? n_tokens : n_tokens / kPackedSpeed;
+        return row_block(w) * w.cols * (kCopyWork + uses);
     }
 
     int64_t scratch_bytes(const Weight& w, int64_t n_tokens) const {
-        const int64_t n_rows = row_block(w, n_tokens);
-        if (order_for(w) >= 0) return kernels_.packed->scratch_bytes(n_tokens, n_rows, w.cols);
-        return n_rows * (kSlab + std::min(n_tokens, kSlabTokens)) * static_cast<int64_t>(sizeof(float));
+        return form_for(w).kernels.scratch_bytes(n_tokens, row_block(w), w.cols);
     }
 
     void linear_block(ConstMat x, std::span<const Product> products, int64_t first_token) {
-        Input input{.x = x, .slabs = {}, .packed = {}};
+        Input input{.x = x};
         pieces_.clear();
         int64_t work = 0;
         int64_t scratch_size = 0;
@@ -317,7 +291,7 @@ private:
             assert(x.cols == p.w.cols && p.y.cols == p.w.rows && p.row + first_token + x.rows <= p.y.rows);
             assert(p.bias.empty() || static_cast<int64_t>(p.bias.size()) == p.w.rows);
             prepare(input, p.w);
-            const int64_t block = row_block(p.w, x.rows);
+            const int64_t block = row_block(p.w);
             for (int64_t row = 0; row < p.w.rows; row += block) {
                 pieces_.push_back({&p, row, std::min(block, p.w.rows - row)});
             }
@@ -336,10 +310,10 @@ private:
 
     void gated_linear_block(Mat y, ConstMat x, const Weight& gate, const Weight& up) {
         assert(x.cols == gate.cols && x.cols == up.cols && y.cols == gate.rows && y.cols == up.rows);
-        Input input{.x = x, .slabs = {}, .packed = {}};
+        Input input{.x = x};
         prepare(input, gate);
         prepare(input, up);
-        const int64_t block = std::min(row_block(gate, x.rows), row_block(up, x.rows));
+        const int64_t block = std::min(row_block(gate), row_block(up));
         const int64_t up_bytes = block * x.rows * static_cast<int64_t>(sizeof(float));
         const int64_t scratch_size = std::max(scratch_bytes(gate, x.rows), scratch_bytes(up, x.rows));
         run(divide_up(gate.rows, block), piece_work(gate, x.rows) + piece_work(up, x.rows),
@@ -359,74 +333,22 @@ private:
 
     // y (T, n) = or += the outputs [row, row + n) of a product.
     void linear_rows(Mat y, const Input& input, const Weight& w, int64_t row, Vec bias, bool add, std::byte* scratch) {
-        const float* piece_bias = bias.empty() ? nullptr : bias.data() + row;
-        if (const int order = order_for(w); order >= 0) {
-            const PackedPiece piece{
-                .y = y.data,
-                .y_stride = y.stride,
-                .add = add,
-                .x = input.packed[order],
-                .n_tokens = y.rows,
-                .type = w.type,
-                .w = w.data + row * w.row_bytes(),
-                .row_bytes = w.row_bytes(),
-                .n_rows = y.cols,
-                .cols = w.cols,
-                .bias = piece_bias,
-            };
-            const auto cancelled = [](const void* control) {
-                return static_cast<const Control*>(control)->cancelled();
-            };
-            kernels_.packed->linear(piece, scratch, cancelled, &control_);
-            return;
-        }
-        float* const sums = reinterpret_cast<float*>(scratch);
-        float* const widened = sums + y.cols * std::min(y.rows, kSlabTokens);
-        for (int64_t token = 0; token < y.rows; token += kSlabTokens) {
-            if (control_.cancelled()) return;
-            const Mat tile(sums, std::min(kSlabTokens, y.rows - token), y.cols);
-            Slabs x = input.slabs;
-            x.data += token * x.stride;
-            sum_rows(tile, x, w, row, widened);
-            for (int64_t t = 0; t < tile.rows; ++t) {
-                float* const from = tile.row(t).data();
-                float* const to = y.row(token + t).data();
-                if (piece_bias != nullptr) kernels_.add(from, piece_bias, y.cols);
-                if (add) {
-                    kernels_.add(to, from, y.cols);
-                } else {
-                    std::copy_n(from, y.cols, to);
-                }
-            }
-        }
-    }
-
-    // y (T, n) = the sums in float32 of outputs [row, row + n).
-    void sum_rows(Mat y, const Slabs& x, const Weight& w, int64_t row, float* widened) {
-        const TypeInfo& info = type_info(w.type);
-        const int64_t row_bytes = w.row_bytes();
-        const std::byte* bytes = w.data + row * row_bytes;
-        if (y.rows == 1 && kernels_.multiply(w.type, y.data, x.data, bytes, row_bytes, y.cols, w.cols)) return;
-        // Float32 in a mapped file needs no widening, but for many uses the copy is quicker than rows far apart.
-        const bool in_place = w.type == WeightType::F32 && y.rows <= kFewTokens &&
-                              reinterpret_cast<uintptr_t>(bytes) % alignof(float) == 0;
-        for (int64_t col = 0; col < w.cols; col += kSlab) {
-            if (control_.cancelled()) return;
-            const int64_t n_cols = std::min(kSlab, w.cols - col);
-            const float* weights = widened;
-            int64_t stride = kSlab;
-            if (in_place) {
-                weights = reinterpret_cast<const float*>(bytes) + col;
-                stride = w.cols;
-            } else {
-                for (int64_t r = 0; r < y.cols; ++r) {
-                    const std::byte* from = bytes + r * row_bytes + col / info.block * info.bytes;
-                    kernels_.dequantize(w.type, from, widened + r * kSlab, n_cols);
-                }
-            }
-            kernels_.dot(y.data, y.stride, x.data + col / kSlab * x.slab_step, x.stride, y.rows, weights, stride,
-                         y.cols, n_cols, col > 0);
-        }
+        const Form form = form_for(w);
+        const PackedPiece piece{
+            .y = y.data,
+            .y_stride = y.stride,
+            .add = add,
+            .x = input.packed[form.slot],
+            .n_tokens = y.rows,
+            .type = w.type,
+            .w = w.data + row * w.row_bytes(),
+            .row_bytes = w.row_bytes(),
+            .n_rows = y.cols,
+            .cols = w.cols,
+            .bias = bias.empty() ? nullptr : bias.data() + row,
+        };
+        const auto cancelled = [](const void* control) { return static_cast<const Control*>(control)->cancelled(); };
+        form.kernels.linear(piece, scratch, cancelled, &control_);
     }
 
     // Some outputs of a product.
@@ -439,8 +361,7 @@ private:
     const Kernels& kernels_;
     Control& control_;
     Scratch scratch_;  // for work too small for the pool, whose scratch belongs to whoever has the turn
-    Scratch slabs_;
-    Scratch packed_[PackedKernels::kOrders];
+    Scratch packed_[kForms];
     std::vector<Piece> pieces_;
     Rotations rotations_;
 };
