@@ -424,6 +424,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     const Rows rows{to.w + begin, targets.of[1].w + begin, row_bytes,
                     static_cast<int>(left < rows_of_block ? left : rows_of_block) - 1, gated};
     const int n_slabs = static_cast<int>((x.cols + kSlab - 1) / kSlab);
+    const bool has_tokens = first_token + warp_id() / 2 * kWarpTokens < x.rows;  // this warp, in the last block
 
     Sums sums{};
     load_x(tiles.x[0], x, first_token, 0);
@@ -453,7 +454,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
             }
             commit_copies();
         }
-        multiply(sums, x_now, w_now);
+        if (has_tokens) multiply(sums, x_now, w_now);
     }
 
     sync_block();  // the tiles become room for results

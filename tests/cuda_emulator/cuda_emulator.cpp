@@ -30,11 +30,11 @@ thread_local const Position* position = nullptr;
 
 namespace {
 
-// Of cards from 75 on: threads of a block, shared memory of a kernel's objects, and all that a launch may ask for (the
-// least of 80, 86, 89, 90 and 120).
+// Of cards from 75 on: threads of a block, shared memory of a kernel's objects, and all that a launch may ask for (75 has
+// the least).
 constexpr int kMaxThreads = 1024;
 constexpr size_t kStaticShared = 48 << 10;
-constexpr size_t kMaxShared = 99 << 10;
+constexpr size_t kMaxShared = 64 << 10;
 constexpr int kMaxGridYZ = 65535;
 
 // What shared memory holds before a block writes it: as float32, half or bfloat16 not a number.
