@@ -25,7 +25,6 @@
 //   largest_magnitude(x)           of 32 numbers; a NaN is larger than all
 //   round_block(x, factor, dst, sums)   32 numbers times `factor`, to the nearest integers, their columns paired, and
 //                                  the sums of the first 16 and of the others
-//   prefetch_far(p)                the cache line at p, later
 
 namespace {
 
@@ -220,16 +219,36 @@ struct RowsQ6_K {
 // Bits of a weight are multiplied where they stand in a lane of 16, as long as the sum of a block fits 32 bits: so one
 // shift of the sum takes the place of one for every pair of columns.
 
-// Of the next rows, a little at a time: what is fetched from memory must not keep loads from the cache waiting.
+// Slabs between what is multiplied and what is fetched.
+constexpr int64_t kSlabsAhead = 2;
+
+// What the same rows take later, a little at a time: fetched in one burst, it would keep loads from the cache waiting.
+// It goes to the first-level cache: on the way through the second, each line would wait twice for one of the few places
+// for lines under way.
 template <class Rows>
 struct Ahead {
+    static constexpr int64_t kSlabBytes = kSlabBlocks / Rows::kBlocks * Rows::kBytes;
+    // The last bytes of a slab may share a line with the next.
+    static constexpr int kLines = (kSlabBytes + 63) / 64, kAll = kLanes * kLines;
+
     const std::byte* p;
+    int64_t row_bytes;
 
     template <int step, int n_steps>
-    YIVL_INLINE void fetch() const {
-        constexpr int64_t kLines = (kLanes * Rows::kBytes + 63) / 64;
-        repeat<static_cast<int>((step + 1) * kLines / n_steps - step * kLines / n_steps)>(
-            [&]<int line>() YIVL_INLINE_LAMBDA { prefetch_far(p + (step * kLines / n_steps + line) * 64); });
+    YIVL_INLINE void fetch() {
+        repeat<(step + 1) * kAll / n_steps - step * kAll / n_steps>([&]<int i>() YIVL_INLINE_LAMBDA {
+            constexpr int n = step * kAll / n_steps + i;
+            prefetch(p + n % kLines * 64);
+            if constexpr (n % kLines == kLines - 1) p += row_bytes;
+        });
+    }
+    // The share of a block of 32 columns.
+    YIVL_INLINE void fetch_some(int64_t block) {
+        for (int64_t n = kLanes * (block + 1) / kSlabBlocks - kLanes * block / kSlabBlocks; n > 0; --n) {
+            YIVL_UNROLL
+            for (int line = 0; line < kLines; ++line) prefetch(p + line * 64);
+            p += row_bytes;
+        }
     }
 };
 
@@ -281,14 +300,14 @@ YIVL_INLINE void add_block(F& total, I sum, F scale, F minimum, const InputSlab&
 
 // total += a row's blocks from p, times blocks [block, block + Rows::kBlocks) of x, in every lane
 YIVL_INLINE void multiply_blocks(RowsQ8_0, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x,
-                                 int64_t block, Ahead<RowsQ8_0> ahead) {
+                                 int64_t block, Ahead<RowsQ8_0>& ahead) {
     I q[8], sums[4];
+    ahead.fetch_some(block);
     dwords(p + 2, row_bytes, q);
     dwords(p + 18, row_bytes, q + 4);
     YIVL_UNROLL
     for (int i = 0; i < 4; ++i) sums[i] = no_integers();
     repeat<8>([&]<int j>() YIVL_INLINE_LAMBDA {
-        ahead.template fetch<j, 8>();
         const int16_t* const from = x.integers[block] + j * 4;
         I &even = sums[j % 2 * 2], &odd = sums[j % 2 * 2 + 1];
         even = multiply_pairs_at(even, signed_down<8>(up<8>(q[j])), from);
@@ -299,13 +318,13 @@ YIVL_INLINE void multiply_blocks(RowsQ8_0, F& total, const std::byte* p, int64_t
 }
 
 YIVL_INLINE void multiply_blocks(RowsQ4_0, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x,
-                                 int64_t block, Ahead<RowsQ4_0> ahead) {
+                                 int64_t block, Ahead<RowsQ4_0>& ahead) {
     I q[4];
+    ahead.fetch_some(block);
     dwords(p + 2, row_bytes, q);
     NibbleSum<false> low(integers(-8 * (x.sums[block][0] + x.sums[block][1])));
     NibbleSum<true> high(no_integers());
     repeat<4>([&]<int j>() YIVL_INLINE_LAMBDA {
-        ahead.template fetch<j, 4>();
         low.add(q[j], x.integers[block] + j * 4);
         high.add(q[j], x.integers[block] + kBlock / 2 + j * 4);
     });
@@ -313,7 +332,7 @@ YIVL_INLINE void multiply_blocks(RowsQ4_0, F& total, const std::byte* p, int64_t
 }
 
 YIVL_INLINE void multiply_blocks(RowsQ4_K, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x, int64_t,
-                                 Ahead<RowsQ4_K> ahead) {
+                                 Ahead<RowsQ4_K>& ahead) {
     const SixBits six_bits(p, row_bytes);
     repeat<4>([&]<int two>() YIVL_INLINE_LAMBDA {
         I q[8];
@@ -334,7 +353,7 @@ YIVL_INLINE void multiply_blocks(RowsQ4_K, F& total, const std::byte* p, int64_t
 }
 
 YIVL_INLINE void multiply_blocks(RowsQ5_K, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x, int64_t,
-                                 Ahead<RowsQ5_K> ahead) {
+                                 Ahead<RowsQ5_K>& ahead) {
     const SixBits six_bits(p, row_bytes);
     I fifth[8], odd_fifth[8];
     dwords(p + 16, row_bytes, fifth);
@@ -364,7 +383,7 @@ YIVL_INLINE void multiply_blocks(RowsQ5_K, F& total, const std::byte* p, int64_t
 }
 
 YIVL_INLINE void multiply_blocks(RowsQ6_K, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x, int64_t,
-                                 Ahead<RowsQ6_K> ahead) {
+                                 Ahead<RowsQ6_K>& ahead) {
     I scales[4];
     dwords(p + 192, row_bytes, scales);
     const F d = halves(p + 208, row_bytes);
@@ -420,24 +439,30 @@ inline void put_outputs(const PackedPiece& p, int64_t token, int64_t row, F sum,
 template <class Rows>
 void multiply_one(const PackedPiece& p) {
     const InputSlab* const x = reinterpret_cast<const InputSlab*>(p.x);
-    constexpr int64_t kCols = Rows::kBlocks * kBlock;
+    const int64_t n_slabs = (p.cols + kSlabCols - 1) / kSlabCols;
     RestOfRows rest;
     for (int64_t row = 0; row < p.n_rows; row += kLanes) {
         const std::byte* const w = p.w + row * p.row_bytes;
         const int64_t n = min64(kLanes, p.n_rows - row);
-        // The next rows lie behind these, and are fetched in the order of the file.
-        Ahead<Rows> ahead{w + kLanes * p.row_bytes};
         F total = zero();
-        for (int64_t col = 0; col < p.cols; col += kCols) {
-            const std::byte* from = w + col / kCols * Rows::kBytes;
-            int64_t stride = p.row_bytes;
-            if (n < kLanes) {
-                rest.copy(from, stride, n, Rows::kBytes);
-                from = rest.bytes;
-                stride = RestOfRows::kStride;
+        for (int64_t slab = 0; slab < n_slabs; ++slab) {
+            // Beyond the end of these rows the next begin.
+            const int64_t later = slab + kSlabsAhead;
+            const bool beyond = later >= n_slabs;
+            Ahead<Rows> ahead{
+                w + (later - (beyond ? n_slabs : 0)) * Ahead<Rows>::kSlabBytes + (beyond ? kLanes * p.row_bytes : 0),
+                p.row_bytes};
+            const int64_t n_blocks = min64(kSlabBlocks, p.cols / kBlock - slab * kSlabBlocks);
+            for (int64_t block = 0; block < n_blocks; block += Rows::kBlocks) {
+                const std::byte* from = w + (slab * kSlabBlocks + block) / Rows::kBlocks * Rows::kBytes;
+                int64_t stride = p.row_bytes;
+                if (n < kLanes) {
+                    rest.copy(from, stride, n, Rows::kBytes);
+                    from = rest.bytes;
+                    stride = RestOfRows::kStride;
+                }
+                multiply_blocks(Rows(), total, from, stride, x[slab], block, ahead);
             }
-            multiply_blocks(Rows(), total, from, stride, x[col / kSlabCols], col % kSlabCols / kBlock, ahead);
-            ahead.p += kLanes * Rows::kBytes;
         }
         put_outputs(p, 0, row, total, n);
     }
