@@ -578,16 +578,23 @@ void multiply_some(const PackedPiece& p, int64_t token, int64_t n_tokens, std::b
     F* const sums = reinterpret_cast<F*>(scratch + kIntegerRows * sizeof(WeightSlab));
     const int64_t n_slabs = (p.cols + kSlabCols - 1) / kSlabCols;
     const int64_t n_tiles = (n_tokens + kIntegerTokens - 1) / kIntegerTokens;
+    constexpr int64_t kSlabBytes = kSlabBlocks / Rows::kBlocks * Rows::kBytes;
     for (int64_t s = 0; s < n_slabs; ++s) {
         if (stop(stop_arg)) return;
         const int64_t n_blocks = min64(kSlabCols, p.cols - s * kSlabCols) / kBlock;
         // A slab's tokens lie side by side.
         const InputSlab* const x = reinterpret_cast<const InputSlab*>(p.x) + s * p.n_tokens + token;
         for (int64_t row = 0; row < p.n_rows; row += kSideRows) {
-            const std::byte* const from = p.w + row * p.row_bytes + s * (kSlabBlocks / Rows::kBlocks) * Rows::kBytes;
+            const std::byte* const from = p.w + row * p.row_bytes + s * kSlabBytes;
             for (int r = 0; r < kIntegerRows; ++r) {
                 const int64_t n_rows = min64(kLanes, p.n_rows - row - r * kLanes);
                 if (n_rows > 0) unpack_slab<Rows>(w[r], from + r * kLanes * p.row_bytes, p.row_bytes, n_rows, n_blocks);
+            }
+            // What the next turn unpacks, while this one multiplies.
+            const bool more = row + kSideRows < p.n_rows;
+            const std::byte* const next = more ? from + kSideRows * p.row_bytes : p.w + (s + 1) * kSlabBytes;
+            for (int64_t r = 0; r < min64(kSideRows, p.n_rows - (more ? row + kSideRows : 0)); ++r) {
+                for (int64_t line = 0; line < kSlabBytes; line += 64) prefetch(next + r * p.row_bytes + line);
             }
             F* const mine = sums + row / kSideRows * n_tiles * kTileSums;
             for (int64_t tile = 0; tile < n_tiles; ++tile) {
