@@ -31,8 +31,12 @@ namespace {
 
 // A sleeping thread takes tens of microseconds to wake; the next operation of a forward pass usually comes sooner.
 constexpr auto kSpin = std::chrono::microseconds(50);
-// How often a caller that waits for its turn looks at its Control.
-constexpr auto kTurnPoll = std::chrono::milliseconds(10);
+// A caller that has the pool keeps it from one operation to the next for this long while others wait: a turn for every
+// operation would put threads to sleep and wake them all the time.
+constexpr auto kTurnTime = std::chrono::milliseconds(30);
+// So long nobody else gets the pool from a caller that has it and does not use it; it is also how often a caller that
+// waits looks at its Control.
+constexpr auto kTurnIdle = std::chrono::milliseconds(2);
 
 void pause() {
 #if defined(__x86_64__)
@@ -126,6 +130,8 @@ struct ThreadPool::Shared {
     };
     std::mutex turn_mutex;
     bool busy = false;
+    const Control* holder = nullptr;  // whose turn it is
+    std::chrono::steady_clock::time_point turn_end, last_use;
     std::deque<Waiter*> queue;
 
     std::vector<std::thread> threads;
@@ -219,18 +225,23 @@ struct ThreadPool::Shared {
     }
 };
 
-// The right to use the pool, first come, first served. The turn is handed on directly, so nobody can overtake.
+// The right to use the pool for an operation. Callers take turns in order of arrival; while one has its turn, its next
+// operations go first.
 class ThreadPool::Turn {
 public:
     Turn(Shared& shared, Control& control) : shared_(shared) {
         std::unique_lock lock(shared_.turn_mutex);
-        if (!shared_.busy) {
-            shared_.busy = true;
+        if (!shared_.busy && (shared_.queue.empty() || (shared_.holder == &control && !over()))) {
+            begin(control);
             return;
         }
         Shared::Waiter waiter;
         shared_.queue.push_back(&waiter);
-        while (!waiter.granted_changed.wait_for(lock, kTurnPoll, [&] { return waiter.granted; })) {
+        while (!waiter.granted_changed.wait_for(lock, kTurnIdle, [&] { return waiter.granted; })) {
+            if (!shared_.busy && shared_.queue.front() == &waiter && (over() || idle())) {
+                shared_.queue.pop_front();
+                break;
+            }
             lock.unlock();
             try {
                 control.check();
@@ -245,21 +256,35 @@ public:
             }
             lock.lock();
         }
+        begin(control);
     }
     ~Turn() {
         const std::lock_guard lock(shared_.turn_mutex);
-        pass_on();
+        shared_.last_use = Clock::now();
+        if (over()) {
+            pass_on();
+        } else {
+            shared_.busy = false;
+        }
     }
     Turn(const Turn&) = delete;
     Turn& operator=(const Turn&) = delete;
 
 private:
-    // With turn_mutex held.
+    using Clock = std::chrono::steady_clock;
+
+    // All with turn_mutex held.
+    bool over() const { return Clock::now() >= shared_.turn_end; }
+    bool idle() const { return Clock::now() >= shared_.last_use + kTurnIdle; }
+    void begin(const Control& control) {
+        shared_.busy = true;
+        if (shared_.holder == &control && !over()) return;
+        shared_.holder = &control;
+        shared_.turn_end = Clock::now() + kTurnTime;
+    }
     void pass_on() {
-        if (shared_.queue.empty()) {
-            shared_.busy = false;
-            return;
-        }
+        shared_.busy = !shared_.queue.empty();
+        if (!shared_.busy) return;
         Shared::Waiter* next = shared_.queue.front();
         shared_.queue.pop_front();
         next->granted = true;

@@ -14,7 +14,7 @@ int default_thread_count();
 
 // n_threads - 1 workers; the caller of parallel_for is the last thread. Workers sleep when there is nothing to do.
 // Any number of threads may call: an operation has the whole pool to itself, and callers take turns in order of
-// arrival.
+// arrival, each for some operations.
 class ThreadPool {
 public:
     // Handles items [begin, end) on thread `thread` of [0, n_threads).
