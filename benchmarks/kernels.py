@@ -61,6 +61,7 @@ class Ceilings:
     tflops: float  # float32
     packed_tflops: float  # bfloat16 tiles (AMX) or pairs of int16 (AVX); 0 where there are none
     gigabytes_per_second: float
+    barrier: float  # seconds that the threads take to begin and end an operation together, with the call from Python
 
 
 def random_weights(name: str, rows: int, cols: int) -> Bytes:
@@ -115,7 +116,8 @@ class Benchmark:
         if packed_operations := ceilings.packed_multiply_add(rounds):
             seconds = self._measure(lambda: ceilings.packed_multiply_add(rounds), 5 * self.repeats)
             packed = packed_operations / min(seconds) / 1e12
-        return Ceilings(operations / arithmetic / 1e12, packed, memory.nbytes / reading / 1e9)
+        barrier = statistics.median(self._measure(lambda: ceilings.multiply_add(1), 10_000))
+        return Ceilings(operations / arithmetic / 1e12, packed, memory.nbytes / reading / 1e9, barrier)
 
     def _add(
         self, name: str, seconds: list[float], operations: float, moved: float, tflops_ceiling: float
@@ -179,7 +181,9 @@ class Benchmark:
         if self.ceilings.packed_tflops:
             unit = "bfloat16" if self.isa == "amx" else "int16"
             print(f"{self.ceilings.packed_tflops:.3f} in {unit}, ", end="")
-        print(f"{self.ceilings.gigabytes_per_second:.1f} GB/s")
+        print(
+            f"{self.ceilings.gigabytes_per_second:.1f} GB/s; a barrier takes {self.ceilings.barrier * 1e6:.1f} us"
+        )
         print(f"{'':34}{'ms':>10}{'spread':>8}{'TFLOP/s':>9}{'GB/s':>7}{'share':>7}")
         for r in self.results:
             figures = f"{r.seconds * 1e3:10.2f}{r.spread:8.0%}{r.tflops:9.3f}{r.gigabytes_per_second:7.1f}"
