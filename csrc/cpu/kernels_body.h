@@ -148,8 +148,8 @@ inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1)
 
 // c[r][0..V lanes) (+)= sum over i of a[r * row_step + i * step] * b[i][..], in order of i. The steps are constants: R
 // addresses would not fit the registers. The next tile's `a` is fetched meanwhile, from where it lies if it is as
-// large.
-template <int R, int V, int row_step, int step>
+// large, and rows of b, if `rows_ahead` is not 0.
+template <int R, int V, int row_step, int step, int rows_ahead = 0>
 inline void outer_tile(float* c, int64_t c_stride, const float* a, int64_t next, const float* b, int64_t b_stride,
                        int64_t k, bool accumulate) {
     F acc[R][V];
@@ -160,6 +160,12 @@ inline void outer_tile(float* c, int64_t c_stride, const float* a, int64_t next,
     }
     for (int64_t i = 0; i < k; ++i) {
         prefetch(reinterpret_cast<const std::byte*>(a + next + i * step));
+        if constexpr (rows_ahead != 0) {
+            YIVL_UNROLL
+            for (int v = 0; v < V * kLanes; v += 16) {
+                prefetch(reinterpret_cast<const std::byte*>(b + (i + rows_ahead) * b_stride + v));
+            }
+        }
         F bs[V];
         YIVL_UNROLL
         for (int v = 0; v < V; ++v) bs[v] = load(b + i * b_stride + v * kLanes);
@@ -200,12 +206,18 @@ inline int64_t visible_of(const AttentionRows& a, int64_t row, int64_t key, int6
     return min64(n, visible_keys(a.piece, a.piece.row_begin + row) - key);
 }
 
-// fn<R>(row) for all rows, R of them at a time.
+constexpr int power_below(int n) {
+    int power = 1;
+    while (power * 2 < n) power *= 2;
+    return power;
+}
+
+// fn<R>(row) for all rows, R of them at a time: kTileRows, and of the rest powers of two.
 template <int R = kTileRows, class Fn>
 YIVL_INLINE void each_tile(int64_t row, int64_t rows, Fn&& fn) {
     for (; row + R <= rows; row += R) fn.template operator()<R>(row);
     if constexpr (R > 1) {
-        if (row < rows) each_tile<R / 2>(row, rows, fn);
+        if (row < rows) each_tile<power_below(R)>(row, rows, fn);
     }
 }
 
@@ -267,14 +279,17 @@ void softmax_rows(const AttentionRows& a, int64_t row, int64_t key, int64_t n) {
     }
 }
 
+// Rows between the values that are read where they are and those that are fetched.
+constexpr int kValuesAhead = 16;
+
 // out += scores . values for R rows and up to N vectors of columns.
-template <int R, int N>
-YIVL_INLINE void value_tile(int64_t vectors, float* out, const float* p, const float* v, int64_t v_stride,
-                            int64_t width, int64_t n_keys) {
+template <int R, int N, int rows_ahead>
+void value_tile(int64_t vectors, float* out, const float* p, const float* v, int64_t v_stride, int64_t width,
+                int64_t n_keys) {
     if (vectors >= N) {
-        outer_tile<R, N, kKeyBlock, 1>(out, width, p, R * kKeyBlock, v, v_stride, n_keys, true);
+        outer_tile<R, N, kKeyBlock, 1, rows_ahead>(out, width, p, R * kKeyBlock, v, v_stride, n_keys, true);
     } else if constexpr (N > 1) {
-        value_tile<R, N - 1>(vectors, out, p, v, v_stride, width, n_keys);
+        value_tile<R, N - 1, rows_ahead>(vectors, out, p, v, v_stride, width, n_keys);
     }
 }
 
@@ -284,8 +299,9 @@ void add_values(const AttentionRows& a, int64_t key, int64_t n) {
         each_tile(0, a.rows, [&]<int R>(int64_t row) YIVL_TARGET_LAMBDA {
             const int64_t visible = visible_of(a, row + R - 1, key, n);
             if (visible <= 0) return;
-            value_tile<R, kTileVectors>((a.width - d) / kLanes, a.out + row * a.width + d, a.scores + row * kKeyBlock,
-                                        v, a.in_place ? a.piece.v_stride : kPanel, a.width, visible);
+            const auto tile = a.in_place ? value_tile<R, kTileVectors, kValuesAhead> : value_tile<R, kTileVectors, 0>;
+            tile((a.width - d) / kLanes, a.out + row * a.width + d, a.scores + row * kKeyBlock, v,
+                 a.in_place ? a.piece.v_stride : kPanel, a.width, visible);
         });
     }
 }
@@ -299,7 +315,9 @@ void pack_keys(const AttentionRows& a, int64_t key, int64_t n) {
             F lanes[kLanes];
             YIVL_UNROLL
             for (int i = 0; i < kLanes; ++i) {
-                lanes[i] = j + i < n ? load_some(from + i * a.piece.k_stride + d, head_dim - d) : zero();
+                const float* const key_i = from + i * a.piece.k_stride + d;
+                lanes[i] = j + i < n ? load_some(key_i, head_dim - d) : zero();
+                prefetch(reinterpret_cast<const std::byte*>(key_i + kLanes * a.piece.k_stride));
             }
             transpose(lanes);
             for (int64_t i = 0; i < min64(kLanes, head_dim - d); ++i) store(to + (d + i) * kPanel, lanes[i]);
