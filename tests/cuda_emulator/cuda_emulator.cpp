@@ -30,8 +30,8 @@ thread_local const Position* position = nullptr;
 
 namespace {
 
-// Of cards from 75 on: threads of a block, shared memory of a kernel's objects, and all that a launch may ask for (75 has
-// the least).
+// Of cards from 75 on: threads of a block, shared memory of a kernel's objects, and all that a launch may ask for (75
+// has the least).
 constexpr int kMaxThreads = 1024;
 constexpr size_t kStaticShared = 48 << 10;
 constexpr size_t kMaxShared = 64 << 10;
