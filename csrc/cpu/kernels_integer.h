@@ -48,7 +48,8 @@ struct alignas(64) InputSlab {
 //
 // unpack(p, row_bytes, sink) takes kBlocks blocks of kLanes rows. The sink gets vector<b, i>(v) with the integers of
 // the i-th pair of columns of block b, kOffset too large, then finish<b>(scale, minimum): weight = scale * integer -
-// minimum.
+// minimum. With kOneScale the blocks of a slab have one scale: integers that the file has for smaller groups of columns
+// are in the integers.
 
 template <int n, class Fn>
 YIVL_INLINE void repeat(Fn&& fn) {
@@ -61,7 +62,7 @@ YIVL_INLINE void repeat(Fn&& fn) {
 struct RowsQ8_0 {
     static constexpr int kBlocks = 1, kOffset = 0;
     static constexpr int64_t kBytes = sizeof(BlockQ8_0);
-    static constexpr bool kMinimum = false;
+    static constexpr bool kMinimum = false, kOneScale = false;
     template <class Sink>
     static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
         I q[8];
@@ -77,7 +78,7 @@ struct RowsQ8_0 {
 struct RowsQ4_0 {
     static constexpr int kBlocks = 1, kOffset = 8;
     static constexpr int64_t kBytes = sizeof(BlockQ4_0);
-    static constexpr bool kMinimum = false;
+    static constexpr bool kMinimum = false, kOneScale = false;
     template <class Sink>
     static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
         I q[4];
@@ -104,24 +105,25 @@ struct SixBits {
         high_scales = any_bits(low_bits(w[3], 0x0f0f), low_bits(down<2>(w[1]), 0x3030));
         high_minima = any_bits(low_bits(down<4>(w[3]), 0x0f0f), low_bits(down<2>(w[2]), 0x3030));
     }
+    // Of group g, to be multiplied by `d`.
     template <int g>
-    YIVL_INLINE F scale() const {
-        return mul(d, to_floats(byte<g % 4>(g < 4 ? low_scales : high_scales)));
+    YIVL_INLINE I scale() const {
+        return byte<g % 4>(g < 4 ? low_scales : high_scales);
+    }
+    template <int g>
+    YIVL_INLINE I scale_of_pairs() const {
+        return spread_byte<g % 4>(g < 4 ? low_scales : high_scales);
     }
     template <int g>
     YIVL_INLINE F offset() const {
         return mul(minimum, to_floats(byte<g % 4>(g < 4 ? low_minima : high_minima)));
-    }
-    template <int g, class Sink>
-    YIVL_INLINE void finish(Sink& sink) const {
-        sink.template finish<g>(scale<g>(), offset<g>());
     }
 };
 
 struct RowsQ4_K {
     static constexpr int kBlocks = kSlabBlocks, kOffset = 0;
     static constexpr int64_t kBytes = sizeof(BlockQ4_K);
-    static constexpr bool kMinimum = true;
+    static constexpr bool kMinimum = true, kOneScale = true;
     template <class Sink>
     static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
         const SixBits six_bits(p, row_bytes);
@@ -130,11 +132,13 @@ struct RowsQ4_K {
             I q[8];
             dwords(from, row_bytes, q);
             dwords(from + 16, row_bytes, q + 4);
-            repeat<2>([&]<int g>() YIVL_INLINE_LAMBDA {
+            repeat<2>([&]<int half>() YIVL_INLINE_LAMBDA {
+                constexpr int g = two * 2 + half;
+                const I scale = six_bits.template scale_of_pairs<g>();
                 repeat<kPairs>([&]<int i>() YIVL_INLINE_LAMBDA {
-                    sink.template vector<two * 2 + g, i>(low_bits(down<g * 4 + i % 2 * 8>(q[i / 2]), 15));
+                    sink.template vector<g, i>(times(low_bits(down<half * 4 + i % 2 * 8>(q[i / 2]), 15), scale));
                 });
-                six_bits.template finish<two * 2 + g>(sink);
+                sink.template finish<g>(six_bits.d, six_bits.template offset<g>());
             });
         });
     }
@@ -143,7 +147,7 @@ struct RowsQ4_K {
 struct RowsQ5_K {
     static constexpr int kBlocks = kSlabBlocks, kOffset = 0;
     static constexpr int64_t kBytes = sizeof(BlockQ5_K);
-    static constexpr bool kMinimum = true;
+    static constexpr bool kMinimum = true, kOneScale = true;
     template <class Sink>
     static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
         const SixBits six_bits(p, row_bytes);
@@ -157,6 +161,7 @@ struct RowsQ5_K {
             dwords(from + 16, row_bytes, q + 4);
             repeat<2>([&]<int half>() YIVL_INLINE_LAMBDA {
                 constexpr int g = two * 2 + half;
+                const I scale = six_bits.template scale_of_pairs<g>();
                 repeat<kPairs>([&]<int i>() YIVL_INLINE_LAMBDA {
                     // Bit g of each byte becomes bit 4.
                     constexpr int by = g - 4 + i % 2 * 8;
@@ -167,19 +172,18 @@ struct RowsQ5_K {
                         high = up<-by>(high);
                     }
                     const I low = low_bits(down<half * 4 + i % 2 * 8>(q[i / 2]), 15);
-                    sink.template vector<g, i>(any_bits(low, low_bits(high, 16)));
+                    sink.template vector<g, i>(times(any_bits(low, low_bits(high, 16)), scale));
                 });
-                six_bits.template finish<g>(sink);
+                sink.template finish<g>(six_bits.d, six_bits.template offset<g>());
             });
         });
     }
 };
 
-// The scale of every 16 columns is an integer, so that it can go into the weights' integers.
 struct RowsQ6_K {
     static constexpr int kBlocks = kSlabBlocks, kOffset = 0;
     static constexpr int64_t kBytes = sizeof(BlockQ6_K);
-    static constexpr bool kMinimum = false;
+    static constexpr bool kMinimum = false, kOneScale = true;
     template <class Sink>
     static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
         I scales[4];
@@ -302,11 +306,25 @@ struct BitSum {
 };
 
 // total += weights of a block times x, from the sum of the integers.
-template <bool has_minimum>
-YIVL_INLINE void add_block(F& total, I sum, F scale, F minimum, const InputSlab& x, int64_t block) {
+YIVL_INLINE void add_block(F& total, I sum, F scale, const InputSlab& x, int64_t block) {
     total = fma(to_floats(sum), mul(scale, set1(x.scale[block])), total);
-    if constexpr (has_minimum) total = fma(minimum, set1(x.minus_sum[block]), total);
 }
+
+// The same for a slab whose blocks have one scale.
+struct SlabSum {
+    F sum = zero();
+
+    YIVL_INLINE void add_block(I block_sum, const InputSlab& x, int64_t block) {
+        sum = fma(to_floats(block_sum), set1(x.scale[block]), sum);
+    }
+    YIVL_INLINE void add_to(F& total, F scale) const { total = fma(sum, scale, total); }
+    YIVL_INLINE void add_to(F& total, const SixBits& six_bits, const InputSlab& x) const {
+        repeat<kSlabBlocks>([&]<int b>() YIVL_INLINE_LAMBDA {
+            total = fma(six_bits.template offset<b>(), set1(x.minus_sum[b]), total);
+        });
+        add_to(total, six_bits.d);
+    }
+};
 
 // total += a row's blocks from p, times blocks [block, block + Rows::kBlocks) of x, in every lane
 YIVL_INLINE void multiply_blocks(RowsQ8_0, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x,
@@ -324,7 +342,7 @@ YIVL_INLINE void multiply_blocks(RowsQ8_0, F& total, const std::byte* p, int64_t
         odd = multiply_pairs_at(odd, signed_down<8>(q[j]), from + 2);
     });
     const I sum = add_integers(add_integers(sums[0], sums[1]), add_integers(sums[2], sums[3]));
-    add_block<false>(total, sum, halves(p, row_bytes), zero(), x, block);
+    add_block(total, sum, halves(p, row_bytes), x, block);
 }
 
 YIVL_INLINE void multiply_blocks(RowsQ4_0, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x,
@@ -338,12 +356,13 @@ YIVL_INLINE void multiply_blocks(RowsQ4_0, F& total, const std::byte* p, int64_t
         low.add(q[j], x.integers[block] + j * 4);
         high.add(q[j], x.integers[block] + kBlock / 2 + j * 4);
     });
-    add_block<false>(total, add_integers(low.total(), high.total()), halves(p, row_bytes), zero(), x, block);
+    add_block(total, add_integers(low.total(), high.total()), halves(p, row_bytes), x, block);
 }
 
 YIVL_INLINE void multiply_blocks(RowsQ4_K, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x, int64_t,
                                  Ahead<RowsQ4_K>& ahead) {
     const SixBits six_bits(p, row_bytes);
+    SlabSum slab;
     repeat<4>([&]<int two>() YIVL_INLINE_LAMBDA {
         I q[8];
         dwords(p + 16 + two * 32, row_bytes, q);
@@ -355,16 +374,16 @@ YIVL_INLINE void multiply_blocks(RowsQ4_K, F& total, const std::byte* p, int64_t
             low.add(q[j], x.integers[two * 2] + j * 4);
             high.add(q[j], x.integers[two * 2 + 1] + j * 4);
         });
-        add_block<true>(total, low.total(), six_bits.template scale<two * 2>(), six_bits.template offset<two * 2>(), x,
-                        two * 2);
-        add_block<true>(total, high.total(), six_bits.template scale<two * 2 + 1>(),
-                        six_bits.template offset<two * 2 + 1>(), x, two * 2 + 1);
+        slab.add_block(times_integers(low.total(), six_bits.template scale<two * 2>()), x, two * 2);
+        slab.add_block(times_integers(high.total(), six_bits.template scale<two * 2 + 1>()), x, two * 2 + 1);
     });
+    slab.add_to(total, six_bits, x);
 }
 
 YIVL_INLINE void multiply_blocks(RowsQ5_K, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x, int64_t,
                                  Ahead<RowsQ5_K>& ahead) {
     const SixBits six_bits(p, row_bytes);
+    SlabSum slab;
     I fifth[8], odd_fifth[8];
     dwords(p + 16, row_bytes, fifth);
     dwords(p + 32, row_bytes, fifth + 4);
@@ -385,18 +404,19 @@ YIVL_INLINE void multiply_blocks(RowsQ5_K, F& total, const std::byte* p, int64_t
             high.add(q[j], x.integers[two * 2 + 1] + j * 4);
             high_fifth.add(fifth[j], odd_fifth[j], x.integers[two * 2 + 1] + j * 4);
         });
-        add_block<true>(total, add_integers(low.total(), low_fifth.total()), six_bits.template scale<two * 2>(),
-                        six_bits.template offset<two * 2>(), x, two * 2);
-        add_block<true>(total, add_integers(high.total(), high_fifth.total()), six_bits.template scale<two * 2 + 1>(),
-                        six_bits.template offset<two * 2 + 1>(), x, two * 2 + 1);
+        const I first = add_integers(low.total(), low_fifth.total());
+        const I second = add_integers(high.total(), high_fifth.total());
+        slab.add_block(times_integers(first, six_bits.template scale<two * 2>()), x, two * 2);
+        slab.add_block(times_integers(second, six_bits.template scale<two * 2 + 1>()), x, two * 2 + 1);
     });
+    slab.add_to(total, six_bits, x);
 }
 
 YIVL_INLINE void multiply_blocks(RowsQ6_K, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x, int64_t,
                                  Ahead<RowsQ6_K>& ahead) {
     I scales[4];
     dwords(p + 192, row_bytes, scales);
-    const F d = halves(p + 208, row_bytes);
+    SlabSum slab;
     repeat<2>([&]<int half>() YIVL_INLINE_LAMBDA {
         I sums[4];
         // Columns [c, c + 16) of four blocks at a time.
@@ -422,8 +442,9 @@ YIVL_INLINE void multiply_blocks(RowsQ6_K, F& total, const std::byte* p, int64_t
                 sums[b] = part == 0 ? sum : add_integers(sums[b], sum);
             });
         });
-        repeat<4>([&]<int b>() YIVL_INLINE_LAMBDA { add_block<false>(total, sums[b], d, zero(), x, half * 4 + b); });
+        repeat<4>([&]<int b>() YIVL_INLINE_LAMBDA { slab.add_block(sums[b], x, half * 4 + b); });
     });
+    slab.add_to(total, halves(p + 208, row_bytes));
 }
 
 // Rows that a vector has no lanes for are few: they are copied to where all lanes may read.
@@ -525,15 +546,27 @@ constexpr int kIntegerRows = 2;
 constexpr int64_t kSideRows = kIntegerRows * kLanes;
 constexpr int kTileSums = kIntegerRows * kIntegerTokens;
 
-// `sums` (rows, tokens) += a tile over a slab, or = if `first`.
-template <bool minimum>
+// `sums` (rows, tokens) += a tile over a slab, or = if `first`. What the next tile takes is fetched meanwhile.
+template <class Rows>
 YIVL_INLINE void multiply_tile(F* sums, const WeightSlab* w, const InputSlab* x, int64_t n_blocks, bool first) {
     constexpr int R = kIntegerRows, T = kIntegerTokens;
     F total[R][T];
-    YIVL_UNROLL
-    for (int r = 0; r < R; ++r) {
+    const auto begin = [&] YIVL_INLINE_LAMBDA {
         YIVL_UNROLL
-        for (int t = 0; t < T; ++t) total[r][t] = first ? zero() : sums[r * T + t];
+        for (int r = 0; r < R; ++r) {
+            YIVL_UNROLL
+            for (int t = 0; t < T; ++t) total[r][t] = first ? zero() : sums[r * T + t];
+        }
+    };
+    F slab[R][T];
+    if constexpr (Rows::kOneScale) {
+        YIVL_UNROLL
+        for (int r = 0; r < R; ++r) {
+            YIVL_UNROLL
+            for (int t = 0; t < T; ++t) slab[r][t] = zero();
+        }
+    } else {
+        begin();
     }
     for (int64_t b = 0; b < n_blocks; ++b) {
         I acc[R][T];
@@ -544,6 +577,9 @@ YIVL_INLINE void multiply_tile(F* sums, const WeightSlab* w, const InputSlab* x,
         }
         YIVL_UNROLL
         for (int t = 0; t < T; ++t) prefetch(reinterpret_cast<const std::byte*>(x[T + t].integers[b]));
+        if (b < T) prefetch(reinterpret_cast<const std::byte*>(x[T + b].scale));
+        prefetch(reinterpret_cast<const std::byte*>(sums + kTileSums) + b * 2 * 64);
+        prefetch(reinterpret_cast<const std::byte*>(sums + kTileSums) + (b * 2 + 1) * 64);
         YIVL_UNROLL
         for (int i = 0; i < kPairs; ++i) {
             I ws[R];
@@ -557,15 +593,34 @@ YIVL_INLINE void multiply_tile(F* sums, const WeightSlab* w, const InputSlab* x,
             }
         }
         YIVL_UNROLL
-        for (int r = 0; r < R; ++r) {
-            const F scale = w[r].blocks[b].scale;
+        for (int t = 0; t < T; ++t) {
+            const F scale = set1(x[t].scale[b]);
             YIVL_UNROLL
-            for (int t = 0; t < T; ++t) {
-                total[r][t] = fma(to_floats(acc[r][t]), mul(scale, set1(x[t].scale[b])), total[r][t]);
-                if constexpr (minimum) {
-                    total[r][t] = fma(w[r].blocks[b].minimum, set1(x[t].minus_sum[b]), total[r][t]);
+            for (int r = 0; r < R; ++r) {
+                if constexpr (Rows::kOneScale) {
+                    slab[r][t] = fma(to_floats(acc[r][t]), scale, slab[r][t]);
+                } else {
+                    total[r][t] = fma(to_floats(acc[r][t]), mul(w[r].blocks[b].scale, scale), total[r][t]);
                 }
             }
+        }
+    }
+    if constexpr (Rows::kOneScale) {
+        begin();
+        if constexpr (Rows::kMinimum) {
+            for (int64_t b = 0; b < n_blocks; ++b) {
+                YIVL_UNROLL
+                for (int t = 0; t < T; ++t) {
+                    const F minus_sum = set1(x[t].minus_sum[b]);
+                    YIVL_UNROLL
+                    for (int r = 0; r < R; ++r) total[r][t] = fma(w[r].blocks[b].minimum, minus_sum, total[r][t]);
+                }
+            }
+        }
+        YIVL_UNROLL
+        for (int r = 0; r < R; ++r) {
+            YIVL_UNROLL
+            for (int t = 0; t < T; ++t) total[r][t] = fma(slab[r][t], w[r].blocks[0].scale, total[r][t]);
         }
     }
     YIVL_UNROLL
@@ -607,7 +662,7 @@ void multiply_some(const PackedPiece& p, int64_t token, int64_t n_tokens, std::b
             }
             F* const mine = sums + row / kSideRows * n_tiles * kTileSums;
             for (int64_t tile = 0; tile < n_tiles; ++tile) {
-                multiply_tile<Rows::kMinimum>(mine + tile * kTileSums, w, x + tile * kIntegerTokens, n_blocks, s == 0);
+                multiply_tile<Rows>(mine + tile * kTileSums, w, x + tile * kIntegerTokens, n_blocks, s == 0);
             }
         }
     }
