@@ -35,8 +35,6 @@ _SCALES = {
     "Q5_K": [0, 2],
     "Q6_K": [208],
 }
-# Multiplied as 16-bit integers without AMX.
-_INTEGER_TYPES = ("Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K")
 _PREFILL_TYPES = ["F32", "F16", "Q8_0", "Q4_0", "Q4_K", "Q6_K"]
 _DECODE_TYPES = ["F32", "F16", "Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K"]
 
@@ -134,8 +132,8 @@ class Benchmark:
 
     def _linear_ceiling(self, name: str) -> float:
         """TFLOP/s that a product with such weights can reach."""
-        packed = name != "F32" if self.isa == "amx" else name in _INTEGER_TYPES
-        return self.ceilings.packed_tflops if packed and self.ceilings.packed_tflops else self.ceilings.tflops
+        packed = _core.Ceilings(self.isa, 1).packs(name)
+        return self.ceilings.packed_tflops if packed else self.ceilings.tflops
 
     def prefill(self, name: str, tokens: int, cols: int, rows: int) -> None:
         """Time a matrix product for many tokens."""

@@ -155,6 +155,13 @@ public:
         return kernels_.packed == nullptr ? 0 : operations_of(*kernels_.packed, rounds);
     }
 
+    // Whether that unit computes products with weights of a type, in rows of whole blocks.
+    bool packs(const std::string& type) const {
+        const TypeInfo* info = find_type(type);
+        if (info == nullptr) throw std::invalid_argument("unknown weight type " + type);
+        return kernels_.packed != nullptr && kernels_.packed->order(info->type, kSuperBlock) >= 0;
+    }
+
     // Reads the array once.
     void read(const Floats& values) {
         const Vec v = vec(values);
@@ -315,6 +322,7 @@ void bind_kernels(py::module_& m) {
         .def(py::init<const std::string&, int>(), py::arg("isa") = "", py::arg("n_threads") = 0)
         .def("multiply_add", &Ceilings::multiply_add, py::arg("rounds"))
         .def("packed_multiply_add", &Ceilings::packed_multiply_add, py::arg("rounds"))
+        .def("packs", &Ceilings::packs, py::arg("type"))
         .def("read", &Ceilings::read, py::arg("values").noconvert());
 
     // Results go into arrays that the caller gives, so that tests can pass views with strides.

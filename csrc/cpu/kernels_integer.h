@@ -1,15 +1,18 @@
 // Products of weights that a file holds as small integers, with x rounded to 15-bit integers: a common scale for every
-// 32 columns of a row of x, a relative error of about 5e-5. The products of 32 columns are summed exactly, whatever the
+// 32 columns of a row of x, a relative error of about 5e-5. Where integers are quicker than float32, weights of 16 bits
+// are rounded in the same way, to about the same error. The products of 32 columns are summed exactly, whatever the
 // order, and these sums are scaled and added in float32 in order of the columns. So one token alone, whose weights go
 // from memory to the sum without a stop, gets the same values as one among many, for which they are unpacked once.
 //
 // Lanes are rows of the weights: four bytes of each of kLanes rows are brought together, from which come the
-// integers of pairs of columns. Columns are paired as bytes 0 and 2, 1 and 3.
+// integers of pairs of columns. Columns are paired as bytes 0 and 2, 1 and 3; those of 16-bit weights with their
+// neighbours.
 //
 // Included as kernels_body.h is, after it, and needs besides the names listed there:
 //
 //   I                              a vector of kLanes int32, or of 2 * kLanes int16
 //   kIntegerTokens                 tokens of a tile, which is two vectors of rows high
+//   kHalvesAsIntegers              whether 16-bit weights are multiplied as integers
 //   load_integers(p) store_integers(p, v) integers(n) no_integers() add_integers(a, b) times_integers(a, b)
 //   up32<n>(v) down32<n>(v) to_floats(v)    of int32: shifts (down32 with the sign)
 //   pair(p)                        the two int16 at p, in every lane
@@ -19,13 +22,17 @@
 //                                  a | b, shifts, v - n, the low half of a product
 //   byte<n>(v)                     byte n of each lane, as int32
 //   spread_byte<n>(v)              byte n of each lane with its sign, as two int16
-//   half_of_lane<n>(v)             half n of each lane, a half-precision number, as a float
+//   half_of_lane<n>(v) bfloat_of_lane<n>(v)    half n of each lane, a number of 16 bits, as a float
+//   to_pairs(a, b)                 floats rounded to the nearest integers: a in the low half of each lane, b in the high
+//   sqrt(v)                        of floats
 //   dwords(p, stride, out)         out[j] = bytes [4j, 4j + 4) at p + l * stride in lane l, j in [0, 4)
 //   halves(p, stride)              the half-precision number at p + l * stride in lane l, as a float
 //   prefetch_far(p)                as prefetch, but to the second-level cache
 //   largest_magnitude(x)           of 32 numbers; a NaN is larger than all
-//   round_block(x, factor, dst, sums)   32 numbers times `factor`, to the nearest integers, their columns paired, and
-//                                  the sums of the first 16 and of the others
+//   sum_of_block(x, factor)        the sum of the squares of 32 numbers times `factor`
+//   round_block(x, factor, dst, sums)   32 numbers times `factor`, to the nearest integers, in order, and the sums of
+//                                  the first 16 and of the others
+//   pair_columns(dst)              brings 32 integers from that order into the one of bytes
 
 namespace {
 
@@ -35,6 +42,10 @@ constexpr int kSlabBlocks = kSuperBlock / kBlock;
 constexpr int64_t kSlabCols = kSuperBlock;
 // Sixteen bits less two: 32 products of a row of Q6_K, integers up to 32 * 128, must not overflow 32 bits.
 constexpr float kLargestInteger = 16383.0f;
+// Where both operands are rounded, a block of each may be so long as a vector, rounding not counted: then no sum of
+// products overflows 32 bits (Cauchy-Schwarz), and of ordinary numbers the largest have 15 bits.
+constexpr float kLongestBlock = 46330.0f;
+constexpr float kLargestPair = 32767.0f;
 
 // A slab of one row of x.
 struct alignas(64) InputSlab {
@@ -219,6 +230,57 @@ struct RowsQ6_K {
     }
 };
 
+// Weights of 16 bits: number<n>(v) is half n of each lane.
+template <class Number>
+struct RowsHalves {
+    static constexpr int kBlocks = 1, kOffset = 0;
+    static constexpr int64_t kBytes = kBlock * 2;
+    static constexpr bool kMinimum = false, kOneScale = false;
+    template <class Sink>
+    static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
+        F w[kBlock];
+        F most = zero();
+        repeat<4>([&]<int quarter>() YIVL_INLINE_LAMBDA {
+            I v[4];
+            dwords(p + quarter * 16, row_bytes, v);
+            repeat<4>([&]<int j>() YIVL_INLINE_LAMBDA {
+                constexpr int i = quarter * 8 + j * 2;
+                w[i] = Number::template of<0>(v[j]);
+                w[i + 1] = Number::template of<1>(v[j]);
+                most = max(most, max(abs(w[i]), abs(w[i + 1])));
+            });
+        });
+        // What is smaller has no reciprocal, and counts as nothing.
+        const F inverse = below(set1(1.0e-34f), most, div(set1(1.0f), most), zero());
+        F squares[4] = {zero(), zero(), zero(), zero()};
+        repeat<kBlock>([&]<int i>() YIVL_INLINE_LAMBDA {
+            w[i] = mul(w[i], inverse);
+            squares[i % 4] = fma(w[i], w[i], squares[i % 4]);
+        });
+        const F square = add(add(squares[0], squares[1]), add(squares[2], squares[3]));
+        const F factor = min(div(set1(kLongestBlock), sqrt(square)), set1(kLargestPair));
+        repeat<kPairs>([&]<int i>() YIVL_INLINE_LAMBDA {
+            sink.template vector<0, i>(to_pairs(mul(w[2 * i], factor), mul(w[2 * i + 1], factor)));
+        });
+        // An infinity or no number must not get lost: both make `square` no number.
+        sink.template finish<0>(fma(square, zero(), div(most, factor)), zero());
+    }
+};
+
+struct Half {
+    template <int n>
+    static YIVL_INLINE F of(I v) {
+        return half_of_lane<n>(v);
+    }
+};
+
+struct Bfloat {
+    template <int n>
+    static YIVL_INLINE F of(I v) {
+        return bfloat_of_lane<n>(v);
+    }
+};
+
 // ---- one token ----
 //
 // Bits of a weight are multiplied where they stand in a lane of 16, as long as the sum of a block fits 32 bits: so one
@@ -312,8 +374,9 @@ YIVL_INLINE void add_block(F& total, I sum, F scale, const InputSlab& x, int64_t
 
 // The same for a slab whose blocks have one scale.
 struct SlabSum {
-    F sum = zero();
+    F sum;
 
+    YIVL_INLINE SlabSum() : sum(zero()) {}
     YIVL_INLINE void add_block(I block_sum, const InputSlab& x, int64_t block) {
         sum = fma(to_floats(block_sum), set1(x.scale[block]), sum);
     }
@@ -447,9 +510,38 @@ YIVL_INLINE void multiply_blocks(RowsQ6_K, F& total, const std::byte* p, int64_t
     slab.add_to(total, halves(p + 208, row_bytes));
 }
 
+// Multiplies what is unpacked at once.
+struct MultiplySink {
+    F& total;
+    const InputSlab& x;
+    int64_t block;
+    I sums[4];
+
+    YIVL_INLINE MultiplySink(F& to, const InputSlab& input, int64_t b) : total(to), x(input), block(b) {
+        YIVL_UNROLL
+        for (I& sum : sums) sum = no_integers();
+    }
+    template <int, int i>
+    YIVL_INLINE void vector(I v) {
+        sums[i % 4] = multiply_pairs_at(sums[i % 4], v, x.integers[block] + i * 2);
+    }
+    template <int>
+    YIVL_INLINE void finish(F scale, F) {
+        add_block(total, add_integers(add_integers(sums[0], sums[1]), add_integers(sums[2], sums[3])), scale, x, block);
+    }
+};
+
+template <class Number>
+YIVL_INLINE void multiply_blocks(RowsHalves<Number>, F& total, const std::byte* p, int64_t row_bytes,
+                                 const InputSlab& x, int64_t block, Ahead<RowsHalves<Number>>& ahead) {
+    ahead.fetch_some(block);
+    MultiplySink sink(total, x, block);
+    RowsHalves<Number>::unpack(p, row_bytes, sink);
+}
+
 // Rows that a vector has no lanes for are few: they are copied to where all lanes may read.
 struct RestOfRows {
-    static constexpr int64_t kStride = 288;  // of a slab of the widest type and more
+    static constexpr int64_t kStride = kSlabCols * 2 + 32;  // of a slab of the widest type and more
     alignas(64) std::byte bytes[kLanes * kStride];
 
     YIVL_INLINE void copy(const std::byte* p, int64_t row_bytes, int64_t n_rows, int64_t n_bytes) {
@@ -630,8 +722,13 @@ YIVL_INLINE void multiply_tile(F* sums, const WeightSlab* w, const InputSlab* x,
     }
 }
 
-// Tokens whose slabs of x and sums stay in the second-level cache, while the weights are unpacked for each of them.
+// Tokens whose slabs of x and sums stay in the second-level cache, while the weights are unpacked for each of them:
+// more where that takes long.
+template <class Rows>
 constexpr int64_t kTokensAtOnce = 48 * kIntegerTokens;
+template <class Number>
+constexpr int64_t kTokensAtOnce<RowsHalves<Number>> = 96 * kIntegerTokens;
+constexpr int64_t kMostTokensAtOnce = 96 * kIntegerTokens;
 
 // Tokens [token, token + n_tokens) of the piece. The last tile may be wider and higher than what is left: what it
 // computes from memory that happens to lie there is not read.
@@ -677,15 +774,18 @@ void multiply_some(const PackedPiece& p, int64_t token, int64_t n_tokens, std::b
 
 template <class Rows>
 void multiply_many(const PackedPiece& p, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
-    for (int64_t token = 0; token < p.n_tokens; token += kTokensAtOnce) {
-        multiply_some<Rows>(p, token, min64(kTokensAtOnce, p.n_tokens - token), scratch, stop, stop_arg);
+    for (int64_t token = 0; token < p.n_tokens; token += kTokensAtOnce<Rows>) {
+        multiply_some<Rows>(p, token, min64(kTokensAtOnce<Rows>, p.n_tokens - token), scratch, stop, stop_arg);
     }
 }
 
 // ---- the table ----
 
-int order_of_integers(WeightType type) {
+// Order 1 is for 16-bit weights.
+int order_of_integers(WeightType type, int64_t cols) {
     switch (type) {
+        case WeightType::F16:
+        case WeightType::BF16: return kHalvesAsIntegers && cols % kBlock == 0 ? 1 : -1;
         case WeightType::Q8_0:
         case WeightType::Q4_0:
         case WeightType::Q4_K:
@@ -700,7 +800,7 @@ int64_t packed_integer_bytes(int64_t n_tokens, int64_t cols) {
     return (slabs + kIntegerTokens) * static_cast<int64_t>(sizeof(InputSlab));  // with room for the last tile
 }
 
-void pack_block(InputSlab& slab, int64_t b, const float* x) {
+void pack_block(InputSlab& slab, int64_t b, const float* x, int order) {
     const float most = largest_magnitude(x);
     if (!(most <= 3.4028234e38f)) {  // an infinity or no number: neither may get lost
         for (int16_t& n : slab.integers[b]) n = 0;
@@ -710,9 +810,15 @@ void pack_block(InputSlab& slab, int64_t b, const float* x) {
     }
     // What is smaller has no reciprocal, and counts as nothing.
     const bool some = most > 1.0e-34f;
-    const float scale = some ? most / kLargestInteger : 0.0f;
-    const float factor = some ? kLargestInteger / most : 0.0f;
+    float large = kLargestInteger;
+    if (order == 1 && some) {
+        const float longest = kLongestBlock / __builtin_sqrtf(sum_of_block(x, 1.0f / most));
+        large = longest < kLargestPair ? longest : kLargestPair;
+    }
+    const float scale = some ? most / large : 0.0f;
+    const float factor = some ? large / most : 0.0f;
     round_block(x, factor, slab.integers[b], slab.sums[b]);
+    if (order == 0) pair_columns(slab.integers[b]);
     slab.scale[b] = scale;
     slab.minus_sum[b] = -scale * static_cast<float>(slab.sums[b][0] + slab.sums[b][1]);
 }
@@ -722,14 +828,15 @@ void pack_integers(std::byte* dst, const PackedInput& p, int64_t group) {
     const int64_t end = min64(group * 16 + 16, p.n_tokens);
     for (int64_t t = group * 16; t < end; ++t) {
         for (int64_t col = 0; col < p.cols; col += kBlock) {
-            pack_block(slabs[col / kSlabCols * p.n_tokens + t], col % kSlabCols / kBlock, p.x + t * p.x_stride + col);
+            pack_block(slabs[col / kSlabCols * p.n_tokens + t], col % kSlabCols / kBlock, p.x + t * p.x_stride + col,
+                       p.order);
         }
     }
 }
 
 int64_t integer_scratch_bytes(int64_t n_tokens, int64_t n_rows, int64_t) {
     const int64_t tiles = ((n_rows + kSideRows - 1) / kSideRows) *
-                          ((min64(n_tokens, kTokensAtOnce) + kIntegerTokens - 1) / kIntegerTokens);
+                          ((min64(n_tokens, kMostTokensAtOnce) + kIntegerTokens - 1) / kIntegerTokens);
     return kIntegerRows * static_cast<int64_t>(sizeof(WeightSlab)) +
            tiles * kTileSums * static_cast<int64_t>(sizeof(F));
 }
@@ -748,7 +855,10 @@ void multiply_integers(const PackedPiece& piece, std::byte* scratch, bool (*stop
         case WeightType::Q4_K: return with(RowsQ4_K());
         case WeightType::Q5_K: return with(RowsQ5_K());
         case WeightType::Q6_K: return with(RowsQ6_K());
-        default: return;
+        default: break;
+    }
+    if constexpr (kHalvesAsIntegers) {
+        piece.type == WeightType::F16 ? with(RowsHalves<Half>()) : with(RowsHalves<Bfloat>());
     }
 }
 

@@ -250,9 +250,10 @@ private:
 
     Form form_for(const Weight& w) const {
         if (kernels_.packed != nullptr) {
-            if (const int order = kernels_.packed->order(w.type); order >= 0) return {*kernels_.packed, order, order};
+            const int order = kernels_.packed->order(w.type, w.cols);
+            if (order >= 0) return {*kernels_.packed, order, order};
         }
-        return {*kernels_.floats, kernels_.floats->order(w.type), PackedKernels::kOrders};
+        return {*kernels_.floats, kernels_.floats->order(w.type, w.cols), PackedKernels::kOrders};
     }
 
     // Packs x for w, unless it is already.

@@ -19,7 +19,6 @@ _FIRST_ORDINARY_ID = 259  # after the special and the byte pieces
 _READ_BYTES = 1 << 28  # far more than the caches hold
 _TRIES = 5
 _TRY_SECONDS = 0.05
-_FLOAT_TYPES = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -113,9 +112,7 @@ class Stages:
         """The same of the vision tower."""
 
     def _unit(self, weight_type: str) -> str:
-        amx = self.model.device == "amx"
-        floats = weight_type in (("F32",) if amx else _FLOAT_TYPES)
-        return "float32" if floats else _packed_unit() or "float32"
+        return _packed_unit() if _core.Ceilings("", 1).packs(weight_type) else "float32"
 
     # --- Runs: each computes everything anew
 
