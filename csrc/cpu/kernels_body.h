@@ -7,7 +7,7 @@
 //   round(v) to the nearest integer, pow2(v) = 2^v for integers v in [-126, 127]
 //   transpose(r) of kLanes vectors
 //   sum(v), largest(v) over the lanes
-//   prefetch(p)                    the cache line at p, soon
+//   prefetch(p) prefetch_far(p)    the cache line at p, soon; to the second-level cache
 //   kTileRows x kTileVectors       accumulators of a tile
 //   kKeyBlock                      keys that attention takes at a time: they and their values should fit half of the
 //                                  second-level cache
@@ -148,10 +148,10 @@ inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1)
 
 // c[r][0..V lanes) (+)= sum over i of a[r * row_step + i * step] * b[i][..], in order of i. The steps are constants: R
 // addresses would not fit the registers. The next tile's `a` is fetched meanwhile, from where it lies if it is as
-// large, and rows of b, if `rows_ahead` is not 0.
+// large. If `rows_ahead` is not 0, rows of b are, too, and to the second-level cache rows at `far`, as far apart as b's.
 template <int R, int V, int row_step, int step, int rows_ahead = 0>
 inline void outer_tile(float* c, int64_t c_stride, const float* a, int64_t next, const float* b, int64_t b_stride,
-                       int64_t k, bool accumulate) {
+                       int64_t k, bool accumulate, const float* far = nullptr) {
     F acc[R][V];
     YIVL_UNROLL
     for (int r = 0; r < R; ++r) {
@@ -164,6 +164,7 @@ inline void outer_tile(float* c, int64_t c_stride, const float* a, int64_t next,
             YIVL_UNROLL
             for (int v = 0; v < V * kLanes; v += 16) {
                 prefetch(reinterpret_cast<const std::byte*>(b + (i + rows_ahead) * b_stride + v));
+                prefetch_far(reinterpret_cast<const std::byte*>(far + i * b_stride + v));
             }
         }
         F bs[V];
@@ -285,15 +286,16 @@ constexpr int kValuesAhead = 16;
 // out += scores . values for R rows and up to N vectors of columns.
 template <int R, int N, int rows_ahead>
 void value_tile(int64_t vectors, float* out, const float* p, const float* v, int64_t v_stride, int64_t width,
-                int64_t n_keys) {
+                int64_t n_keys, const float* far) {
     if (vectors >= N) {
-        outer_tile<R, N, kKeyBlock, 1, rows_ahead>(out, width, p, R * kKeyBlock, v, v_stride, n_keys, true);
+        outer_tile<R, N, kKeyBlock, 1, rows_ahead>(out, width, p, R * kKeyBlock, v, v_stride, n_keys, true, far);
     } else if constexpr (N > 1) {
-        value_tile<R, N - 1, rows_ahead>(vectors, out, p, v, v_stride, width, n_keys);
+        value_tile<R, N - 1, rows_ahead>(vectors, out, p, v, v_stride, width, n_keys, far);
     }
 }
 
 void add_values(const AttentionRows& a, int64_t key, int64_t n) {
+    const float* const next_keys = a.piece.k + (key + kKeyBlock) * a.piece.k_stride;
     for (int64_t d = 0; d < a.width; d += kPanel) {
         const float* const v = a.in_place ? a.piece.v + key * a.piece.v_stride + d : a.v + d * kKeyBlock;
         each_tile(0, a.rows, [&]<int R>(int64_t row) YIVL_TARGET_LAMBDA {
@@ -301,7 +303,7 @@ void add_values(const AttentionRows& a, int64_t key, int64_t n) {
             if (visible <= 0) return;
             const auto tile = a.in_place ? value_tile<R, kTileVectors, kValuesAhead> : value_tile<R, kTileVectors, 0>;
             tile((a.width - d) / kLanes, a.out + row * a.width + d, a.scores + row * kKeyBlock, v,
-                 a.in_place ? a.piece.v_stride : kPanel, a.width, visible);
+                 a.in_place ? a.piece.v_stride : kPanel, a.width, visible, next_keys + d);
         });
     }
 }
@@ -318,6 +320,7 @@ void pack_keys(const AttentionRows& a, int64_t key, int64_t n) {
                 const float* const key_i = from + i * a.piece.k_stride + d;
                 lanes[i] = j + i < n ? load_some(key_i, head_dim - d) : zero();
                 prefetch(reinterpret_cast<const std::byte*>(key_i + kLanes * a.piece.k_stride));
+                prefetch_far(reinterpret_cast<const std::byte*>(a.piece.v + (key + j + i) * a.piece.v_stride + d));
             }
             transpose(lanes);
             for (int64_t i = 0; i < min64(kLanes, head_dim - d); ++i) store(to + (d + i) * kPanel, lanes[i]);

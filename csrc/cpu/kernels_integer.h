@@ -27,7 +27,6 @@
 //   sqrt(v)                        of floats
 //   dwords(p, stride, out)         out[j] = bytes [4j, 4j + 4) at p + l * stride in lane l, j in [0, 4)
 //   halves(p, stride)              the half-precision number at p + l * stride in lane l, as a float
-//   prefetch_far(p)                as prefetch, but to the second-level cache
 //   largest_magnitude(x)           of 32 numbers; a NaN is larger than all
 //   sum_of_block(x, factor)        the sum of the squares of 32 numbers times `factor`
 //   round_block(x, factor, dst, sums)   32 numbers times `factor`, to the nearest integers, in order, and the sums of

@@ -62,6 +62,7 @@ inline F from_half(const std::byte* p) { return from_file<WeightType::F16>(p); }
 inline F from_bfloat(const std::byte* p) { return from_file<WeightType::BF16>(p); }
 
 inline void prefetch(const std::byte* p) { __builtin_prefetch(p); }
+inline void prefetch_far(const std::byte* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace
 
