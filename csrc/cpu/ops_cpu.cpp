@@ -13,6 +13,10 @@
 #include "cpu/isa.h"
 #include "cpu/threads.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace yivl {
 
 namespace {
@@ -379,13 +383,19 @@ public:
         return std::make_unique<CpuOps>(state_, control);
     }
     Memory allocate(size_t bytes) override {
-        constexpr size_t kAlignment = 64;  // a cache line, and the widest vector
-        const size_t rounded = std::max((bytes + kAlignment - 1) / kAlignment * kAlignment, kAlignment);
-        void* memory = std::aligned_alloc(kAlignment, rounded);
+        constexpr size_t kLine = 64;  // of the cache, and the widest vector
+        constexpr size_t kHugePage = 1 << 21;
+        const size_t alignment = bytes >= kHugePage ? kHugePage : kLine;
+        const size_t rounded = std::max((bytes + alignment - 1) / alignment * alignment, alignment);
+        void* memory = std::aligned_alloc(alignment, rounded);
         if (memory == nullptr) {
             throw AllocationError("cannot allocate " + std::to_string(bytes) +
                                   " bytes of activations or KV cache; a smaller n_ctx needs less");
         }
+#if defined(__linux__)
+        // Attention goes through keys that lie far apart: with small pages it waits for their addresses. Only a hint.
+        if (alignment == kHugePage) madvise(memory, rounded, MADV_HUGEPAGE);
+#endif
         return {static_cast<std::byte*>(memory), std::free};
     }
     const std::byte* place(std::span<const std::byte> bytes, Control&) override { return bytes.data(); }
