@@ -148,7 +148,8 @@ inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1)
 
 // c[r][0..V lanes) (+)= sum over i of a[r * row_step + i * step] * b[i][..], in order of i. The steps are constants: R
 // addresses would not fit the registers. The next tile's `a` is fetched meanwhile, from where it lies if it is as
-// large. If `rows_ahead` is not 0, rows of b are, too, and to the second-level cache rows at `far`, as far apart as b's.
+// large. If `rows_ahead` is not 0, rows of b are, too, and to the second-level cache rows at `far`, as far apart as
+// b's.
 template <int R, int V, int row_step, int step, int rows_ahead = 0>
 inline void outer_tile(float* c, int64_t c_stride, const float* a, int64_t next, const float* b, int64_t b_stride,
                        int64_t k, bool accumulate, const float* far = nullptr) {

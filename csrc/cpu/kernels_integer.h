@@ -23,13 +23,12 @@
 //   byte<n>(v)                     byte n of each lane, as int32
 //   spread_byte<n>(v)              byte n of each lane with its sign, as two int16
 //   half_of_lane<n>(v) bfloat_of_lane<n>(v)    half n of each lane, a number of 16 bits, as a float
-//   to_pairs(a, b)                 floats rounded to the nearest integers: a in the low half of each lane, b in the high
-//   sqrt(v)                        of floats
-//   dwords(p, stride, out)         out[j] = bytes [4j, 4j + 4) at p + l * stride in lane l, j in [0, 4)
-//   halves(p, stride)              the half-precision number at p + l * stride in lane l, as a float
-//   largest_magnitude(x)           of 32 numbers; a NaN is larger than all
-//   sum_of_block(x, factor)        the sum of the squares of 32 numbers times `factor`
-//   round_block(x, factor, dst, sums)   32 numbers times `factor`, to the nearest integers, in order, and the sums of
+//   to_pairs(a, b)                 floats rounded to the nearest integers: a in the low half of each lane, b in the
+//   high sqrt(v)                        of floats dwords(p, stride, out)         out[j] = bytes [4j, 4j + 4) at p + l *
+//   stride in lane l, j in [0, 4) halves(p, stride)              the half-precision number at p + l * stride in lane l,
+//   as a float largest_magnitude(x)           of 32 numbers; a NaN is larger than all sum_of_block(x, factor) the sum
+//   of the squares of 32 numbers times `factor` round_block(x, factor, dst, sums)   32 numbers times `factor`, to the
+//   nearest integers, in order, and the sums of
 //                                  the first 16 and of the others
 //   pair_columns(dst)              brings 32 integers from that order into the one of bytes
 
@@ -310,9 +309,8 @@ struct Ahead {
             prefetch(near + n % kRowLines * 64);
             if constexpr (n % kRowLines == kRowLines - 1) near += row_bytes;
         });
-        repeat<(step + 1) * kFar / n_steps - step * kFar / n_steps>([&]<int i>() YIVL_INLINE_LAMBDA {
-            prefetch_far(far + (step * kFar / n_steps + i) * 64);
-        });
+        repeat<(step + 1) * kFar / n_steps - step * kFar / n_steps>(
+            [&]<int i>() YIVL_INLINE_LAMBDA { prefetch_far(far + (step * kFar / n_steps + i) * 64); });
     }
     // The share of a block of 32 columns.
     YIVL_INLINE void fetch_some(int64_t block) {
@@ -637,16 +635,17 @@ constexpr int kIntegerRows = 2;
 constexpr int64_t kSideRows = kIntegerRows * kLanes;
 constexpr int kTileSums = kIntegerRows * kIntegerTokens;
 
-// `sums` (rows, tokens) += a tile over a slab, or = if `first`. What the next tile takes is fetched meanwhile.
-template <class Rows>
+// `sums` (rows, tokens) += a tile of T tokens over a slab, or = if `first`. What the next tile takes is fetched
+// meanwhile.
+template <class Rows, int T>
 YIVL_INLINE void multiply_tile(F* sums, const WeightSlab* w, const InputSlab* x, int64_t n_blocks, bool first) {
-    constexpr int R = kIntegerRows, T = kIntegerTokens;
+    constexpr int R = kIntegerRows;
     F total[R][T];
     const auto begin = [&] YIVL_INLINE_LAMBDA {
         YIVL_UNROLL
         for (int r = 0; r < R; ++r) {
             YIVL_UNROLL
-            for (int t = 0; t < T; ++t) total[r][t] = first ? zero() : sums[r * T + t];
+            for (int t = 0; t < T; ++t) total[r][t] = first ? zero() : sums[r * kIntegerTokens + t];
         }
     };
     F slab[R][T];
@@ -717,7 +716,7 @@ YIVL_INLINE void multiply_tile(F* sums, const WeightSlab* w, const InputSlab* x,
     YIVL_UNROLL
     for (int r = 0; r < R; ++r) {
         YIVL_UNROLL
-        for (int t = 0; t < T; ++t) sums[r * T + t] = total[r][t];
+        for (int t = 0; t < T; ++t) sums[r * kIntegerTokens + t] = total[r][t];
     }
 }
 
@@ -730,8 +729,9 @@ constexpr int64_t kTokensAtOnce<RowsHalves<Number>> = 96 * kIntegerTokens;
 constexpr int64_t kMostTokensAtOnce = 96 * kIntegerTokens;
 
 // Tokens [token, token + n_tokens) of the piece. The last tile may be wider and higher than what is left: what it
-// computes from memory that happens to lie there is not read.
-template <class Rows>
+// computes from memory that happens to lie there is not read. With `few` tokens it is narrower, and the next
+// rows of the file are fetched.
+template <class Rows, bool few>
 void multiply_some(const PackedPiece& p, int64_t token, int64_t n_tokens, std::byte* scratch, bool (*stop)(const void*),
                    const void* stop_arg) {
     WeightSlab* const w = reinterpret_cast<WeightSlab*>(scratch);
@@ -756,9 +756,26 @@ void multiply_some(const PackedPiece& p, int64_t token, int64_t n_tokens, std::b
             for (int64_t r = 0; r < min64(kSideRows, p.n_rows - (more ? row + kSideRows : 0)); ++r) {
                 for (int64_t line = 0; line < kSlabBytes; line += 64) prefetch(next + r * p.row_bytes + line);
             }
+            if constexpr (few) {
+                const std::byte* const far = p.w + kSideRows * (p.row_bytes + s * kSlabBytes);
+                for (int64_t line = 0; line < kSideRows * kSlabBytes; line += 64) prefetch_far(far + line);
+            }
             F* const mine = sums + row / kSideRows * n_tiles * kTileSums;
-            for (int64_t tile = 0; tile < n_tiles; ++tile) {
-                multiply_tile<Rows>(mine + tile * kTileSums, w, x + tile * kIntegerTokens, n_blocks, s == 0);
+            const auto multiply = [&]<int T>(int64_t tile) YIVL_TARGET_LAMBDA {
+                multiply_tile<Rows, T>(mine + tile * kTileSums, w, x + tile * kIntegerTokens, n_blocks, s == 0);
+            };
+            const int64_t full = few ? n_tokens / kIntegerTokens : n_tiles;
+            for (int64_t tile = 0; tile < full; ++tile) multiply.template operator()<kIntegerTokens>(tile);
+            if constexpr (few) {
+                constexpr int kThird = kIntegerTokens / 3;
+                const int64_t rest = n_tokens - full * kIntegerTokens;
+                if (rest > 2 * kThird) {
+                    multiply.template operator()<kIntegerTokens>(full);
+                } else if (rest > kThird) {
+                    multiply.template operator()<2 * kThird>(full);
+                } else if (rest > 0) {
+                    multiply.template operator()<kThird>(full);
+                }
             }
         }
     }
@@ -771,10 +788,27 @@ void multiply_some(const PackedPiece& p, int64_t token, int64_t n_tokens, std::b
     }
 }
 
+// Values of x that stay in the second-level cache.
+constexpr int64_t kFewValues = 3 << 16;
+
+// So few tokens that weights are taken in the order of the file, and fetched in it.
+template <class Rows>
+void multiply_few(const PackedPiece& p, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
+    PackedPiece side = p;
+    for (int64_t row = 0; row < p.n_rows; row += kSideRows) {
+        side.y = p.y + row;
+        side.w = p.w + row * p.row_bytes;
+        side.n_rows = min64(kSideRows, p.n_rows - row);
+        if (p.bias != nullptr) side.bias = p.bias + row;
+        multiply_some<Rows, true>(side, 0, p.n_tokens, scratch, stop, stop_arg);
+    }
+}
+
 template <class Rows>
 void multiply_many(const PackedPiece& p, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
+    if (p.n_tokens * p.cols <= kFewValues) return multiply_few<Rows>(p, scratch, stop, stop_arg);
     for (int64_t token = 0; token < p.n_tokens; token += kTokensAtOnce<Rows>) {
-        multiply_some<Rows>(p, token, min64(kTokensAtOnce<Rows>, p.n_tokens - token), scratch, stop, stop_arg);
+        multiply_some<Rows, false>(p, token, min64(kTokensAtOnce<Rows>, p.n_tokens - token), scratch, stop, stop_arg);
     }
 }
 

@@ -133,7 +133,7 @@ struct ThreadPool::Shared {
             return static_cast<int64_t>(front ? first : end - 1);
         }
     };
-    std::vector<Share> shares;  // of each thread
+    std::vector<Share> shares;      // of each thread
     std::atomic<bool> stop{false};  // an exception or a cancel: hand out no more
     std::mutex error_mutex;
     std::exception_ptr error;
