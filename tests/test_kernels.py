@@ -149,11 +149,11 @@ def product(isa: str, x: Array, w: Array, qtype: GGMLQuantizationType) -> tuple[
     """x w^T for weights that are not F32, and the sums of the products' sizes.
 
     AMX multiplies bfloat16 numbers: both operands are rounded first, and their products are exact in float32. AVX-512,
-    AVX2 and CUDA multiply the file's integers by rounded x.
+    AVX2, NEON and CUDA multiply the file's integers by rounded x.
     """
     if isa == "amx":
         x, w = to_bfloat(x), to_bfloat(w)
-    elif isa in ("avx512", "avx2", "cuda") and qtype.name in INTEGER_TYPES:
+    elif isa in ("avx512", "avx2", "neon", "cuda") and qtype.name in INTEGER_TYPES:
         x = to_integers(x)
     wide_x, wide_w = x.astype(np.float64), w.astype(np.float64)
     return wide_x @ wide_w.T, np.abs(wide_x) @ np.abs(wide_w.T)

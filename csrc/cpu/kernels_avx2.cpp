@@ -139,6 +139,10 @@ inline I byte(I v) {
     return _mm256_and_si256(_mm256_srli_epi32(v, n * 8), _mm256_set1_epi32(0xff));
 }
 template <int n>
+inline I signed_byte(I v) {
+    return down32<24>(up32<24 - n * 8>(v));
+}
+template <int n>
 inline I spread_byte(I v) {
     const __m128i high =
         _mm_setr_epi8(-1, n, -1, n, -1, n + 4, -1, n + 4, -1, n + 8, -1, n + 8, -1, n + 12, -1, n + 12);
@@ -210,7 +214,7 @@ YIVL_TARGET_END
 
 namespace yivl {
 
-const Kernels kAvx2Kernels = YIVL_KERNELS("avx2", avx2, &avx2::kIntegerKernels);
+const Kernels kAvx2Kernels = YIVL_KERNELS("avx2", "", avx2, &avx2::kIntegerKernels);
 
 }  // namespace yivl
 

@@ -139,6 +139,10 @@ inline I byte(I v) {
     return _mm512_and_si512(_mm512_srli_epi32(v, n * 8), _mm512_set1_epi32(0xff));
 }
 template <int n>
+inline I signed_byte(I v) {
+    return down32<24>(up32<24 - n * 8>(v));
+}
+template <int n>
 inline I spread_byte(I v) {
     const __m128i high =
         _mm_setr_epi8(-1, n, -1, n, -1, n + 4, -1, n + 4, -1, n + 8, -1, n + 8, -1, n + 12, -1, n + 12);
@@ -236,8 +240,8 @@ YIVL_TARGET_END
 
 namespace yivl {
 
-const Kernels kAvx512Kernels = YIVL_KERNELS("avx512", avx512, &avx512::plain::kIntegerKernels);
-const Kernels kAvx512VnniKernels = YIVL_KERNELS("avx512", avx512, &avx512::vnni::kIntegerKernels);
+const Kernels kAvx512Kernels = YIVL_KERNELS("avx512", "", avx512, &avx512::plain::kIntegerKernels);
+const Kernels kAvx512VnniKernels = YIVL_KERNELS("avx512", "vnni", avx512, &avx512::vnni::kIntegerKernels);
 
 }  // namespace yivl
 

@@ -18,7 +18,8 @@
 //   low_bits(v, n) any_bits(a, b) down<n>(v) up<n>(v) signed_down<n>(v) less(v, n) times(a, b)      of int16: v & n,
 //                                  a | b, shifts, v - n, the low half of a product
 //   byte<n>(v)                     byte n of each lane, as int32
-//   spread_byte<n>(v)              byte n of each lane with its sign, as two int16
+//   signed_byte<n>(v)              byte n of each lane with its sign, as int32
+//   spread_byte<n>(v)              the same as two int16
 //   half_of_lane<n>(v)             half n of each lane, a half-precision number, as a float
 //   dwords(p, stride, out)         out[j] = bytes [4j, 4j + 4) at p + l * stride in lane l, j in [0, 4)
 //   halves(p, stride)              the half-precision number at p + l * stride in lane l, as a float
@@ -214,6 +215,14 @@ struct RowsQ6_K {
     }
 };
 
+struct PairRows {
+    using Q8_0 = RowsQ8_0;
+    using Q4_0 = RowsQ4_0;
+    using Q4_K = RowsQ4_K;
+    using Q5_K = RowsQ5_K;
+    using Q6_K = RowsQ6_K;
+};
+
 // ---- one token ----
 //
 // Bits of a weight are multiplied where they stand in a lane of 16, as long as the sum of a block fits 32 bits: so one
@@ -407,7 +416,7 @@ YIVL_INLINE void multiply_blocks(RowsQ6_K, F& total, const std::byte* p, int64_t
                     two.add(high[j], odd_high[j], from);
                 });
                 constexpr int kGroup = half * 8 + b * 2 + part;  // of 16 columns
-                const I scale = down32<24>(up32<24 - kGroup % 4 * 8>(scales[kGroup / 4]));
+                const I scale = signed_byte<kGroup % 4>(scales[kGroup / 4]);
                 const I sum = times_integers(add_integers(four.total(), two.total()), scale);
                 sums[b] = part == 0 ? sum : add_integers(sums[b], sum);
             });
@@ -517,8 +526,8 @@ constexpr int64_t kSideRows = kIntegerRows * kLanes;
 constexpr int kTileSums = kIntegerRows * kIntegerTokens;
 
 // `sums` (rows, tokens) += a tile over a slab, or = if `first`.
-template <bool minimum>
-YIVL_INLINE void multiply_tile(F* sums, const WeightSlab* w, const InputSlab* x, int64_t n_blocks, bool first) {
+template <class Rows>
+YIVL_INLINE void multiply_tile(Rows, F* sums, const WeightSlab* w, const InputSlab* x, int64_t n_blocks, bool first) {
     constexpr int R = kIntegerRows, T = kIntegerTokens;
     F total[R][T];
     YIVL_UNROLL
@@ -553,7 +562,7 @@ YIVL_INLINE void multiply_tile(F* sums, const WeightSlab* w, const InputSlab* x,
             YIVL_UNROLL
             for (int t = 0; t < T; ++t) {
                 total[r][t] = fma(to_floats(acc[r][t]), mul(scale, set1(x[t].scale[b])), total[r][t]);
-                if constexpr (minimum) {
+                if constexpr (Rows::kMinimum) {
                     total[r][t] = fma(w[r].blocks[b].minimum, set1(x[t].minus_sum[b]), total[r][t]);
                 }
             }
@@ -598,7 +607,7 @@ void multiply_some(const PackedPiece& p, int64_t token, int64_t n_tokens, std::b
             }
             F* const mine = sums + row / kSideRows * n_tiles * kTileSums;
             for (int64_t tile = 0; tile < n_tiles; ++tile) {
-                multiply_tile<Rows::kMinimum>(mine + tile * kTileSums, w, x + tile * kIntegerTokens, n_blocks, s == 0);
+                multiply_tile(Rows(), mine + tile * kTileSums, w, x + tile * kIntegerTokens, n_blocks, s == 0);
             }
         }
     }
@@ -636,6 +645,7 @@ int64_t packed_integer_bytes(int64_t n_tokens, int64_t cols) {
     return (slabs + kIntegerTokens) * static_cast<int64_t>(sizeof(InputSlab));  // with room for the last tile
 }
 
+template <auto round>
 void pack_block(InputSlab& slab, int64_t b, const float* x) {
     const float most = largest_magnitude(x);
     if (!(most <= 3.4028234e38f)) {  // an infinity or no number: neither may get lost
@@ -648,17 +658,19 @@ void pack_block(InputSlab& slab, int64_t b, const float* x) {
     const bool some = most > 1.0e-34f;
     const float scale = some ? most / kLargestInteger : 0.0f;
     const float factor = some ? kLargestInteger / most : 0.0f;
-    round_block(x, factor, slab.integers[b], slab.sums[b]);
+    round(x, factor, slab.integers[b], slab.sums[b]);
     slab.scale[b] = scale;
     slab.minus_sum[b] = -scale * static_cast<float>(slab.sums[b][0] + slab.sums[b][1]);
 }
 
+template <auto round = round_block>
 void pack_integers(std::byte* dst, const PackedInput& p, int64_t group) {
     InputSlab* const slabs = reinterpret_cast<InputSlab*>(dst);
     const int64_t end = min64(group * 16 + 16, p.n_tokens);
     for (int64_t t = group * 16; t < end; ++t) {
         for (int64_t col = 0; col < p.cols; col += kBlock) {
-            pack_block(slabs[col / kSlabCols * p.n_tokens + t], col % kSlabCols / kBlock, p.x + t * p.x_stride + col);
+            pack_block<round>(slabs[col / kSlabCols * p.n_tokens + t], col % kSlabCols / kBlock,
+                              p.x + t * p.x_stride + col);
         }
     }
 }
@@ -670,20 +682,21 @@ int64_t integer_scratch_bytes(int64_t n_tokens, int64_t n_rows, int64_t) {
            tiles * kTileSums * static_cast<int64_t>(sizeof(F));
 }
 
+template <class Rows = PairRows>
 void multiply_integers(const PackedPiece& piece, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
-    const auto with = [&]<class Rows>(Rows) YIVL_TARGET_LAMBDA {
+    const auto with = [&]<class Type>(Type) YIVL_TARGET_LAMBDA {
         if (piece.n_tokens == 1) {
-            multiply_one<Rows>(piece);
+            multiply_one<Type>(piece);
         } else {
-            multiply_many<Rows>(piece, scratch, stop, stop_arg);
+            multiply_many<Type>(piece, scratch, stop, stop_arg);
         }
     };
     switch (piece.type) {
-        case WeightType::Q8_0: return with(RowsQ8_0());
-        case WeightType::Q4_0: return with(RowsQ4_0());
-        case WeightType::Q4_K: return with(RowsQ4_K());
-        case WeightType::Q5_K: return with(RowsQ5_K());
-        case WeightType::Q6_K: return with(RowsQ6_K());
+        case WeightType::Q8_0: return with(typename Rows::Q8_0());
+        case WeightType::Q4_0: return with(typename Rows::Q4_0());
+        case WeightType::Q4_K: return with(typename Rows::Q4_K());
+        case WeightType::Q5_K: return with(typename Rows::Q5_K());
+        case WeightType::Q6_K: return with(typename Rows::Q6_K());
         default: return;
     }
 }
@@ -707,9 +720,9 @@ const PackedKernels kIntegerKernels = {
     .tokens = 16,
     .order = order_of_integers,
     .packed_bytes = packed_integer_bytes,
-    .pack = pack_integers,
+    .pack = pack_integers<>,
     .scratch_bytes = integer_scratch_bytes,
-    .linear = multiply_integers,
+    .linear = multiply_integers<>,
     .multiply_add = multiply_add_integers,
 };
 

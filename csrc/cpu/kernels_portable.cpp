@@ -72,6 +72,6 @@ inline void prefetch(const std::byte* p) { __builtin_prefetch(p); }
 
 namespace yivl {
 
-const Kernels kPortableKernels = YIVL_KERNELS("portable", portable, nullptr);
+const Kernels kPortableKernels = YIVL_KERNELS("portable", "", portable, nullptr);
 
 }  // namespace yivl
