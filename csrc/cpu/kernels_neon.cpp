@@ -117,11 +117,15 @@ inline I down32(I v) {
 }
 inline F to_floats(I v) { return vcvtq_f32_s32(v); }
 
-// The first lane alone: multiply_pairs takes no other.
-inline I pair(const int16_t* p) {
-    int32_t both;
-    __builtin_memcpy(&both, p, sizeof(both));
-    return I{both, 0, 0, 0};
+// In the first lane, and zero in the others: multiply_pairs takes no more. GCC knows of no way without copying, and
+// takes the numbers that an element can be of from few registers.
+YIVL_INLINE I pair(const int16_t* p) {
+    struct Pair {
+        int16_t n[2];
+    };
+    I both;
+    asm("ldr %s0, %1" : "=x"(both) : "m"(*reinterpret_cast<const Pair*>(p)));
+    return both;
 }
 inline I multiply_pairs(I sums, I a, I b) {
     sums = vmlal_laneq_s16(sums, vget_low_s16(halves_of(a)), halves_of(b), 0);
