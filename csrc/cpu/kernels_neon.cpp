@@ -254,7 +254,13 @@ inline void round_block(const float* x, float factor, int16_t* dst, int32_t* sum
 #include "cpu/kernels_integer.h"
 
 // With instructions that multiply bytes and sum up four or eight products. In target regions of their own they could
-// not use what is defined above.
+// not use what is defined above, and outside of such regions assemblers refuse them, Clang's whatever .arch says. So
+// they are written as numbers: .Lnumber_v7 is 7, a register's place in them.
+
+asm(".irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15\n\t.set .Lnumber_v\\n, \\n\n.endr\n"
+    ".irp n, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31\n\t.set .Lnumber_v\\n, \\n\n.endr\n");
+
+#define YIVL_INSTRUCTION(code) ".inst " code " | .Lnumber_%0 | .Lnumber_%1 << 5 | .Lnumber_%2 << 16"
 
 namespace {
 constexpr int kHighByte = 128;  // what the high byte of x counts
@@ -275,9 +281,10 @@ YIVL_INLINE void columns(const std::byte* p, int64_t stride, I* out) {
     out[3] = fours(vtrn2q_s64(ab_odd, cd_odd));
 }
 
+// sdot sums.4s, w.16b, x.4b[four]
 template <int four>
 YIVL_INLINE void multiply_four(I& sums, I w, I x) {
-    asm(".arch armv8.2-a+dotprod\n\tsdot %0.4s, %1.16b, %2.4b[%3]" : "+w"(sums) : "w"(w), "w"(x), "i"(four));
+    asm(YIVL_INSTRUCTION("(0x4f80e000 + %3)") : "+w"(sums) : "w"(w), "w"(x), "i"(four % 2 << 21 | four / 2 << 11));
 }
 
 // Sums of the products with the high bytes of x and with the low bytes.
@@ -312,8 +319,9 @@ YIVL_INLINE void columns(const std::byte* p, int64_t stride, I* out) {
     out[3] = fours(vtrn2q_s64(eights(r.c), eights(r.d)));
 }
 
+// smmla sums.4s, w.16b, x.16b
 YIVL_INLINE void multiply_matrices(I& sums, I w, I x) {
-    asm(".arch armv8.2-a+i8mm\n\tsmmla %0.4s, %1.16b, %2.16b" : "+w"(sums) : "w"(w), "w"(x));
+    asm(YIVL_INSTRUCTION("0x4e80a400") : "+w"(sums) : "w"(w), "w"(x));
 }
 
 // Sums of two rows, with the high bytes of x and with the low bytes side by side.

@@ -16,8 +16,8 @@ skip() {
 
 # ---- tools ----
 
-command -v apt-get dpkg-deb >/dev/null && grep -q '^ID=debian' /etc/os-release || skip "this is not Debian"
-if ! command -v qemu-aarch64 aarch64-linux-gnu-g++ >/dev/null; then
+type -P apt-get dpkg-deb >/dev/null && grep -q '^ID=debian' /etc/os-release || skip "this is not Debian"
+if ! type -P qemu-aarch64 aarch64-linux-gnu-g++ >/dev/null; then
   [ "$(id -u)" = 0 ] || skip "it takes root to install qemu-user and g++-aarch64-linux-gnu"
   echo "== Installing qemu-user and the cross compiler"
   apt-get -qq update
