@@ -63,10 +63,11 @@ fi
 # ---- the package ----
 
 echo "== Cross-compiling the core"
-# The compiler has a C library of its own; -idirafter is for what Python's headers include.
-"$PYTHON" -m cmake -S . -B "$BUILD/cmake" -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
-  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_CXX_FLAGS="-idirafter $SYSROOT/usr/include" -DYIVL_CUDA=OFF \
-  -DPython_EXECUTABLE="$ARM_PYTHON" -Dpybind11_DIR="$("$PYTHON" -m pybind11 --cmakedir)" >"$BUILD/cmake.log" 2>&1 ||
+# CMake is not told that it compiles for another machine: so it asks the emulated Python where its headers are. The compiler
+# has a C library of its own; -idirafter is for what Python's headers include.
+"$PYTHON" -m cmake -S . -B "$BUILD/cmake" -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+  -DCMAKE_CXX_FLAGS="-idirafter $SYSROOT/usr/include" -DYIVL_CUDA=OFF -DPython_EXECUTABLE="$ARM_PYTHON" \
+  -Dpybind11_DIR="$("$PYTHON" -m pybind11 --cmakedir)" >"$BUILD/cmake.log" 2>&1 ||
   { cat "$BUILD/cmake.log"; exit 1; }
 "$PYTHON" -m cmake --build "$BUILD/cmake" --target _core --parallel "$(nproc)" >"$BUILD/build.log" 2>&1 ||
   { cat "$BUILD/build.log"; exit 1; }
