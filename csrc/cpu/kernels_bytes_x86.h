@@ -23,6 +23,7 @@ inline float half_to_float(half_bits h) { return _cvtsh_ss(h); }
 
 // Left to itself, GCC finds that a function which only prefetches does nothing, and drops the calls.
 YIVL_INLINE void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+YIVL_INLINE void prefetch_far(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
 // The two bytes at each of eight places.
 YIVL_INLINE __m128i eight_halves(const std::byte* p, int64_t stride) {

@@ -23,6 +23,7 @@
 //   half_of_lane<n>(v)             half n of each lane, a half-precision number, as a float
 //   dwords(p, stride, out)         out[j] = bytes [4j, 4j + 4) at p + l * stride in lane l, j in [0, 4)
 //   halves(p, stride)              the half-precision number at p + l * stride in lane l, as a float
+//   prefetch_far(p)                as prefetch, but to the second-level cache
 //   largest_magnitude(x)           of 32 numbers; a NaN is larger than all
 //   round_block(x, factor, dst, sums)   32 numbers times `factor`, to the nearest integers, their columns paired, and
 //                                  the sums of the first 16 and of the others
@@ -228,35 +229,44 @@ struct PairRows {
 // Bits of a weight are multiplied where they stand in a lane of 16, as long as the sum of a block fits 32 bits: so one
 // shift of the sum takes the place of one for every pair of columns.
 
-// Slabs between what is multiplied and what is fetched.
-constexpr int64_t kSlabsAhead = 2;
+// Weights come in two steps, a little at a time: fetched in one burst, they would keep loads from the cache waiting.
+// Groups of kLanes rows that come later are fetched to the second-level cache in the order of the file, which is how
+// memory and the hardware's own prefetching are quick; from there the next slab of these rows to the first-level cache,
+// row by row.
+constexpr int64_t kGroupsAhead = 2;
 
-// What the same rows take later, a little at a time: fetched in one burst, it would keep loads from the cache waiting.
-// It goes to the first-level cache: on the way through the second, each line would wait twice for one of the few places
-// for lines under way.
 template <class Rows>
 struct Ahead {
     static constexpr int64_t kSlabBytes = kSlabBlocks / Rows::kBlocks * Rows::kBytes;
     // The last bytes of a slab may share a line with the next.
-    static constexpr int kLines = (kSlabBytes + 63) / 64, kAll = kLanes * kLines;
+    static constexpr int kRowLines = (kSlabBytes + 63) / 64, kNear = kLanes * kRowLines;
+    static constexpr int kFar = (kLanes * kSlabBytes + 63) / 64;
 
-    const std::byte* p;
+    const std::byte* near;
     int64_t row_bytes;
+    const std::byte* far;
 
+    // What step `step` of the n_steps of a slab fetches.
     template <int step, int n_steps>
     YIVL_INLINE void fetch() {
-        repeat<(step + 1) * kAll / n_steps - step * kAll / n_steps>([&]<int i>() YIVL_INLINE_LAMBDA {
-            constexpr int n = step * kAll / n_steps + i;
-            prefetch(p + n % kLines * 64);
-            if constexpr (n % kLines == kLines - 1) p += row_bytes;
+        repeat<(step + 1) * kNear / n_steps - step * kNear / n_steps>([&]<int i>() YIVL_INLINE_LAMBDA {
+            constexpr int n = step * kNear / n_steps + i;
+            prefetch(near + n % kRowLines * 64);
+            if constexpr (n % kRowLines == kRowLines - 1) near += row_bytes;
+        });
+        repeat<(step + 1) * kFar / n_steps - step * kFar / n_steps>([&]<int i>() YIVL_INLINE_LAMBDA {
+            prefetch_far(far + (step * kFar / n_steps + i) * 64);
         });
     }
     // The share of a block of 32 columns.
     YIVL_INLINE void fetch_some(int64_t block) {
         for (int64_t n = kLanes * (block + 1) / kSlabBlocks - kLanes * block / kSlabBlocks; n > 0; --n) {
             YIVL_UNROLL
-            for (int line = 0; line < kLines; ++line) prefetch(p + line * 64);
-            p += row_bytes;
+            for (int line = 0; line < kRowLines; ++line) prefetch(near + line * 64);
+            near += row_bytes;
+        }
+        for (int64_t n = kFar * (block + 1) / kSlabBlocks - kFar * block / kSlabBlocks; n > 0; --n, far += 64) {
+            prefetch_far(far);
         }
     }
 };
@@ -456,11 +466,10 @@ void multiply_one(const PackedPiece& p) {
         F total = zero();
         for (int64_t slab = 0; slab < n_slabs; ++slab) {
             // Beyond the end of these rows the next begin.
-            const int64_t later = slab + kSlabsAhead;
-            const bool beyond = later >= n_slabs;
-            Ahead<Rows> ahead{
-                w + (later - (beyond ? n_slabs : 0)) * Ahead<Rows>::kSlabBytes + (beyond ? kLanes * p.row_bytes : 0),
-                p.row_bytes};
+            const std::byte* const near =
+                slab + 1 < n_slabs ? w + (slab + 1) * Ahead<Rows>::kSlabBytes : w + kLanes * p.row_bytes;
+            Ahead<Rows> ahead{near, p.row_bytes,
+                              w + kLanes * (kGroupsAhead * p.row_bytes + slab * Ahead<Rows>::kSlabBytes)};
             const int64_t n_blocks = min64(kSlabBlocks, p.cols / kBlock - slab * kSlabBlocks);
             for (int64_t block = 0; block < n_blocks; block += Rows::kBlocks) {
                 const std::byte* from = w + (slab * kSlabBlocks + block) / Rows::kBlocks * Rows::kBytes;

@@ -111,7 +111,29 @@ struct ThreadPool::Shared {
     const Control* control = nullptr;
     int64_t n_items = 0;
     int64_t grain = 1;
-    std::atomic<int64_t> next{0};
+    // The pieces left for each thread: a run of neighbours, so that what one fetches ahead is its own. It takes them
+    // from the front; who has none left takes another's from the back.
+    struct alignas(64) Share {
+        std::atomic<uint64_t> pieces{0};  // first and end, 32 bits each
+
+        static constexpr int kBits = 32;
+        void set(int64_t first, int64_t end) {
+            pieces.store(static_cast<uint64_t>(first) << kBits | static_cast<uint64_t>(end), std::memory_order_relaxed);
+        }
+        // The next piece from the front, or the back; -1: none.
+        int64_t take(bool front) {
+            uint64_t now = pieces.load(std::memory_order_relaxed);
+            uint64_t first, end;
+            do {
+                first = now >> kBits;
+                end = now & 0xffffffff;
+                if (first >= end) return -1;
+            } while (!pieces.compare_exchange_weak(now, front ? (first + 1) << kBits | end : now - 1,
+                                                   std::memory_order_relaxed));
+            return static_cast<int64_t>(front ? first : end - 1);
+        }
+    };
+    std::vector<Share> shares;  // of each thread
     std::atomic<bool> stop{false};  // an exception or a cancel: hand out no more
     std::mutex error_mutex;
     std::exception_ptr error;
@@ -145,12 +167,23 @@ struct ThreadPool::Shared {
         stop.store(true, std::memory_order_relaxed);
     }
 
-    // Takes the next piece; false when there is none.
-    bool take(int64_t& begin, int64_t& end) {
+    void share_out() {
+        const int64_t pieces = (n_items + grain - 1) / grain;
+        const int64_t n = static_cast<int64_t>(shares.size());
+        for (int64_t i = 0; i < n; ++i) shares[static_cast<size_t>(i)].set(pieces * i / n, pieces * (i + 1) / n);
+    }
+
+    // Takes the next piece for a thread; false when there is none.
+    bool take(int thread, int64_t& begin, int64_t& end) {
         if (stop.load(std::memory_order_relaxed)) return false;
-        begin = next.fetch_add(grain, std::memory_order_relaxed);
-        end = std::min(begin + grain, n_items);
-        return begin < n_items;
+        for (size_t i = 0; i < shares.size(); ++i) {
+            const int64_t piece = shares[(static_cast<size_t>(thread) + i) % shares.size()].take(i == 0);
+            if (piece < 0) continue;
+            begin = piece * grain;
+            end = std::min(begin + grain, n_items);
+            return true;
+        }
+        return false;
     }
 
     void wait_for_job(uint64_t seen) {
@@ -190,7 +223,7 @@ struct ThreadPool::Shared {
             if (!enter(seen)) continue;
             try {
                 int64_t begin, end;
-                while (take(begin, end)) {
+                while (take(thread, begin, end)) {
                     if (control->cancelled()) {
                         stop.store(true, std::memory_order_relaxed);
                         break;
@@ -298,6 +331,7 @@ ThreadPool::ThreadPool(int n_threads) : n_threads_(n_threads), shared_(std::make
     if (n_threads < 1 || n_threads > 1024) {
         throw std::invalid_argument("n_threads must be from 1 to 1024, not " + std::to_string(n_threads));
     }
+    shared_->shares = std::vector<Shared::Share>(static_cast<size_t>(n_threads));
     for (int i = 0; i < n_threads - 1; ++i) {
         shared_->threads.emplace_back([shared = shared_.get(), i] { shared->worker(i); });
     }
@@ -335,7 +369,7 @@ void ThreadPool::parallel_for(Control& control, int64_t n_items, int64_t grain, 
     s.control = &control;
     s.n_items = n_items;
     s.grain = grain;
-    s.next.store(0, std::memory_order_relaxed);
+    s.share_out();
     s.stop.store(false, std::memory_order_relaxed);
     s.error = nullptr;
 
@@ -343,7 +377,7 @@ void ThreadPool::parallel_for(Control& control, int64_t n_items, int64_t grain, 
     if (shared_out) s.open();
     try {
         int64_t begin, end;
-        while (s.take(begin, end)) {
+        while (s.take(n_threads_ - 1, begin, end)) {
             control.check();
             fn(begin, end, n_threads_ - 1);
         }
