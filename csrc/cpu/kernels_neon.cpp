@@ -86,6 +86,7 @@ inline F from_bfloat(const std::byte* p) { return vreinterpretq_f32_u32(vshll_n_
 
 // Left to itself, GCC finds that a function which only prefetches does nothing, and drops the calls.
 YIVL_INLINE void prefetch(const std::byte* p) { __builtin_prefetch(p); }
+YIVL_INLINE void prefetch_far(const std::byte* p) { __builtin_prefetch(p, 0, 2); }
 
 // ---- integers ----
 //
