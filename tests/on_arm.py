@@ -1,7 +1,7 @@
 """What test_arm.py compares: computed there on this machine, and by this program on an emulated CPU.
 
 python on_arm.py products RESULTS.npz
-python on_arm.py logits RESULTS.npz IMAGE MODEL...
+python on_arm.py logits RESULTS.npz ISA,ISA IMAGE MODEL...
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def products(isa: str) -> dict[str, np.ndarray]:
     return results
 
 
-def logits(image: str, models: list[str]) -> dict[str, np.ndarray]:
+def logits(isas: str, image: str, *models: str) -> dict[str, np.ndarray]:
     """Of every model on every instruction set."""
     results = {}
-    for isa in _core.available_isas():
+    for isa in isas.split(","):
         os.environ["YIVL_ISA"] = isa
         results |= {f"{isa} {Path(path).stem}": Model(path).logits(image, QUESTION) for path in models}
     return results
@@ -43,4 +43,4 @@ def logits(image: str, models: list[str]) -> dict[str, np.ndarray]:
 
 if __name__ == "__main__":
     what, target, *arguments = sys.argv[1:]
-    np.savez(target, **(products("neon") if what == "products" else logits(arguments[0], arguments[1:])))
+    np.savez(target, **(products("neon") if what == "products" else logits(*arguments)))
