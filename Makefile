@@ -10,7 +10,7 @@ GOLDEN := tests/data/golden
 # The checkpoint's ViT is a .bin file. A plain "torch" could fetch another build with gigabytes of GPU libraries.
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-interop test-cuda-emulator cuda-kernels lint format fuzz tsan clean
+.PHONY: demo test test-neon test-interop test-cuda-emulator cuda-kernels lint format fuzz tsan clean
 
 demo: out/golden-q8_0.gguf
 	@echo "== Asking the converted file about the photograph $(GOLDEN)/image.png (random weights: the answer is noise)"
@@ -21,6 +21,11 @@ demo: out/golden-q8_0.gguf
 test: $(VENV)/.test
 	@echo "== Running the tests"
 	@$(BIN)/python -m pytest
+
+# The kernels for 64-bit ARM, cross-compiled and run under qemu. On Debian, as root, it installs both; elsewhere it says why
+# it tests nothing.
+test-neon: $(VENV)/.test $(VENV)/.cmake
+	@PYTHON="$(CURDIR)/$(BIN)/python" tests/aarch64/run.sh
 
 lint: $(VENV)/.test
 	@echo "== Checking format, lint and types"

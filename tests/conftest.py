@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -32,7 +33,9 @@ def golden_image() -> Path:
 
 @pytest.fixture(scope="session")
 def golden_f32(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The golden checkpoint as one F32 file."""
+    """The golden checkpoint as one F32 file; a ready one where there is no PyTorch to read the checkpoint with."""
+    if ready := os.environ.get("YIVL_GOLDEN_F32"):
+        return Path(ready)
     path = tmp_path_factory.mktemp("golden") / "golden-f32.gguf"
     convert(GOLDEN / "checkpoint", path, type="f32")
     return path

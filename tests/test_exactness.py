@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import write_checkpoint
+from closeness import relative_l2
 from gguf import GGMLQuantizationType
-from twin import Twin, relative_l2
+from twin import Twin
 from weight_types import ALL_TYPES, retype
 from yivl_edge import Model, _core
 from yivl_edge.convert import convert

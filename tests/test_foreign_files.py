@@ -10,8 +10,8 @@ import gguf
 import numpy as np
 import pytest
 from checkpoints import write_checkpoint
+from closeness import relative_l2
 from gguf import GGMLQuantizationType as T
-from twin import relative_l2
 from weight_types import rewrite
 from yivl_edge import Model
 from yivl_edge.convert import convert

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from twin import relative_l2
+from closeness import relative_l2
 from yivl_edge import Model, _core
 
 QUESTIONS = [

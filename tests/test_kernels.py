@@ -134,6 +134,7 @@ def to_bfloat(values: Array) -> Array:
     return bits.astype(np.uint32).view(np.float32)
 
 
+INTEGER_ISAS = ("avx512", "avx2", "neon", "cuda")
 INTEGER_TYPES = ("Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K")
 
 
@@ -158,12 +159,12 @@ def product(isa: str, x: Array, w: Array, qtype: GGMLQuantizationType) -> tuple[
     """x w^T for weights that are not F32, and the sums of the products' sizes.
 
     AMX multiplies bfloat16 numbers: both operands are rounded first, and their products are exact in float32. AVX-512,
-    AVX2 and CUDA multiply the file's integers by rounded x; where integers are quicker than float32, 16-bit weights are
-    rounded too.
+    AVX2, NEON and CUDA multiply the file's integers by rounded x; where integers are quicker than float32, 16-bit
+    weights are rounded too.
     """
     if isa == "amx":
         x, w = to_bfloat(x), to_bfloat(w)
-    elif isa in ("avx512", "avx2", "cuda") and qtype.name in INTEGER_TYPES:
+    elif isa in INTEGER_ISAS and qtype.name in INTEGER_TYPES:
         x = to_integers(x)
     elif isa != "cuda" and _core.Ceilings(isa, 1).packs(qtype.name):
         x, w = to_long_integers(x), to_long_integers(w)
@@ -182,12 +183,35 @@ def test_linear_with_every_weight_type(isa: str, qtype: GGMLQuantizationType) ->
         ops.linear(y, x, data.reshape(-1), qtype.value)
         # The weights are exactly the dequantised ones, so only the sums round: sqrt(1280) * EPS = 2e-6. Where those of
         # 16 bits are rounded, the last bit of a factor decides about the few that lie between two integers.
-        rounded = isa in ("avx512", "avx2", "neon") and qtype.name in ("F16", "BF16")
+        rounded = isa not in ("amx", "cuda") and _core.Ceilings(isa, 1).packs("F16") and qtype.name in ("F16", "BF16")
         assert relative_error(y, product(isa, x, w, qtype)[0]) < (5e-6 if rounded else 2e-6)
         # What that rounding costs: a block of ordinary numbers has a root mean square of 8,190 (46,330 / sqrt(32)),
         # each number an error of sqrt(1/12), and there are two operands: 5e-5.
         if rounded:
             assert relative_error(y, product("portable", x, w, qtype)[0]) < 6e-5
+
+
+@pytest.mark.parametrize("integer_isa", [isa for isa in ISAS if isa in INTEGER_ISAS])
+@pytest.mark.parametrize("name", INTEGER_TYPES)
+def test_linear_in_integers_at_awkward_sizes(integer_isa: str, name: str) -> None:
+    ops = _core.KernelOps(integer_isa, 2)
+    qtype = GGMLQuantizationType[name]
+    # Of d q - m, the weight, one part can be larger than their difference: m is at most 63 times a scale of 0.01.
+    minimum = 0.63 if name in ("Q4_K", "Q5_K") else 0.0
+    for blocks in (1, 2, 7, 8, 9, 17):
+        cols = blocks * GGML_QUANT_SIZES[qtype][0]
+        for rows in (1, 2, 3, 4, 5, 8, 17, 33):
+            data, w = random_weights(qtype, rows, cols, rows)
+            for tokens in (1, 2, 3, 4, 5, 13):
+                x, bias = normal(tokens, tokens, cols), normal(3, rows)
+                y = strided(np.full((tokens, rows), np.nan, np.float32))
+                ops.linear(y, strided(x), data.reshape(-1), qtype.value, bias)
+                x = to_integers(x).astype(np.float64)
+                exact = x @ w.T.astype(np.float64) + bias
+                sizes = np.abs(x) @ (np.abs(w.T.astype(np.float64)) + 2 * minimum) + np.abs(bias)
+                # A step of 32 columns is exact but for the rounding of its sum to float32, of three scales and of the
+                # expected x; then it is added, and the minimum. The bias comes last.
+                assert np.all(np.abs(y - exact) <= (cols // 32 * 2 + 6) * EPS * sizes), (blocks, rows, tokens)
 
 
 @pytest.mark.parametrize("qtype", [GGMLQuantizationType.F16, GGMLQuantizationType.Q4_0], ids=lambda t: t.name)

@@ -180,9 +180,3 @@ class Twin:
                 assert pixels is not None
                 parts.append(torch.from_numpy(self.encode_image(pixels)))
         return self.decoder(inputs_embeds=torch.cat(parts)[None], use_cache=False).logits[0].numpy()
-
-
-def relative_l2(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """||actual - expected|| / ||expected||, in float64."""
-    difference = actual.astype(np.float64) - expected.astype(np.float64)
-    return float(np.linalg.norm(difference) / np.linalg.norm(expected.astype(np.float64)))

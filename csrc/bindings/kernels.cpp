@@ -309,6 +309,9 @@ void bind_kernels(py::module_& m) {
     m.def(
         "isa_name", [] { return std::string(make_cpu_backend(1)->name()); },
         "The instruction set that a model would use, YIVL_ISA considered.");
+    m.def(
+        "isa_variant", [](const std::string& isa) { return std::string(choose_kernels(isa).variant); }, py::arg("isa"),
+        "What an instruction set's kernels use beyond what all CPUs have that can take it, or nothing.");
 
     m.def(
         "cuda_device", [] { return std::string(make_cuda_backend(0, 0)->name()); },

@@ -11,6 +11,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 namespace yivl {
 
@@ -22,6 +25,17 @@ constexpr std::array<std::string_view, 5> kNames{"amx", "avx512", "avx2", "neon"
 const Kernels& avx512_kernels() {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512vnni") ? kAvx512VnniKernels : kAvx512Kernels;
+}
+#endif
+
+#if defined(__aarch64__)
+const Kernels& neon_kernels() {
+#if defined(__linux__)
+    constexpr unsigned long kDotprod = 1ul << 20, kI8mm = 1ul << 13;  // HWCAP_ASIMDDP, HWCAP2_I8MM
+    if ((getauxval(AT_HWCAP2) & kI8mm) != 0) return kNeonI8mmKernels;
+    if ((getauxval(AT_HWCAP) & kDotprod) != 0) return kNeonDotprodKernels;
+#endif
+    return kNeonKernels;
 }
 #endif
 
@@ -60,8 +74,10 @@ std::vector<const Kernels*> built_kernels() {
         &amx_kernels(),
 #endif
 #if defined(__x86_64__)
-        &avx512_kernels(),
-        &kAvx2Kernels,
+        &avx512_kernels(), &kAvx2Kernels,
+#endif
+#if defined(__aarch64__)
+        &neon_kernels(),
 #endif
         &kPortableKernels,
     };
@@ -83,6 +99,9 @@ bool usable(const Kernels& kernels) {
                amx_permitted();
     }
 #endif
+#endif
+#if defined(__aarch64__)
+    if (&kernels == &neon_kernels()) return true;
 #endif
     return &kernels == &kPortableKernels;
 }

@@ -13,6 +13,9 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512VnniKernels;  // the same, quicker on quantised weights
 extern const PackedKernels kAmxPackedKernels;
+extern const Kernels kNeonKernels;
+extern const Kernels kNeonDotprodKernels;  // the same, quicker on quantised weights
+extern const Kernels kNeonI8mmKernels;     // quicker still
 
 // The kernel tables that this CPU can run, best first.
 std::vector<const Kernels*> available_kernels();

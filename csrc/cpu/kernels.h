@@ -75,6 +75,7 @@ struct PackedKernels {
 
 struct Kernels {
     const char* name;
+    const char* variant;  // what it uses beyond what all CPUs have that can take it; "": nothing
 
     // dst[0..n) = the n weights that begin at `src`, bit for bit as dequantize_row.
     void (*dequantize)(WeightType type, const std::byte* src, float* dst, int64_t n);
@@ -104,19 +105,20 @@ struct Kernels {
 }  // namespace yivl
 
 // The table of the kernels that kernels_body.h made in a namespace, and those for packed operands.
-#define YIVL_KERNELS(isa, space, packed_kernels)       \
-    {                                                  \
-        .name = isa,                                   \
-        .dequantize = space::dequantize,               \
-        .layer_norm = space::layer_norm,               \
-        .rms_norm = space::rms_norm,                   \
-        .gelu = space::gelu,                           \
-        .swiglu = space::swiglu,                       \
-        .add = space::add_rows,                        \
-        .rotate = space::rotate,                       \
-        .attention_scratch = space::attention_scratch, \
-        .attention = space::attention,                 \
-        .read = space::read,                           \
-        .floats = &space::kFloatKernels,               \
-        .packed = packed_kernels,                      \
+#define YIVL_KERNELS(isa, beyond, space, packed_kernels) \
+    {                                                    \
+        .name = isa,                                     \
+        .variant = beyond,                               \
+        .dequantize = space::dequantize,                 \
+        .layer_norm = space::layer_norm,                 \
+        .rms_norm = space::rms_norm,                     \
+        .gelu = space::gelu,                             \
+        .swiglu = space::swiglu,                         \
+        .add = space::add_rows,                          \
+        .rotate = space::rotate,                         \
+        .attention_scratch = space::attention_scratch,   \
+        .attention = space::attention,                   \
+        .read = space::read,                             \
+        .floats = &space::kFloatKernels,                 \
+        .packed = packed_kernels,                        \
     }

@@ -142,6 +142,10 @@ inline I byte(I v) {
     return _mm256_and_si256(_mm256_srli_epi32(v, n * 8), _mm256_set1_epi32(0xff));
 }
 template <int n>
+inline I signed_byte(I v) {
+    return down32<24>(up32<24 - n * 8>(v));
+}
+template <int n>
 inline I spread_byte(I v) {
     const __m128i high =
         _mm_setr_epi8(-1, n, -1, n, -1, n + 4, -1, n + 4, -1, n + 8, -1, n + 8, -1, n + 12, -1, n + 12);
@@ -196,7 +200,7 @@ inline float largest_magnitude(const float* x) {
     m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
     return __builtin_bit_cast(float, _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1))));
 }
-inline float sum_of_block(const float* x, float factor) {
+inline float squares_of_block(const float* x, float factor) {
     F squares = zero();
     for (int i = 0; i < 32; i += kLanes) {
         const F v = mul(load(x + i), set1(factor));
@@ -209,15 +213,18 @@ inline void round_block(const float* x, float factor, int16_t* dst, int32_t* sum
         const I a = _mm256_cvtps_epi32(mul(load(x + i), set1(factor)));
         const I b = _mm256_cvtps_epi32(mul(load(x + i + 8), set1(factor)));
         const I all = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
-        _mm256_store_si256(reinterpret_cast<I*>(dst + i), all);
+        _mm256_store_si256(reinterpret_cast<I*>(dst + i),
+                           _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(all, 0xd8), 0xd8));
         return sum_of_integers(_mm256_add_epi32(a, b));
     };
     sums[0] = sixteen(0);
     sums[1] = sixteen(16);
 }
-inline void pair_columns(int16_t* dst) {
-    for (I* to = reinterpret_cast<I*>(dst); to < reinterpret_cast<I*>(dst + 32); ++to) {
-        _mm256_store_si256(to, _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(_mm256_load_si256(to), 0xd8), 0xd8));
+inline void round_in_order(const float* x, float factor, int16_t* dst) {
+    for (int i = 0; i < 32; i += 2 * kLanes) {
+        const I a = _mm256_cvtps_epi32(mul(load(x + i), set1(factor)));
+        const I b = _mm256_cvtps_epi32(mul(load(x + i + kLanes), set1(factor)));
+        _mm256_store_si256(reinterpret_cast<I*>(dst + i), _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8));
     }
 }
 
@@ -233,7 +240,7 @@ YIVL_TARGET_END
 
 namespace yivl {
 
-const Kernels kAvx2Kernels = YIVL_KERNELS("avx2", avx2, &avx2::kIntegerKernels);
+const Kernels kAvx2Kernels = YIVL_KERNELS("avx2", "", avx2, &avx2::kIntegerKernels);
 
 }  // namespace yivl
 

@@ -139,6 +139,10 @@ inline I byte(I v) {
     return _mm512_and_si512(_mm512_srli_epi32(v, n * 8), _mm512_set1_epi32(0xff));
 }
 template <int n>
+inline I signed_byte(I v) {
+    return down32<24>(up32<24 - n * 8>(v));
+}
+template <int n>
 inline I spread_byte(I v) {
     const __m128i high =
         _mm_setr_epi8(-1, n, -1, n, -1, n + 4, -1, n + 4, -1, n + 8, -1, n + 8, -1, n + 12, -1, n + 12);
@@ -193,7 +197,7 @@ inline float largest_magnitude(const float* x) {
     const I b = _mm512_and_si512(_mm512_loadu_si512(x + 16), magnitude);
     return __builtin_bit_cast(float, _mm512_reduce_max_epi32(_mm512_max_epi32(a, b)));
 }
-inline float sum_of_block(const float* x, float factor) {
+inline float squares_of_block(const float* x, float factor) {
     const F a = mul(load(x), set1(factor)), b = mul(load(x + 16), set1(factor));
     return sum(fma(a, a, mul(b, b)));
 }
@@ -201,13 +205,15 @@ inline void round_block(const float* x, float factor, int16_t* dst, int32_t* sum
     const I a = _mm512_cvtps_epi32(mul(load(x), set1(factor)));
     const I b = _mm512_cvtps_epi32(mul(load(x + 16), set1(factor)));
     const I all = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(a)), _mm512_cvtepi32_epi16(b), 1);
-    _mm512_store_si512(dst, all);
+    _mm512_store_si512(dst, _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(all, 0xd8), 0xd8));
     sums[0] = _mm512_reduce_add_epi32(a);
     sums[1] = _mm512_reduce_add_epi32(b);
 }
-inline void pair_columns(int16_t* dst) {
-    const I all = _mm512_load_si512(dst);
-    _mm512_store_si512(dst, _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(all, 0xd8), 0xd8));
+inline void round_in_order(const float* x, float factor, int16_t* dst) {
+    for (int i = 0; i < 32; i += kLanes) {
+        const I v = _mm512_cvtps_epi32(mul(load(x + i), set1(factor)));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(dst + i), _mm512_cvtepi32_epi16(v));
+    }
 }
 
 }  // namespace
@@ -258,8 +264,8 @@ YIVL_TARGET_END
 
 namespace yivl {
 
-const Kernels kAvx512Kernels = YIVL_KERNELS("avx512", avx512, &avx512::plain::kIntegerKernels);
-const Kernels kAvx512VnniKernels = YIVL_KERNELS("avx512", avx512, &avx512::vnni::kIntegerKernels);
+const Kernels kAvx512Kernels = YIVL_KERNELS("avx512", "", avx512, &avx512::plain::kIntegerKernels);
+const Kernels kAvx512VnniKernels = YIVL_KERNELS("avx512", "vnni", avx512, &avx512::vnni::kIntegerKernels);
 
 }  // namespace yivl
 

@@ -173,7 +173,7 @@ inline void outer_tile(float* c, int64_t c_stride, const float* a, int64_t next,
         for (int v = 0; v < V; ++v) bs[v] = load(b + i * b_stride + v * kLanes);
         YIVL_UNROLL
         for (int r = 0; r < R; ++r) {
-            const F as = set1(a[r * row_step + i * step]);
+            const auto as = set1(a[r * row_step + i * step]);
             YIVL_UNROLL
             for (int v = 0; v < V; ++v) acc[r][v] = fma(as, bs[v], acc[r][v]);
         }

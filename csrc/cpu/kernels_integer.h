@@ -21,16 +21,19 @@
 //   low_bits(v, n) any_bits(a, b) down<n>(v) up<n>(v) signed_down<n>(v) less(v, n) times(a, b)      of int16: v & n,
 //                                  a | b, shifts, v - n, the low half of a product
 //   byte<n>(v)                     byte n of each lane, as int32
-//   spread_byte<n>(v)              byte n of each lane with its sign, as two int16
-//   half_of_lane<n>(v) bfloat_of_lane<n>(v)    half n of each lane, a number of 16 bits, as a float
-//   to_pairs(a, b)                 floats rounded to the nearest integers: a in the low half of each lane, b in the
-//   high sqrt(v)                        of floats dwords(p, stride, out)         out[j] = bytes [4j, 4j + 4) at p + l *
-//   stride in lane l, j in [0, 4) halves(p, stride)              the half-precision number at p + l * stride in lane l,
-//   as a float largest_magnitude(x)           of 32 numbers; a NaN is larger than all sum_of_block(x, factor) the sum
-//   of the squares of 32 numbers times `factor` round_block(x, factor, dst, sums)   32 numbers times `factor`, to the
-//   nearest integers, in order, and the sums of
-//                                  the first 16 and of the others
-//   pair_columns(dst)              brings 32 integers from that order into the one of bytes
+//   signed_byte<n>(v)              byte n of each lane with its sign, as int32
+//   spread_byte<n>(v)              the same as two int16
+//   half_of_lane<n>(v)             half n of each lane, a half-precision number, as a float
+//   bfloat_of_lane<n>(v)           the same of a bfloat16 number
+//   to_pairs(a, b)                 floats rounded to integers: a in the first half of each lane, b in the second
+//   sqrt(v)                        of floats
+//   dwords(p, stride, out)         out[j] = bytes [4j, 4j + 4) at p + l * stride in lane l, j in [0, 4)
+//   halves(p, stride)              the half-precision number at p + l * stride in lane l, as a float
+//   largest_magnitude(x)           of 32 numbers; a NaN is larger than all
+//   squares_of_block(x, factor)    the sum of the squares of 32 numbers times `factor`
+//   round_block(x, factor, dst, sums)   32 numbers times `factor`, to the nearest integers, their columns paired, and
+//                                  the sums of the first 16 and of the others
+//   round_in_order(x, factor, dst)      32 numbers times `factor`, to the nearest integers
 
 namespace {
 
@@ -279,6 +282,14 @@ struct Bfloat {
     }
 };
 
+struct PairRows {
+    using Q8_0 = RowsQ8_0;
+    using Q4_0 = RowsQ4_0;
+    using Q4_K = RowsQ4_K;
+    using Q5_K = RowsQ5_K;
+    using Q6_K = RowsQ6_K;
+};
+
 // ---- one token ----
 //
 // Bits of a weight are multiplied where they stand in a lane of 16, as long as the sum of a block fits 32 bits: so one
@@ -497,7 +508,7 @@ YIVL_INLINE void multiply_blocks(RowsQ6_K, F& total, const std::byte* p, int64_t
                     two.add(high[j], odd_high[j], from);
                 });
                 constexpr int kGroup = half * 8 + b * 2 + part;  // of 16 columns
-                const I scale = down32<24>(up32<24 - kGroup % 4 * 8>(scales[kGroup / 4]));
+                const I scale = signed_byte<kGroup % 4>(scales[kGroup / 4]);
                 const I sum = times_integers(add_integers(four.total(), two.total()), scale);
                 sums[b] = part == 0 ? sum : add_integers(sums[b], sum);
             });
@@ -637,8 +648,8 @@ constexpr int kTileSums = kIntegerRows * kIntegerTokens;
 
 // `sums` (rows, tokens) += a tile of T tokens over a slab, or = if `first`. What the next tile takes is fetched
 // meanwhile.
-template <class Rows, int T>
-YIVL_INLINE void multiply_tile(F* sums, const WeightSlab* w, const InputSlab* x, int64_t n_blocks, bool first) {
+template <int T, class Rows>
+YIVL_INLINE void multiply_tile(Rows, F* sums, const WeightSlab* w, const InputSlab* x, int64_t n_blocks, bool first) {
     constexpr int R = kIntegerRows;
     F total[R][T];
     const auto begin = [&] YIVL_INLINE_LAMBDA {
@@ -762,7 +773,7 @@ void multiply_some(const PackedPiece& p, int64_t token, int64_t n_tokens, std::b
             }
             F* const mine = sums + row / kSideRows * n_tiles * kTileSums;
             const auto multiply = [&]<int T>(int64_t tile) YIVL_TARGET_LAMBDA {
-                multiply_tile<Rows, T>(mine + tile * kTileSums, w, x + tile * kIntegerTokens, n_blocks, s == 0);
+                multiply_tile<T>(Rows(), mine + tile * kTileSums, w, x + tile * kIntegerTokens, n_blocks, s == 0);
             };
             const int64_t full = few ? n_tokens / kIntegerTokens : n_tiles;
             for (int64_t tile = 0; tile < full; ++tile) multiply.template operator()<kIntegerTokens>(tile);
@@ -833,6 +844,7 @@ int64_t packed_integer_bytes(int64_t n_tokens, int64_t cols) {
     return (slabs + kIntegerTokens) * static_cast<int64_t>(sizeof(InputSlab));  // with room for the last tile
 }
 
+template <auto round>
 void pack_block(InputSlab& slab, int64_t b, const float* x, int order) {
     const float most = largest_magnitude(x);
     if (!(most <= 3.4028234e38f)) {  // an infinity or no number: neither may get lost
@@ -845,24 +857,25 @@ void pack_block(InputSlab& slab, int64_t b, const float* x, int order) {
     const bool some = most > 1.0e-34f;
     float large = kLargestInteger;
     if (order == 1 && some) {
-        const float longest = kLongestBlock / __builtin_sqrtf(sum_of_block(x, 1.0f / most));
+        const float longest = kLongestBlock / __builtin_sqrtf(squares_of_block(x, 1.0f / most));
         large = longest < kLargestPair ? longest : kLargestPair;
     }
     const float scale = some ? most / large : 0.0f;
     const float factor = some ? large / most : 0.0f;
-    round_block(x, factor, slab.integers[b], slab.sums[b]);
-    if (order == 0) pair_columns(slab.integers[b]);
     slab.scale[b] = scale;
+    if (order == 1) return round_in_order(x, factor, slab.integers[b]);
+    round(x, factor, slab.integers[b], slab.sums[b]);
     slab.minus_sum[b] = -scale * static_cast<float>(slab.sums[b][0] + slab.sums[b][1]);
 }
 
+template <auto round = round_block>
 void pack_integers(std::byte* dst, const PackedInput& p, int64_t group) {
     InputSlab* const slabs = reinterpret_cast<InputSlab*>(dst);
     const int64_t end = min64(group * 16 + 16, p.n_tokens);
     for (int64_t t = group * 16; t < end; ++t) {
         for (int64_t col = 0; col < p.cols; col += kBlock) {
-            pack_block(slabs[col / kSlabCols * p.n_tokens + t], col % kSlabCols / kBlock, p.x + t * p.x_stride + col,
-                       p.order);
+            pack_block<round>(slabs[col / kSlabCols * p.n_tokens + t], col % kSlabCols / kBlock,
+                              p.x + t * p.x_stride + col, p.order);
         }
     }
 }
@@ -874,20 +887,21 @@ int64_t integer_scratch_bytes(int64_t n_tokens, int64_t n_rows, int64_t) {
            tiles * kTileSums * static_cast<int64_t>(sizeof(F));
 }
 
+template <class Rows = PairRows>
 void multiply_integers(const PackedPiece& piece, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
-    const auto with = [&]<class Rows>(Rows) YIVL_TARGET_LAMBDA {
+    const auto with = [&]<class Type>(Type) YIVL_TARGET_LAMBDA {
         if (piece.n_tokens == 1) {
-            multiply_one<Rows>(piece);
+            multiply_one<Type>(piece);
         } else {
-            multiply_many<Rows>(piece, scratch, stop, stop_arg);
+            multiply_many<Type>(piece, scratch, stop, stop_arg);
         }
     };
     switch (piece.type) {
-        case WeightType::Q8_0: return with(RowsQ8_0());
-        case WeightType::Q4_0: return with(RowsQ4_0());
-        case WeightType::Q4_K: return with(RowsQ4_K());
-        case WeightType::Q5_K: return with(RowsQ5_K());
-        case WeightType::Q6_K: return with(RowsQ6_K());
+        case WeightType::Q8_0: return with(typename Rows::Q8_0());
+        case WeightType::Q4_0: return with(typename Rows::Q4_0());
+        case WeightType::Q4_K: return with(typename Rows::Q4_K());
+        case WeightType::Q5_K: return with(typename Rows::Q5_K());
+        case WeightType::Q6_K: return with(typename Rows::Q6_K());
         default: break;
     }
     if constexpr (kHalvesAsIntegers) {
@@ -914,9 +928,9 @@ const PackedKernels kIntegerKernels = {
     .tokens = 16,
     .order = order_of_integers,
     .packed_bytes = packed_integer_bytes,
-    .pack = pack_integers,
+    .pack = pack_integers<>,
     .scratch_bytes = integer_scratch_bytes,
-    .linear = multiply_integers,
+    .linear = multiply_integers<>,
     .multiply_add = multiply_add_integers,
 };
 

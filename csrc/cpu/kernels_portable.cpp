@@ -73,6 +73,6 @@ inline void prefetch_far(const std::byte* p) { __builtin_prefetch(p, 0, 2); }
 
 namespace yivl {
 
-const Kernels kPortableKernels = YIVL_KERNELS("portable", portable, nullptr);
+const Kernels kPortableKernels = YIVL_KERNELS("portable", "", portable, nullptr);
 
 }  // namespace yivl
