@@ -10,7 +10,7 @@
 #include <initializer_list>
 #include <memory>
 #include <span>
-#include <string_view>
+#include <string>
 
 #include "control.h"
 #include "tensor.h"
@@ -100,14 +100,20 @@ public:
 // unknown or that this CPU lacks.
 std::unique_ptr<Backend> make_cpu_backend(int n_threads);
 
-// Throws DeviceError naming what is missing: CUDA in this build, a driver, a card, a new enough one; AllocationError
-// when less than `needed_bytes` of its memory is free.
-std::unique_ptr<Backend> make_cuda_backend(int device, int64_t needed_bytes);
-// The device that make_cuda_backend should take when nobody chose one: the first with that much memory free; -1: none.
-int choose_cuda_device(int64_t needed_bytes);
+struct DeviceMemory {
+    std::string name;
+    int64_t total_bytes;
+    int64_t free_bytes;
+    bool emulated;  // for tests: nobody gets it who did not ask for it
+};
+// What a device needs beside what a model counts: the kernels' code, streams, results between the kernels of an
+// operation, whole pages for every allocation.
+inline constexpr int64_t kDeviceReserve = 256 << 20;
 
-// The backend that `device` asks for: "cpu", "cuda", "cuda:1", or "auto", which is a GPU where the model fits and the
-// CPU elsewhere (and where YIVL_ISA chooses the CPU's instruction set). Throws std::invalid_argument for another name.
-std::unique_ptr<Backend> make_backend(std::string_view device, int n_threads, int64_t needed_bytes);
+// All three throw DeviceError naming what is missing: CUDA in this build, a driver, a card, a new enough one.
+int cuda_device_count();
+DeviceMemory cuda_memory(int device);
+// Takes `weight_bytes` at once, for what is placed first; more is allocated as it comes. Throws AllocationError.
+std::unique_ptr<Backend> make_cuda_backend(int device, int64_t weight_bytes);
 
 }  // namespace yivl

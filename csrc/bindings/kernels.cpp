@@ -8,6 +8,7 @@
 #include "cpu/isa.h"
 #include "cpu/ops_cpu.h"
 #include "cpu/threads.h"
+#include "placement.h"
 
 namespace yivl {
 
@@ -306,6 +307,13 @@ void bind_kernels(py::module_& m) {
     m.def(
         "cuda_device", [] { return std::string(make_cuda_backend(0, 0)->name()); },
         "The name of the first CUDA device; DeviceError says why there is none.");
+    m.def(
+        "cuda_memory",
+        [](const std::string& device) {
+            const DeviceMemory memory = cuda_memory(cuda_number(device));
+            return std::tuple(memory.name, memory.total_bytes, memory.free_bytes);
+        },
+        py::arg("device"), "Name, total and free bytes of a CUDA device; DeviceError says why it cannot be used.");
 
     py::class_<KernelControl>(m, "KernelControl")
         .def(py::init<const py::object&>(), py::arg("poll") = py::none())

@@ -26,10 +26,8 @@ constexpr int kWindow = 16;
 constexpr int64_t kFewRows = 8;
 // Weights are copied in pieces, so that a cancel waits for no more than one.
 constexpr size_t kPlacedAtOnce = 16 << 20;
-// What the model does not count: the kernels' code, streams, rounding of every allocation.
-constexpr int64_t kReserve = 256 << 20;
-
-std::string megabytes(int64_t bytes) { return std::to_string((bytes + 999'999) / 1'000'000) + " MB"; }
+// Of what is placed, as of every allocation.
+constexpr size_t kAlignment = 256;
 
 Memory allocate_shared(int device, size_t bytes) {
     return {allocate(device, bytes), [device](std::byte* memory) { release(device, memory); }};
@@ -432,11 +430,14 @@ private:
 
 class CudaBackend final : public Backend {
 public:
-    CudaBackend(int device, const DeviceInfo& info)
+    CudaBackend(int device, const DeviceInfo& info, size_t weight_bytes)
         : device_(device),
           name_("cuda:" + std::to_string(device) + " " + info.name),
           workspaces_(device),
-          loading_(device) {}
+          loading_(device),
+          room_left_(weight_bytes) {
+        if (weight_bytes > 0) room_ = weights_.emplace_back(allocate_shared(device, weight_bytes)).get();
+    }
 
     const char* name() const override { return name_.c_str(); }
     int n_threads() const override { return 1; }
@@ -444,52 +445,48 @@ public:
     Memory allocate(size_t bytes) override { return allocate_shared(device_, bytes); }
 
     const std::byte* place(std::span<const std::byte> bytes, Control& control) override {
-        const std::byte* placed = placed_.emplace_back(allocate_shared(device_, bytes.size())).get();
+        std::byte* const placed = room_for(bytes.size());
         for (size_t begin = 0; begin < bytes.size(); begin += kPlacedAtOnce) {
             control.check();
             const std::span<const std::byte> piece =
                 bytes.subspan(begin, std::min(kPlacedAtOnce, bytes.size() - begin));
-            loading_.copy_in(placed_.back().get() + begin, piece.size(), piece.data(), piece.size(), piece.size(), 1);
+            loading_.copy_in(placed + begin, piece.size(), piece.data(), piece.size(), piece.size(), 1);
         }
         loading_.synchronize();  // before another stream reads them
         return placed;
     }
 
 private:
+    // The runtime gives whole pages of 2 MiB: matrices share what was taken for all of them.
+    std::byte* room_for(size_t bytes) {
+        const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+        if (rounded > room_left_) return weights_.emplace_back(allocate_shared(device_, bytes)).get();
+        room_left_ -= rounded;
+        return std::exchange(room_, room_ + rounded);
+    }
+
     int device_;
     std::string name_;
     Workspaces workspaces_;
     Stream loading_;
-    std::vector<Memory> placed_;
+    std::vector<Memory> weights_;
+    std::byte* room_ = nullptr;  // of the first of them, where nothing is yet
+    size_t room_left_;
 };
 
 }  // namespace
 
 }  // namespace cuda
 
-std::unique_ptr<Backend> make_cuda_backend(int device, int64_t needed_bytes) {
+int cuda_device_count() { return cuda::device_count(); }
+
+DeviceMemory cuda_memory(int device) {
     const cuda::DeviceInfo info = cuda::device_info(device);
-    const int64_t needed = needed_bytes + cuda::kReserve;
-    if (needed > info.free_bytes) {
-        throw AllocationError("device cuda:" + std::to_string(device) + " (" + info.name + "): the model needs " +
-                              cuda::megabytes(needed) + " of its memory, " + cuda::megabytes(info.free_bytes) + " of " +
-                              cuda::megabytes(info.total_bytes) + " are free; a smaller n_ctx needs less");
-    }
-    return std::make_unique<cuda::CudaBackend>(device, info);
+    return {info.name, info.total_bytes, info.free_bytes, info.emulated};
 }
 
-int choose_cuda_device(int64_t needed_bytes) {
-    try {
-        const int count = cuda::device_count();
-        for (int device = 0; device < count; ++device) {
-            const cuda::DeviceInfo info = cuda::device_info(device);
-            if (info.emulated || needed_bytes + cuda::kReserve > info.free_bytes) continue;
-            return device;
-        }
-    } catch (const DeviceError&) {
-        // No driver or no card that can be used: nobody asked for one.
-    }
-    return -1;
+std::unique_ptr<Backend> make_cuda_backend(int device, int64_t weight_bytes) {
+    return std::make_unique<cuda::CudaBackend>(device, cuda::device_info(device), static_cast<size_t>(weight_bytes));
 }
 
 }  // namespace yivl

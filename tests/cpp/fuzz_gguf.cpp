@@ -222,7 +222,7 @@ struct Companions {
 void bind_model(const File& text, const File& vision) {
     WidenBackend backend;
     Control control;
-    read_all(bind_weights(text, vision, read_config(*text, vision.get()), backend, control));
+    read_all(bind_weights(text, vision, read_config(*text, vision.get()), {backend}, control));
 }
 
 // How far the inputs got; the run fails when the mutations are too wild or too tame to test anything.

@@ -24,6 +24,12 @@ constexpr int kPoison = 0xff;   // float32, half and bfloat16 read as not a numb
 constexpr size_t kFence = 256;  // bytes of poison after each allocation, and the alignment of all
 constexpr size_t kTotal = size_t{8} << 30;
 
+// The size of the card: YIVL_EMULATOR_MEMORY in bytes, asked again every time so that a test can change it.
+size_t total_bytes() {
+    const char* text = std::getenv("YIVL_EMULATOR_MEMORY");
+    return text == nullptr ? kTotal : std::min<size_t>(std::strtoull(text, nullptr, 10), kTotal);
+}
+
 class DeviceHeap {
 public:
     DeviceHeap() {
@@ -39,9 +45,10 @@ public:
         const emulator::DeviceAccess access;
         const std::lock_guard lock(mutex_);
         const auto range = std::ranges::find_if(free_, [&](const auto& r) { return r.second >= needed; });
-        if (range == free_.end()) {
+        if (range == free_.end() || needed > free_bytes_locked()) {
             throw AllocationError("emulated device: cannot allocate " + std::to_string(bytes) + " bytes, " +
-                                  std::to_string(free_bytes_locked()) + " of " + std::to_string(kTotal) + " are free");
+                                  std::to_string(free_bytes_locked()) + " of " + std::to_string(total_bytes()) +
+                                  " are free");
         }
         const auto [begin, size] = *range;
         free_.erase(range);
@@ -98,9 +105,9 @@ public:
 private:
     static size_t with_fence(size_t bytes) { return (bytes + 2 * kFence - 1) / kFence * kFence; }
     size_t free_bytes_locked() const {
-        size_t bytes = 0;
-        for (const auto& [begin, size] : free_) bytes += size;
-        return bytes;
+        size_t used = kTotal;
+        for (const auto& [begin, size] : free_) used -= size;
+        return total_bytes() > used ? total_bytes() - used : 0;
     }
 
     std::byte* base_;
@@ -142,7 +149,8 @@ int device_count() { return 1; }
 
 DeviceInfo device_info(int device) {
     if (device != 0) throw DeviceError("CUDA: expected a device from 0 to 0, found " + std::to_string(device));
-    return {"emulated device", 80, 2, static_cast<int64_t>(kTotal), static_cast<int64_t>(heap().free_bytes()), true};
+    return {
+        "emulated device", 80, 2, static_cast<int64_t>(total_bytes()), static_cast<int64_t>(heap().free_bytes()), true};
 }
 
 std::byte* allocate(int, size_t bytes) { return heap().allocate(bytes); }
