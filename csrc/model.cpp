@@ -310,13 +310,11 @@ int32_t Session::decode_step(Control& control) {
 
 int32_t Session::sample(Ops& ops) {
     const ConstMat logits = decoder_.logits.view();
-    if (reply_->sampler.takes_largest()) {
-        const int32_t id = ops.argmax(logits);
-        if (id >= 0) return id;
-    }
+    const Draw draw = reply_->sampler.next();
+    if (const int32_t id = ops.draw(logits, reply_->history, draw); id >= 0) return id;
     logits_.resize(static_cast<size_t>(logits.cols));
     ops.download(Mat(logits_.data(), 1, logits.cols), logits);
-    return reply_->sampler.sample(logits_, reply_->history);
+    return reply_->sampler.choose(logits_, reply_->history, draw);
 }
 
 std::optional<std::string> Session::next(Control& control) {

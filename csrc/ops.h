@@ -13,6 +13,7 @@
 #include <string>
 
 #include "control.h"
+#include "draw.h"
 #include "tensor.h"
 
 namespace yivl {
@@ -70,9 +71,9 @@ public:
     virtual void attention(Mat out, ConstMat q, ConstMat k, ConstMat v, const AttentionShape& shape) = 0;
     // y (T, D) = rows `ids` of the table (V, D).
     virtual void embed(Mat y, const Weight& table, std::span<const int32_t> ids) = 0;
-    // Where the largest of x (1, V) is, the first of several; -1 if one is NaN or infinite, and where reading x is just
-    // as good.
-    virtual int32_t argmax(ConstMat x) = 0;
+    // The id that Sampler::choose takes of the logits x (1, V), without a change to them; -1 for logits that it
+    // refuses, and where reading x is just as good.
+    virtual int32_t draw(ConstMat x, std::span<const int32_t> previous_ids, const Draw& draw) = 0;
 
     // Runs `forward`, which asks for the operations of one step: at every call with the same `record`, at first null,
     // the same ones on the same memory. All that may differ is the id that it embeds, and what follows from the

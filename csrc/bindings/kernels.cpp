@@ -9,6 +9,7 @@
 #include "cpu/ops_cpu.h"
 #include "cpu/threads.h"
 #include "placement.h"
+#include "sampler.h"
 
 namespace yivl {
 
@@ -264,12 +265,13 @@ void embed(KernelOps& self, Floats y, const Bytes& bytes, uint32_t type, int64_t
     self.run(nullptr, [&](Call& c) { c.ops->embed(c.inout(to), c.in(table), ids); });
 }
 
-int32_t argmax(KernelOps& self, const Floats& x) {
+int32_t draw(KernelOps& self, const Floats& x, Sampler& sampler, const std::vector<int32_t>& previous_ids) {
     const ConstMat from = in(x, "x");
     require(from.rows == 1 && from.cols > 0, "x must be one row of values");
-    int32_t index = -1;
-    self.run(nullptr, [&](Call& c) { index = c.ops->argmax(c.in(from)); });
-    return index;
+    for (const int32_t id : previous_ids) require(id < from.cols, "id out of range");
+    int32_t id = -1;
+    self.run(nullptr, [&](Call& c) { id = c.ops->draw(c.in(from), previous_ids, sampler.next()); });
+    return id;
 }
 
 }  // namespace
@@ -343,7 +345,7 @@ void bind_kernels(py::module_& m) {
         .def("rope", &rope, to("x"), py::arg("head_dim"), py::arg("first"), py::arg("theta"))
         .def("attention", &attention, to("y"), to("q"), to("k"), to("v"), py::arg("n_heads"), py::arg("n_kv_heads"),
              py::arg("causal"), control)
-        .def("argmax", &argmax, py::arg("x"))
+        .def("draw", &draw, py::arg("x"), py::arg("sampler"), py::arg("previous_ids") = std::vector<int32_t>{})
         .def("embed", &embed, to("y"), py::arg("bytes"), py::arg("type"), py::arg("rows"), py::arg("ids"));
 }
 

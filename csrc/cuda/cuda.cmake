@@ -22,6 +22,10 @@ endif()
 message(STATUS "CUDA backend: ${YIVL_CUDA_KIND}")
 
 file(GLOB YIVL_CUDA_KERNELS CONFIGURE_DEPENDS csrc/cuda/*.cu)
+# What the CPU must find bit by bit (csrc/draw.h) is rounded after every operation, as there.
+if(YIVL_CUDA_KIND STREQUAL "native")
+  set_source_files_properties(csrc/cuda/draw.cu PROPERTIES COMPILE_OPTIONS -fmad=false)
+endif()
 
 # The .cu files among `sources` are compiled as C++ against the emulator. An index outside its array ends the kernel.
 set(YIVL_EMULATOR ${CMAKE_CURRENT_SOURCE_DIR}/tests/cuda_emulator)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/runtime.h"
+#include "draw.h"
 #include "tensor.h"
 
 namespace yivl::cuda {
@@ -129,8 +130,11 @@ void flash_attention(Stream& stream, Mat out, ConstMat q, ConstMat k, ConstMat v
 // `ids` in device memory, one for each row of y.
 void embed(Stream& stream, Mat y, const Weight& table, const int32_t* ids);
 
-// argmax.cu
-// *index in device memory = where the largest of the values is, the first of several; -1 if one is NaN or infinite.
-void argmax(Stream& stream, int32_t* index, Vec values);
+// draw.cu
+// *id, in device memory = what Sampler::choose takes of the logits (V); -1 for logits that it refuses. `previous_ids`
+// in device memory, empty where there is no penalty; `memory`: draw_bytes(V) of it, aligned to 16.
+size_t draw_bytes(int64_t n_logits);
+void draw(Stream& stream, int32_t* id, Vec logits, std::span<const int32_t> previous_ids, const Draw& draw,
+          std::byte* memory);
 
 }  // namespace yivl::cuda

@@ -70,7 +70,8 @@ private:
 // Intermediate results between the kernels of an operation, or of one and the next.
 struct Intermediates {
     Scratch<int32_t> ids;
-    Scratch<int32_t> index;
+    Scratch<int32_t> drawn;
+    Scratch<std::byte> drawing;
     // Two, since an operation can read one and write another.
     std::array<Scratch<std::byte>, 2> rounded;
     Scratch<std::byte> halves;
@@ -268,14 +269,20 @@ public:
         stream_.copy_in(on_device, ids.size_bytes(), ids.data(), ids.size_bytes(), ids.size_bytes(), 1);
         cuda::embed(stream_, y, table, on_device);
     }
-    int32_t argmax(ConstMat x) override {
+    int32_t draw(ConstMat x, std::span<const int32_t> previous_ids, const Draw& draw) override {
         assert(x.rows == 1);
         next();
-        int32_t* on_device = intermediates_->index.at_least(stream_, 1);
-        cuda::argmax(stream_, on_device, {x.data, static_cast<size_t>(x.cols)});
-        int32_t index = -1;
-        stream_.copy_out(&index, sizeof(index), on_device, sizeof(index), sizeof(index), 1);
-        return index;
+        Intermediates& w = *intermediates_;
+        if (draw.options.repetition_penalty == 1) previous_ids = {};
+        const auto n_ids = static_cast<int64_t>(previous_ids.size());
+        int32_t* ids = w.ids.at_least(stream_, n_ids);
+        if (n_ids > 0) stream_.copy_in(ids, bytes(n_ids), previous_ids.data(), bytes(n_ids), bytes(n_ids), 1);
+        int32_t* id = w.drawn.at_least(stream_, 1);
+        std::byte* memory = w.drawing.at_least(stream_, static_cast<int64_t>(draw_bytes(x.cols)));
+        cuda::draw(stream_, id, {x.data, static_cast<size_t>(x.cols)}, {ids, previous_ids.size()}, draw, memory);
+        int32_t result = -1;
+        stream_.copy_out(&result, sizeof(result), id, sizeof(result), sizeof(result), 1);
+        return result;
     }
 
     void step(const Step& step, std::unique_ptr<StepRecord>& record, const std::function<void()>& forward) override {
