@@ -251,7 +251,8 @@ void draw(Stream& stream, int32_t* id, Vec logits, std::span<const int32_t> prev
     const double steps = drawing::steps(n);
     launch(stream, "weigh", weigh_kernel, {tiles(n)}, kThreads, 0, weights, counts, scores, n, id,
            Temperature{1.0 / o.temperature, steps});
-    const Choice choice{o.top_k, o.top_p, o.min_p * steps, draw.random, std::bit_width(static_cast<uint64_t>(steps))};
+    const Choice choice{o.top_k, o.top_p, o.min_p * steps, draw.random,
+                        static_cast<int>(std::bit_width(static_cast<uint64_t>(steps)))};
     launch(stream, "draw", draw_kernel, {1}, kThreads, 0, id, candidates, weights, counts, scores, n, choice);
 }
 
