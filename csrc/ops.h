@@ -11,6 +11,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "control.h"
 #include "draw.h"
@@ -82,6 +83,22 @@ public:
     virtual void step(const Step&, std::unique_ptr<StepRecord>&, const std::function<void()>& forward) { forward(); }
 };
 
+// What the kernels of one name did, altogether; bytes and operations are 0 where nobody counts them.
+struct KernelTime {
+    std::string name;
+    int64_t calls = 0;
+    double seconds = 0;
+    int64_t bytes = 0;  // read and written of memory, each once
+    int64_t flop = 0;
+};
+
+// What a benchmark compares with.
+enum class Unit {
+    memory,  // copied within it: bytes, read and written
+    float32,
+    half,  // matrices of half precision, summed in float32
+};
+
 // What a device offers: where weights live and how to compute there. Shared by all sessions of a model.
 class Backend {
 public:
@@ -95,6 +112,12 @@ public:
     // Bytes of a mapped file where operations can read them: the same ones, or a copy that lives as long as the
     // backend.
     virtual const std::byte* place(std::span<const std::byte> bytes, Control& control) = 0;
+
+    // Keeps a unit as busy as it gets; how many operations, or bytes, that was. 0: this backend has no way to.
+    virtual int64_t exert(Unit, int64_t /*rounds*/) { return 0; }
+    // From the first call on, the kernels of Ops made later are timed one by one, which makes them slower. Returns
+    // those since the last call, the longest first; a backend without kernels of its own has none.
+    virtual std::vector<KernelTime> profile() { return {}; }
 };
 
 // n_threads 0 means one per physical core. Throws std::invalid_argument when YIVL_ISA names an instruction set that is

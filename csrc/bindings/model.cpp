@@ -191,6 +191,7 @@ void bind_model(py::module_& m) {
         .def("cancel", &PyControl::cancel)
         .def_property_readonly("cancelled", &PyControl::cancelled);
     bind_config(m);
+    py::enum_<Unit>(m, "Unit").value("memory", Unit::memory).value("float32", Unit::float32).value("half", Unit::half);
     py::class_<Model, std::shared_ptr<Model>>(m, "Model")
         .def_static(
             "open",
@@ -207,6 +208,17 @@ void bind_model(py::module_& m) {
             "n_threads",
             [](const Model& model) { return (model.cpu() == nullptr ? model.backend() : *model.cpu()).n_threads(); })
         .def_property_readonly("n_gpu_layers", &Model::n_gpu_layers)
+        .def(
+            "exert", [](const Model& model, Unit unit, int64_t rounds) { return model.backend().exert(unit, rounds); },
+            py::arg("unit"), py::arg("rounds"), py::call_guard<py::gil_scoped_release>())
+        .def("profile",
+             [](const Model& model) {
+                 std::vector<std::tuple<std::string, int64_t, double, int64_t, int64_t>> kernels;
+                 for (const KernelTime& k : model.backend().profile()) {
+                     kernels.emplace_back(k.name, k.calls, k.seconds, k.bytes, k.flop);
+                 }
+                 return kernels;
+             })
         .def("n_positions", [](const Model& model, const std::vector<int32_t>& ids) { return model.n_positions(ids); })
         .def("prompt_text",
              [](const Model& model, const std::vector<std::pair<std::string, std::string>>& messages, bool image) {

@@ -56,11 +56,11 @@ if(YIVL_CUDA_KIND STREQUAL "native")
   # By themselves, for a check that they compile.
   add_library(yivl_kernels OBJECT ${YIVL_CUDA_KERNELS})
   target_include_directories(yivl_kernels PRIVATE csrc)
-  set(YIVL_CUDA_SOURCES $<TARGET_OBJECTS:yivl_kernels> csrc/cuda/ops_cuda.cpp csrc/cuda/runtime.cpp)
+  set(YIVL_CUDA_SOURCES $<TARGET_OBJECTS:yivl_kernels> csrc/cuda/ops_cuda.cpp csrc/cuda/profile.cpp csrc/cuda/runtime.cpp)
   set(YIVL_CUDA_LIBRARIES CUDA::cudart_static)
 elseif(YIVL_CUDA_KIND STREQUAL "emulated")
   yivl_emulate(${YIVL_CUDA_KERNELS})
-  set(YIVL_CUDA_SOURCES ${YIVL_CUDA_KERNELS} csrc/cuda/ops_cuda.cpp
+  set(YIVL_CUDA_SOURCES ${YIVL_CUDA_KERNELS} csrc/cuda/ops_cuda.cpp csrc/cuda/profile.cpp
       ${YIVL_EMULATOR}/cuda_emulator.cpp ${YIVL_EMULATOR}/emulated_runtime.cpp)
   set_source_files_properties(${YIVL_EMULATOR}/cuda_emulator.cpp ${YIVL_EMULATOR}/emulated_runtime.cpp
     PROPERTIES INCLUDE_DIRECTORIES ${YIVL_EMULATOR})

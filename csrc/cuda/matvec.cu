@@ -496,6 +496,7 @@ void matvec(Stream& stream, ConstMat x, const RoundedInput& rounded, std::span<c
     int64_t n_groups = 0;
     for (const FinishedProduct& p : products) n_groups += groups(p.w.rows);
     const int64_t row_bytes = products[0].w.row_bytes();
+    stream.expect(work_of(x.rows, products));
     with_input(products[0].w.type, x, rounded, [&]<WeightType kType, int kTokens, class Input>(const Input& input) {
         launch(stream, "matvec", matvec_kernel<kType, Input, kTokens>,
                {blocks(n_groups, kWarps), blocks(x.rows, kTokens)}, kThreads, 0, targets, input, row_bytes);
@@ -505,6 +506,8 @@ void matvec(Stream& stream, ConstMat x, const RoundedInput& rounded, std::span<c
 void gated_matvec(Stream& stream, Mat y, ConstMat x, const RoundedInput& rounded, const Weight& gate, const Weight& up,
                   const RoundedInput& rounded_y) {
     assert(gate.type == up.type && (rounded_y.high == nullptr || y.cols % kBlock == 0));
+    const FinishedProduct products[] = {{y, gate}, {y, up}};
+    stream.expect(work_of(x.rows, products));
     with_input(gate.type, x, rounded, [&]<WeightType kType, int kTokens, class Input>(const Input& input) {
         launch(stream, "gated_matvec", gated_matvec_kernel<kType, Input, kTokens>,
                {blocks(gate.rows, kBlock), blocks(x.rows, kTokens)}, kGatedWarps * kWarp, 0, y, gate.data, up.data,

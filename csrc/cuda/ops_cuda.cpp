@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cuda/kernels.h"
+#include "cuda/profile.h"
 #include "cuda/runtime.h"
 #include "errors.h"
 #include "ops.h"
@@ -26,6 +27,9 @@ constexpr int kWindow = 16;
 constexpr int64_t kFewRows = 8;
 // Weights are copied in pieces, so that a cancel waits for no more than one.
 constexpr size_t kPlacedAtOnce = 16 << 20;
+// More than any cache holds: what is copied to see how fast memory is.
+constexpr size_t kCopied = 256 << 20;
+constexpr size_t kEmulatedCopy = 1 << 20;
 // Of what is placed, as of every allocation.
 constexpr size_t kAlignment = 256;
 
@@ -146,8 +150,10 @@ private:
 
 class CudaOps final : public Ops {
 public:
-    CudaOps(Workspaces& workspaces, Control& control)
-        : workspaces_(workspaces), control_(control), workspace_(workspaces.take()), stream_(workspace_->stream) {}
+    CudaOps(Workspaces& workspaces, Profile* profile, Control& control)
+        : workspaces_(workspaces), control_(control), workspace_(workspaces.take()), stream_(workspace_->stream) {
+        stream_.profile = profile;
+    }
 
     // What was started ends before the memory that it uses can go, and before another stream may read its results.
     ~CudaOps() override {
@@ -241,6 +247,7 @@ public:
                               std::to_string(shape.head_dim));
         }
         next();
+        const Work work = work_of(q, k, shape);
         if (step_ != nullptr) k.rows = v.rows = step_->n_ctx;
         if (q.rows <= kFewRows && has_split_attention(q, k, v, shape)) {
             const int64_t n_counts = split_counts(q.rows, shape);
@@ -249,12 +256,16 @@ public:
                 .partials = intermediates_->partials.at_least(stream_, split_partials(q.rows, shape)),
             };
             const RoundedInput ahead = shape.head_dim % kBlock == 0 ? round_ahead(out) : RoundedInput{};
+            stream_.expect(work);
             cuda::split_attention(stream_, out, q, k, v, shape, position(), memory, ahead);
         } else if (q.rows > 1 && shape.head_dim <= kMaxFlashHeadDim) {
             const auto needed = static_cast<int64_t>(split_bytes(k.rows, shape));
             std::byte* memory = intermediates_->split_kv.at_least(stream_, needed);
-            cuda::flash_attention(stream_, out, q, k, v, shape, memory);
+            cuda::split_keys(stream_, k, v, shape, memory);
+            stream_.expect(work);
+            cuda::flash_attention(stream_, out, q, k.rows, shape, memory);
         } else {
+            stream_.expect(work);
             cuda::attention(stream_, out, q, k, v, shape, position());
         }
     }
@@ -301,7 +312,7 @@ public:
             }};
             forward();
         };
-        if (r.state == CudaStepRecord::none) {
+        if (r.state == CudaStepRecord::none || stream_.profile != nullptr) {
             in_step();
             r.state = CudaStepRecord::tried;
             return;
@@ -325,6 +336,13 @@ private:
         Event& window = workspace_->windows[count_ / kWindow % 2];
         window.wait();
         window.record(stream_);
+    }
+
+    static Work work_of(ConstMat q, ConstMat k, const AttentionShape& shape) {
+        // Of the keys, those that a row sees.
+        const int64_t pairs = q.rows * k.rows - (shape.causal ? q.rows * (q.rows - 1) / 2 : 0);
+        return {.bytes = static_cast<int64_t>(bytes(2 * (k.rows * k.cols + q.rows * q.cols))),
+                .flop = 4 * pairs * q.cols};
     }
 
     RowNumber position() const { return step_ == nullptr ? nullptr : &step_->on_device()->position; }
@@ -442,13 +460,17 @@ public:
           name_("cuda:" + std::to_string(device) + " " + info.name),
           workspaces_(device),
           loading_(device),
+          n_multiprocessors_(info.n_multiprocessors),
+          copied_bytes_(info.emulated ? kEmulatedCopy : kCopied),
           room_left_(weight_bytes) {
         if (weight_bytes > 0) room_ = weights_.emplace_back(allocate_shared(device, weight_bytes)).get();
     }
 
     const char* name() const override { return name_.c_str(); }
     int n_threads() const override { return 1; }
-    std::unique_ptr<Ops> ops(Control& control) override { return std::make_unique<CudaOps>(workspaces_, control); }
+    std::unique_ptr<Ops> ops(Control& control) override {
+        return std::make_unique<CudaOps>(workspaces_, profile_.get(), control);
+    }
     Memory allocate(size_t bytes) override { return allocate_shared(device_, bytes); }
 
     const std::byte* place(std::span<const std::byte> bytes, Control& control) override {
@@ -461,6 +483,30 @@ public:
         }
         loading_.synchronize();  // before another stream reads them
         return placed;
+    }
+
+    int64_t exert(Unit unit, int64_t rounds) override {
+        Stream stream(device_);
+        int64_t done = 0;
+        if (unit == Unit::memory) {
+            const Memory from = allocate(copied_bytes_), to = allocate(copied_bytes_);
+            for (int64_t i = 0; i < rounds; ++i) {
+                stream.copy(to.get(), copied_bytes_, from.get(), copied_bytes_, copied_bytes_, 1);
+                done += static_cast<int64_t>(2 * copied_bytes_);
+            }
+            stream.synchronize();
+            return done;
+        }
+        const Memory sink = allocate(sizeof(float));
+        auto* to = reinterpret_cast<float*>(sink.get());
+        done = unit == Unit::half ? exert_halves(stream, to, n_multiprocessors_, rounds)
+                                  : exert_floats(stream, to, n_multiprocessors_, rounds);
+        stream.synchronize();
+        return done;
+    }
+    std::vector<KernelTime> profile() override {
+        if (profile_ == nullptr) profile_ = std::make_unique<Profile>();
+        return profile_->take();
     }
 
 private:
@@ -476,6 +522,9 @@ private:
     std::string name_;
     Workspaces workspaces_;
     Stream loading_;
+    std::unique_ptr<Profile> profile_;
+    int n_multiprocessors_;
+    size_t copied_bytes_;
     std::vector<Memory> weights_;
     std::byte* room_ = nullptr;  // of the first of them, where nothing is yet
     size_t room_left_;

@@ -157,10 +157,11 @@ void Graph::start(Stream& stream) {
           "starting what was recorded");
 }
 
-Event::Event(int device) : device_(device) {
+Event::Event(int device, Kind kind) : device_(device) {
     use(device_);
     cudaEvent_t event;
-    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "making an event");
+    check(cudaEventCreateWithFlags(&event, kind == timed ? cudaEventDefault : cudaEventDisableTiming),
+          "making an event");
     handle_ = event;
 }
 
@@ -179,6 +180,14 @@ void Event::record(Stream& stream) {
 void Event::wait() {
     use(device_);
     check(cudaEventSynchronize(static_cast<cudaEvent_t>(handle_)), "waiting for the device");
+}
+
+double seconds_between(Event& begin, Event& end) {
+    float milliseconds = 0.0f;
+    check(cudaEventElapsedTime(&milliseconds, static_cast<cudaEvent_t>(begin.handle_),
+                               static_cast<cudaEvent_t>(end.handle_)),
+          "timing");
+    return double{milliseconds} * 1e-3;
 }
 
 }  // namespace yivl::cuda

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -198,9 +199,14 @@ void Graph::start(Stream& stream) {
     for (const auto& work : *static_cast<emulator::Recording*>(handle_)) work();
 }
 
-Event::Event(int device) : device_(device) {}
-Event::~Event() = default;
-void Event::record(Stream&) {}
+using Time = std::chrono::steady_clock::time_point;
+
+Event::Event(int device, Kind) : device_(device), handle_(new Time) {}
+Event::~Event() { delete static_cast<Time*>(handle_); }
+void Event::record(Stream&) { *static_cast<Time*>(handle_) = std::chrono::steady_clock::now(); }
 void Event::wait() {}
+double seconds_between(Event& begin, Event& end) {
+    return std::chrono::duration<double>(*static_cast<Time*>(end.handle_) - *static_cast<Time*>(begin.handle_)).count();
+}
 
 }  // namespace yivl::cuda
