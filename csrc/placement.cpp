@@ -22,14 +22,21 @@ Placement on_cuda(int device, int64_t n_gpu_layers, int n_threads, const MemoryP
 
 // The first that so much fits; -1: none.
 int roomy_cuda_device(int64_t needed_bytes) {
-    try {
-        const int count = cuda_device_count();
-        for (int device = 0; device < count; ++device) {
-            const DeviceMemory memory = cuda_memory(device);
-            if (!memory.emulated && needed_bytes <= memory.free_bytes) return device;
+    // No driver, or a card that cannot be used: nobody asked for one.
+    const auto or_else = [](auto&& ask, auto without) {
+        try {
+            return ask();
+        } catch (const DeviceError&) {
+            return without;
         }
-    } catch (const DeviceError&) {
-        // No driver or no card that can be used: nobody asked for one.
+    };
+    const int count = or_else(cuda_device_count, 0);
+    for (int device = 0; device < count; ++device) {
+        const auto has_room = [&] {
+            const DeviceMemory memory = cuda_memory(device);
+            return !memory.emulated && needed_bytes <= memory.free_bytes;
+        };
+        if (or_else(has_room, false)) return device;
     }
     return -1;
 }

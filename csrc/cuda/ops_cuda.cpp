@@ -453,6 +453,14 @@ private:
     int count_ = 0;
 };
 
+DeviceInfo usable_device(int device) {
+    constexpr int kOldestCapability = 75;
+    DeviceInfo info = device_info(device);
+    if (info.capability >= kOldestCapability) return info;
+    throw DeviceError("CUDA: expected compute capability 7.5 or newer, found " + std::to_string(info.capability / 10) +
+                      "." + std::to_string(info.capability % 10) + " (" + info.name + ")");
+}
+
 class CudaBackend final : public Backend {
 public:
     CudaBackend(int device, const DeviceInfo& info, size_t weight_bytes)
@@ -537,12 +545,12 @@ private:
 int cuda_device_count() { return cuda::device_count(); }
 
 DeviceMemory cuda_memory(int device) {
-    const cuda::DeviceInfo info = cuda::device_info(device);
+    const cuda::DeviceInfo info = cuda::usable_device(device);
     return {info.name, info.total_bytes, info.free_bytes, info.emulated};
 }
 
 std::unique_ptr<Backend> make_cuda_backend(int device, int64_t weight_bytes) {
-    return std::make_unique<cuda::CudaBackend>(device, cuda::device_info(device), static_cast<size_t>(weight_bytes));
+    return std::make_unique<cuda::CudaBackend>(device, cuda::usable_device(device), static_cast<size_t>(weight_bytes));
 }
 
 }  // namespace yivl

@@ -6,8 +6,6 @@ namespace yivl::cuda {
 
 namespace {
 
-constexpr int kOldestCapability = 75;
-
 void use(int device) { check(cudaSetDevice(device), "choosing the device"); }
 
 std::string version_text(int version) {
@@ -54,16 +52,11 @@ DeviceInfo device_info(int device) {
     }
     cudaDeviceProp properties;
     check(cudaGetDeviceProperties(&properties, device), "asking for the device's properties");
-    const int capability = 10 * properties.major + properties.minor;
-    if (capability < kOldestCapability) {
-        throw DeviceError("CUDA: expected compute capability 7.5 or newer, found " + std::to_string(properties.major) +
-                          "." + std::to_string(properties.minor) + " (" + properties.name + ")");
-    }
     use(device);
     size_t free = 0, total = 0;
     check(cudaMemGetInfo(&free, &total), "asking for free memory");
     return {properties.name,
-            capability,
+            10 * properties.major + properties.minor,
             properties.multiProcessorCount,
             static_cast<int64_t>(total),
             static_cast<int64_t>(free),

@@ -33,8 +33,8 @@ class Ceilings:
     packed_per_second: float
     """The same of the unit for packed operands; 0 where the instruction set in use has none."""
     packed_unit: str
-    """``bfloat16`` (AMX tiles), ``int16`` or ``float16`` (a GPU's tensor cores), all with 32-bit sums; empty where there
-    is none."""
+    """``bfloat16`` (AMX tiles), ``int16`` or ``float16`` (a GPU's tensor cores), all with 32-bit sums; empty where
+    there is none."""
     read_how: str = "read"
     """``read``; on a GPU ``copied``: bytes read and written of a copy within its memory."""
 
@@ -43,7 +43,8 @@ class Ceilings:
         return self.packed_per_second if unit == self.packed_unit else self.float_per_second
 
     def __str__(self) -> str:
-        text = f"{self.read_bytes_per_second / 1e9:.1f} GB/s {self.read_how}, {self.float_per_second / 1e12:.3f} TFLOP/s float32"
+        memory = f"{self.read_bytes_per_second / 1e9:.1f} GB/s {self.read_how}"
+        text = f"{memory}, {self.float_per_second / 1e12:.3f} TFLOP/s float32"
         return text + (
             f", {self.packed_per_second / 1e12:.3f} TFLOP/s {self.packed_unit}" if self.packed_unit else ""
         )
@@ -199,7 +200,7 @@ class Stages:
         return session.usage[2]
 
     def kernels(self) -> list[Kernel]:
-        """The GPU's kernels since the last call, the longest first; none before the first, which begins to time them."""
+        """The GPU's kernels since the last call, the longest first; the first call begins to time them."""
         return [Kernel(*kernel) for kernel in self._core.profile()]
 
     def decode_kernels(self, context: int, tokens: int) -> list[Kernel]:
