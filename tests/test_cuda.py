@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import test_golden
 import test_kernels
-from emulated import EMULATOR
+from emulated import EMULATOR, missing_device
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from test_golden import QUESTIONS
 from test_kernels import (
@@ -32,19 +32,8 @@ from test_sampler import random_options
 from yivl_edge import DeviceError, Model, _core
 from yivl_edge.data import samples
 
-
-def missing() -> str:
-    """Why no CUDA device can be used; empty if one can."""
-    try:
-        _core.cuda_device()
-    except DeviceError as error:
-        return str(error)
-    return ""
-
-
-if missing():
-    assert not EMULATOR, missing()
-    pytest.skip(missing(), allow_module_level=True)
+if missing_device():
+    pytest.skip(missing_device(), allow_module_level=True)
 
 ORDERS = ["forward", "reverse", "shuffled"]
 

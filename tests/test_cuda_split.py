@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_golden
-from emulated import EMULATOR
+from emulated import EMULATOR, missing_device
 from test_golden import QUESTIONS
 from yivl_edge import DeviceError, Model, _core
 
-pytestmark = pytest.mark.skipif(not EMULATOR, reason="needs a device whose memory can be set")
+pytestmark = pytest.mark.skipif(bool(missing_device()), reason=missing_device())
+needs_emulator = pytest.mark.skipif(not EMULATOR, reason="needs a device whose memory can be set")
 
 LAYERS = 3  # of the golden model
 
@@ -89,6 +90,7 @@ def test_progress_counts_the_layers_of_both(model: Model) -> None:
     assert done == pytest.approx([(i + 1) / LAYERS for i in range(LAYERS)])
 
 
+@needs_emulator
 @pytest.mark.parametrize("n", range(LAYERS + 1))
 def test_as_many_layers_as_fit_are_on_the_gpu(
     golden_q4_0: Path, monkeypatch: pytest.MonkeyPatch, n: int
@@ -106,6 +108,7 @@ def test_as_many_layers_as_fit_are_on_the_gpu(
         assert Model(golden_q4_0, device="cuda").n_gpu_layers == n - 1
 
 
+@needs_emulator
 def test_a_shorter_context_leaves_room_for_more_layers(
     golden_q4_0: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +118,7 @@ def test_a_shorter_context_leaves_room_for_more_layers(
     assert Model(golden_q4_0, device="cuda", n_ctx=200).n_gpu_layers == LAYERS
 
 
+@needs_emulator
 def test_layers_that_are_insisted_on_and_do_not_fit_are_an_error(
     golden_q4_0: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +133,7 @@ def test_layers_that_are_insisted_on_and_do_not_fit_are_an_error(
         Model(golden_q4_0, device="cuda", n_gpu_layers=3)
 
 
+@needs_emulator
 def test_a_card_without_room_for_the_vision_tower_is_an_error(
     golden_q4_0: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,11 +154,13 @@ def test_a_number_of_layers_that_there_is_not_is_an_error(
         Model(golden_q4_0, device=device, n_gpu_layers=-1)
 
 
+@needs_emulator
 def test_the_cpu_has_no_gpu_layers(golden_q4_0: Path) -> None:
     assert Model(golden_q4_0, device="cpu", n_gpu_layers=0).n_gpu_layers == 0
     assert Model(golden_q4_0, n_gpu_layers=2).n_gpu_layers == 0  # auto does not take the emulator
 
 
+@needs_emulator
 def test_the_memory_of_a_device_that_is_not_there_is_an_error() -> None:
     with pytest.raises(DeviceError, match="expected a device from 0 to 0, found 7"):
         _core.cuda_memory("cuda:7")
