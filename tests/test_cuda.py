@@ -33,6 +33,7 @@ from yivl_edge import DeviceError, Model, _core
 from yivl_edge.data import samples
 
 if missing_device():
+    assert not EMULATOR, missing_device()
     pytest.skip(missing_device(), allow_module_level=True)
 
 ORDERS = ["forward", "reverse", "shuffled"]

@@ -27,6 +27,10 @@ constexpr int kMostTokens = 4;  // of a warp
 // them.
 constexpr int blocks_at_once(WeightType type, int tokens) { return 4 - (type == WeightType::Q6_K) - (tokens > 1); }
 constexpr int kGatedWarps = 8;
+// Three for Q4_K and one token: 6B's 344 blocks are then all under way at once on the 132 multiprocessors of an H100.
+constexpr int gated_blocks_at_once(WeightType type, int tokens) {
+    return type == WeightType::Q4_K && tokens == 1 ? 3 : blocks_at_once(type, tokens) / 2;
+}
 
 // ---- rounding x ----
 
@@ -404,7 +408,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kType, kTokens))
 
 // kBlock rows of gate, and the same of up, for every block: their products can be rounded at once.
 template <WeightType kType, class Input, int kTokens>
-__global__ void __launch_bounds__(kGatedWarps* kWarp, blocks_at_once(kType, kTokens) / 2)
+__global__ void __launch_bounds__(kGatedWarps* kWarp, gated_blocks_at_once(kType, kTokens))
     gated_matvec_kernel(Mat y, const std::byte* gate, const std::byte* up, Input x, int64_t row_bytes,
                         RoundedInput rounded_y) {
     struct Products {
