@@ -300,8 +300,12 @@ def write_random_model(
     blocks: int | None = None,
     layout: Any = "single",
     seed: int = 0,
+    header_only: bool = False,
 ) -> list[Path]:
-    """Write the file or the pair, with so many decoder blocks (default: all); return the paths."""
+    """Write the file or the pair, with so many decoder blocks (default: all); return the paths.
+
+    With ``header_only``, a hole stands where the weights would be: for programs that look at sizes.
+    """
     decoder, vision = SIZES[size]
     decoder = replace(decoder, blocks=blocks or decoder.blocks)
     config = ModelConfig(f"random Yi-VL {size}", decoder, vision, IMAGE)
@@ -319,6 +323,12 @@ def write_random_model(
     plans = plan_files(
         output, layout, keys, types, file_type=FILE_TYPES[type_name], vision_file_type=FILE_TYPES[vision_type]
     )
+    if header_only:
+        for plan in plans:
+            with plan.path.open("wb") as file:
+                file.write(plan.header({}))
+                file.truncate(plan.file_size)
+        return [plan.path for plan in plans]
     by_name = {tensor.name: tensor for tensor in table}
     generator = np.random.default_rng(seed)
     pools: dict[GGMLQuantizationType, Pool] = {}
@@ -355,6 +365,11 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, metavar="N", help="of the decoder (default: all)")
     parser.add_argument("--layout", choices=("single", "pair"), default="single", help="(default: single)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser.add_argument(
+        "--header-only",
+        action="store_true",
+        help="leave a hole where the weights would be, for yivl-edge inspect",
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.gguf")
     arguments = parser.parse_args()
     vision_type = arguments.vision_type
@@ -370,6 +385,7 @@ def main() -> None:
         blocks=arguments.blocks,
         layout=arguments.layout,
         seed=arguments.seed,
+        header_only=arguments.header_only,
     )
     seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

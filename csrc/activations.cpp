@@ -36,7 +36,9 @@ public:
         ops_->attention(out, q, k, v, shape);
     }
     void embed(Mat y, const Weight& table, std::span<const int32_t> ids) override { ops_->embed(y, table, ids); }
-    int32_t argmax(ConstMat x) override { return ops_->argmax(x); }
+    int32_t draw(ConstMat x, std::span<const int32_t> previous_ids, const Draw& draw) override {
+        return ops_->draw(x, previous_ids, draw);
+    }
 
 private:
     ConstMat downloaded(ConstMat x) {

@@ -9,8 +9,8 @@ void self_attention(const DecoderLayerWeights& w, const DecoderConfig& c, Decode
                     int64_t first, Ops& ops) {
     const Mat h = s.h.rows(T);
     const Mat q = s.q.rows(T);
-    const Mat k = s.k_cache[layer].view();
-    const Mat v = s.v_cache[layer].view();
+    const Mat k = s.keys(layer);
+    const Mat v = s.values(layer);
     const Rotation rope{.head_dim = c.head_dim, .first = first, .theta = c.rope_theta};
 
     ops.linear(h, {{.y = q, .w = w.q, .rotation = rope},
@@ -29,7 +29,7 @@ void decoder_forward(const DecoderWeights& w, const DecoderConfig& c, DecoderSta
     const Mat h = s.h.rows(T);
     const Mat gate = s.gate.rows(T);
 
-    for (int64_t i = 0; i < c.n_layers; ++i) {
+    for (int64_t i = s.layers.begin; i < s.layers.end; ++i) {
         const DecoderLayerWeights& layer = w.layers[i];
         // x = x + attention(RMSNorm(x))
         ops.rms_norm(h, x, layer.attn_norm, c.norm_eps);

@@ -6,9 +6,9 @@
 
 namespace yivl {
 
-// Runs the T rows of s.x (T, D), at positions [first, first + T), through all layers, writing their keys and values
-// into the cache. Positions before `first` must have been run. The result stays in s.x. `on_layer` sees the layers
-// done.
+// Runs the T rows of s.x (T, D), at positions [first, first + T), through the layers of `s`, writing their keys and
+// values into the cache. Positions before `first` must have been run. The result stays in s.x. `on_layer` sees how many
+// of the decoder's layers are done.
 void decoder_forward(const DecoderWeights& w, const DecoderConfig& c, DecoderState& s, int64_t T, int64_t first,
                      Ops& ops, const std::function<void(int64_t)>& on_layer = {});
 

@@ -29,15 +29,6 @@ private:
 
 bool same_picture(const Pixels& a, const Pixels& b) { return a == b || (a != nullptr && b != nullptr && *a == *b); }
 
-int64_t checked_context(const Config& config, int64_t n_ctx) {
-    const int64_t most = config.decoder.context_length;
-    if (n_ctx < 0 || n_ctx > most) {
-        throw std::invalid_argument("n_ctx: expected 1 to the model's " + std::to_string(most) + ", found " +
-                                    std::to_string(n_ctx));
-    }
-    return n_ctx > 0 ? n_ctx : most;
-}
-
 // The positions asked for, all T of them by default.
 std::vector<int64_t> checked_wanted(const std::optional<std::vector<int64_t>>& positions, int64_t T) {
     std::vector<int64_t> wanted(positions ? 0 : T);
@@ -67,21 +58,11 @@ std::vector<float> downloaded(ConstMat x, Ops& ops) {
     return values;
 }
 
-// What weights and one session take of a device.
-int64_t bytes_needed(const GgufFile& text, const GgufFile* vision, const Config& c, int64_t n_ctx) {
-    n_ctx = checked_context(c, n_ctx);
-    int64_t bytes = tensor_bytes(text) + DecoderState::kv_bytes(c.decoder, n_ctx) +
-                    DecoderState::activation_bytes(c.decoder, checked_batch(kDefaultBatch, n_ctx));
-    if (vision != nullptr && vision != &text) bytes += tensor_bytes(*vision);
-    if (c.vit) bytes += VitState::bytes(*c.vit, c.decoder.width);
-    return bytes;
-}
-
 }  // namespace
 
-Model::Model(Config config, std::unique_ptr<Backend> backend, Weights weights, Tokenizer tokenizer)
+Model::Model(Config config, Placement placement, Weights weights, Tokenizer tokenizer)
     : config_(std::move(config)),
-      backend_(std::move(backend)),
+      placement_(std::move(placement)),
       weights_(std::move(weights)),
       tokenizer_(std::move(tokenizer)) {}
 
@@ -96,12 +77,13 @@ std::shared_ptr<const Model> Model::open(const ModelOptions& options, Control& c
     }
     Config config = read_config(*text, vision.get());
     Tokenizer tokenizer(Tokenizer::read_config(*text));
-    std::unique_ptr<Backend> backend =
-        make_backend(options.device, options.n_threads, bytes_needed(*text, vision.get(), config, options.n_ctx));
-    Weights weights = bind_weights(text, vision, config, *backend, control);
+    Placement placement = place_model(options.device, options.n_gpu_layers, options.n_threads,
+                                      plan_memory(*text, vision.get(), config, options.n_ctx));
+    Weights weights =
+        bind_weights(text, vision, config, {*placement.backend, placement.cpu.get(), placement.n_cpu_layers}, control);
     control.progress(Stage::load, 1.0);
     return std::shared_ptr<const Model>(
-        new Model(std::move(config), std::move(backend), std::move(weights), std::move(tokenizer)));
+        new Model(std::move(config), std::move(placement), std::move(weights), std::move(tokenizer)));
 }
 
 int64_t Model::n_positions(std::span<const int32_t> ids) const {
@@ -153,11 +135,21 @@ void Model::check(std::span<const int32_t> ids, const GenerateOptions& options, 
 
 Session::Session(std::shared_ptr<const Model> model, int64_t n_ctx, int64_t batch)
     : model_(std::move(model)),
-      decoder_(model_->backend(), model_->config().decoder, checked_context(model_->config(), n_ctx),
-               checked_batch(batch, checked_context(model_->config(), n_ctx))) {
+      decoder_(model_->backend(), model_->config().decoder, {model_->n_cpu_layers(), model_->config().decoder.n_layers},
+               checked_context(model_->config().decoder, n_ctx),
+               checked_batch(batch, checked_context(model_->config().decoder, n_ctx))) {
     const Config& c = model_->config();
     if (c.vit) vit_.emplace(model_->backend(), *c.vit, c.decoder.width);
+    if (model_->cpu() != nullptr) {
+        cpu_decoder_.emplace(*model_->cpu(), c.decoder, Layers{0, model_->n_cpu_layers()}, decoder_.n_ctx,
+                             decoder_.batch);
+    }
     positions_.reserve(decoder_.n_ctx);
+}
+
+Session::Work Session::work(Control& control) const {
+    Backend* cpu = model_->cpu();
+    return {control, model_->backend().ops(control), cpu == nullptr ? nullptr : cpu->ops(control)};
 }
 
 // One entry per position: an image becomes N entries of kImageId.
@@ -199,35 +191,45 @@ void Session::forget_from(int64_t position) {
     if (std::ranges::find(positions_, kImageId) == positions_.end()) cached_pixels_.reset();
 }
 
-void Session::embed_image(const Pixels& pixels, Ops& ops, Control& control) {
+void Session::embed_image(const Pixels& pixels, Work& work) {
     if (embedded_pixels_ != nullptr && same_picture(embedded_pixels_, pixels)) return;
     embedded_pixels_.reset();  // vit_ is about to be overwritten
     const Config& c = model_->config();
-    const ConstMat features = vit_forward(*model_->weights().vit, *c.vit, *vit_, *pixels, ops, control);
-    projector_forward(*model_->weights().projector, *c.vit, *vit_, features, ops, control);
+    const ConstMat features = vit_forward(*model_->weights().vit, *c.vit, *vit_, *pixels, *work.ops, work.control);
+    projector_forward(*model_->weights().projector, *c.vit, *vit_, features, *work.ops, work.control);
     embedded_pixels_ = pixels;
 }
 
-// Rows [0, positions.size()) of x: the table's rows of the ids, and the image's rows where the image stands, from
-// `first_image_row` on.
-void Session::embed(std::span<const int32_t> positions, int64_t first_image_row, Ops& ops) {
-    const Mat x = decoder_.x.rows(static_cast<int64_t>(positions.size()));
+// Rows [0, positions.size()) of x, where the first layer is: the table's rows of the ids, and the image's rows where
+// the image stands, from `first_image_row` on.
+void Session::embed(std::span<const int32_t> positions, int64_t first_image_row, Work& work) {
+    const bool on_cpu = cpu_decoder_.has_value();
+    const Mat x = (on_cpu ? *cpu_decoder_ : decoder_).x.rows(static_cast<int64_t>(positions.size()));
     for (size_t i = 0; i < positions.size();) {
         const bool image = positions[i] == kImageId;
         size_t end = i;
         while (end < positions.size() && (positions[end] == kImageId) == image) ++end;
         const Mat rows = x.row_range(static_cast<int64_t>(i), static_cast<int64_t>(end - i));
-        if (image) {
-            ops.copy(rows, vit_->embeddings.view().row_range(first_image_row, rows.rows));
+        if (!image) {
+            (on_cpu ? work.cpu : work.ops)
+                ->embed(rows, model_->weights().decoder.token_embedding, positions.subspan(i, end - i));
+        } else if (const ConstMat from = vit_->embeddings.view().row_range(first_image_row, rows.rows); on_cpu) {
+            work.ops->download(rows, from);
         } else {
-            ops.embed(rows, model_->weights().decoder.token_embedding, positions.subspan(i, end - i));
+            work.ops->copy(rows, from);
         }
         i = end;
     }
 }
 
-void Session::prefill(std::span<const int32_t> positions, int64_t first, const Pixels& pixels, Ops& ops,
-                      Control& control, const std::function<void(int64_t, int64_t)>& on_batch) {
+// T rows of x through the layers that stay on the CPU, and on to where the next one is.
+void Session::run_cpu_layers(int64_t T, int64_t first, Work& work, const std::function<void(int64_t)>& on_layer) {
+    decoder_forward(model_->weights().decoder, model_->config().decoder, *cpu_decoder_, T, first, *work.cpu, on_layer);
+    work.ops->upload(decoder_.x.rows(T), cpu_decoder_->x.rows(T));
+}
+
+void Session::prefill(std::span<const int32_t> positions, int64_t first, const Pixels& pixels, Work& work,
+                      const std::function<void(int64_t, int64_t)>& on_batch) {
     const DecoderConfig& c = model_->config().decoder;
     const int64_t total = static_cast<int64_t>(positions.size());
     const int64_t image_begin = std::ranges::find(positions, kImageId) - positions.begin();
@@ -236,12 +238,14 @@ void Session::prefill(std::span<const int32_t> positions, int64_t first, const P
     for (int64_t begin = first; begin < total;) {
         const int64_t T = std::min(decoder_.batch, total - begin);
         const std::span<const int32_t> batch = positions.subspan(begin, T);
-        embed(batch, std::max<int64_t>(begin - image_begin, 0), ops);
-        decoder_forward(model_->weights().decoder, c, decoder_, T, begin, ops, [&](int64_t layers) {
+        const auto on_layer = [&](int64_t layers) {
             const double done = static_cast<double>(begin - first) +
                                 static_cast<double>(T) * static_cast<double>(layers) / static_cast<double>(c.n_layers);
-            control.progress(Stage::prefill, done / static_cast<double>(total - first));
-        });
+            work.control.progress(Stage::prefill, done / static_cast<double>(total - first));
+        };
+        embed(batch, std::max<int64_t>(begin - image_begin, 0), work);
+        if (cpu_decoder_) run_cpu_layers(T, begin, work, on_layer);
+        decoder_forward(model_->weights().decoder, c, decoder_, T, begin, *work.ops, on_layer);
         on_batch(T, begin);
         if (std::ranges::find(batch, kImageId) != batch.end()) cached_pixels_ = pixels;
         positions_.insert(positions_.end(), batch.begin(), batch.end());
@@ -270,45 +274,47 @@ int32_t Session::read_prompt(Control& control) {
     Reply& r = *reply_;
     const int64_t cached = std::min(matching_prefix(r.prompt, r.pixels), r.usage.prompt_tokens - 1);
     r.usage.cached_tokens = cached;
-    const std::unique_ptr<Ops> ops = model_->backend().ops(control);
+    Work work = this->work(control);
     if (std::find(r.prompt.begin() + cached, r.prompt.end(), kImageId) != r.prompt.end()) {
         const Timer timer(r.timings.image);
-        embed_image(r.pixels, *ops, control);
+        embed_image(r.pixels, work);
     }
     const Timer timer(r.timings.prefill);
-    prefill(r.prompt, cached, r.pixels, *ops, control, [&](int64_t T, int64_t first) {
+    prefill(r.prompt, cached, r.pixels, work, [&](int64_t T, int64_t first) {
         if (first + T < r.usage.prompt_tokens) return;
         decoder_logits(model_->weights().decoder, model_->config().decoder, decoder_, T - 1, decoder_.logits.view(),
-                       *ops);
+                       *work.ops);
     });
-    return sample(*ops);
+    return sample(*work.ops);
 }
 
 // The last sampled id enters the cache and gives the next logits.
 int32_t Session::decode_step(Control& control) {
-    const std::unique_ptr<Ops> ops = model_->backend().ops(control);
+    Work work = this->work(control);
     const int32_t id = reply_->history.back();
     const DecoderWeights& w = model_->weights().decoder;
     const DecoderConfig& c = model_->config().decoder;
     const auto position = static_cast<int64_t>(positions_.size());
-    ops->step({.id = id, .position = position, .n_ctx = decoder_.n_ctx}, step_, [&] {
-        embed({&id, 1}, 0, *ops);
-        decoder_forward(w, c, decoder_, 1, position, *ops);
-        decoder_logits(w, c, decoder_, 0, decoder_.logits.view(), *ops);
+    if (cpu_decoder_) {
+        embed({&id, 1}, 0, work);
+        run_cpu_layers(1, position, work);
+    }
+    work.ops->step({.id = id, .position = position, .n_ctx = decoder_.n_ctx}, step_, [&] {
+        if (!cpu_decoder_) embed({&id, 1}, 0, work);
+        decoder_forward(w, c, decoder_, 1, position, *work.ops);
+        decoder_logits(w, c, decoder_, 0, decoder_.logits.view(), *work.ops);
     });
     positions_.push_back(id);
-    return sample(*ops);
+    return sample(*work.ops);
 }
 
 int32_t Session::sample(Ops& ops) {
     const ConstMat logits = decoder_.logits.view();
-    if (reply_->sampler.takes_largest()) {
-        const int32_t id = ops.argmax(logits);
-        if (id >= 0) return id;
-    }
+    const Draw draw = reply_->sampler.next();
+    if (const int32_t id = ops.draw(logits, reply_->history, draw); id >= 0) return id;
     logits_.resize(static_cast<size_t>(logits.cols));
     ops.download(Mat(logits_.data(), 1, logits.cols), logits);
-    return reply_->sampler.sample(logits_, reply_->history);
+    return reply_->sampler.choose(logits_, reply_->history, draw);
 }
 
 std::optional<std::string> Session::next(Control& control) {
@@ -366,9 +372,9 @@ std::vector<float> Session::vision_features(const Pixels& pixels, Control& contr
 std::vector<float> Session::encode_image(const Pixels& pixels, Control& control) {
     model_->require_vision();
     check_pixels(std::array{kImageId}, pixels);
-    const std::unique_ptr<Ops> ops = model_->backend().ops(control);
-    embed_image(pixels, *ops, control);
-    return downloaded(vit_->embeddings.view(), *ops);
+    Work work = this->work(control);
+    embed_image(pixels, work);
+    return downloaded(vit_->embeddings.view(), *work.ops);
 }
 
 std::vector<float> Session::logits(std::span<const int32_t> ids, const Pixels& pixels, Control& control,
@@ -377,18 +383,20 @@ std::vector<float> Session::logits(std::span<const int32_t> ids, const Pixels& p
     check_pixels(ids, pixels);
     const std::vector<int32_t> positions = expand(ids);
     const std::vector<int64_t> wanted = checked_wanted(options.positions, static_cast<int64_t>(positions.size()));
-    std::unique_ptr<Ops> ops = model_->backend().ops(control);
+    Work work = this->work(control);
     if (options.statistics != nullptr) {
-        ops = record_activations(std::move(ops), *options.statistics);
+        for (std::unique_ptr<Ops>* ops : {&work.ops, &work.cpu}) {
+            if (*ops != nullptr) *ops = record_activations(std::move(*ops), *options.statistics);
+        }
         embedded_pixels_.reset();
     }
-    if (pixels != nullptr) embed_image(pixels, *ops, control);
+    if (pixels != nullptr) embed_image(pixels, work);
 
     const int64_t V = model_->config().decoder.vocab_size;
     std::vector<float> result(wanted.size() * static_cast<size_t>(V));
     const Buffer some(model_->backend(), std::min(decoder_.batch, kLogitsRows), V);
     size_t done = 0;
-    prefill(positions, 0, pixels, *ops, control, [&](int64_t T, int64_t first) {
+    prefill(positions, 0, pixels, work, [&](int64_t T, int64_t first) {
         while (done < wanted.size() && wanted[done] < first + T) {
             // Positions that stand together are computed together.
             int64_t rows = 1;
@@ -397,8 +405,8 @@ std::vector<float> Session::logits(std::span<const int32_t> ids, const Pixels& p
                 ++rows;
             }
             decoder_logits(model_->weights().decoder, model_->config().decoder, decoder_, wanted[done] - first,
-                           some.rows(rows), *ops);
-            ops->download(Mat(&result[done * static_cast<size_t>(V)], rows, V), some.rows(rows));
+                           some.rows(rows), *work.ops);
+            work.ops->download(Mat(&result[done * static_cast<size_t>(V)], rows, V), some.rows(rows));
             done += rows;
         }
     });

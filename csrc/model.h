@@ -8,6 +8,7 @@
 
 #include "activations.h"
 #include "config.h"
+#include "placement.h"
 #include "prompt.h"
 #include "sampler.h"
 #include "state.h"
@@ -21,8 +22,9 @@ struct ModelOptions {
     std::string path;
     std::string mmproj;           // empty: the file holds the vision tower itself, or there is none
     int n_threads = 0;            // 0: one per physical core
-    std::string device = "auto";  // as for make_backend
+    std::string device = "auto";  // as for place_model
     int64_t n_ctx = 0;            // of the sessions that must fit the device's memory; 0: the model's context length
+    std::optional<int64_t> n_gpu_layers = {};  // of the decoder, on the GPU; none: as for place_model
 };
 
 struct GenerateOptions {
@@ -47,7 +49,13 @@ public:
     const Config& config() const { return config_; }
     const Weights& weights() const { return weights_; }
     const Tokenizer& tokenizer() const { return tokenizer_; }
-    Backend& backend() const { return *backend_; }
+    Backend& backend() const { return *placement_.backend; }
+    // The decoder's first layers run on the CPU where the backend is a GPU that has no room for them: null and 0 where
+    // all are the backend's.
+    Backend* cpu() const { return placement_.cpu.get(); }
+    int64_t n_cpu_layers() const { return placement_.n_cpu_layers; }
+    // Layers that run on a GPU.
+    int64_t n_gpu_layers() const { return placement_.n_gpu_layers; }
 
     // Positions that a prompt of these ids takes: an image counts as N.
     int64_t n_positions(std::span<const int32_t> ids) const;
@@ -59,10 +67,10 @@ public:
     void require_vision() const;
 
 private:
-    Model(Config config, std::unique_ptr<Backend> backend, Weights weights, Tokenizer tokenizer);
+    Model(Config config, Placement placement, Weights weights, Tokenizer tokenizer);
 
     Config config_;
-    std::unique_ptr<Backend> backend_;
+    Placement placement_;
     Weights weights_;
     Tokenizer tokenizer_;
 };
@@ -132,14 +140,23 @@ private:
         Timings timings;
     };
 
+    // What one call computes with.
+    struct Work {
+        Control& control;
+        std::unique_ptr<Ops> ops;
+        std::unique_ptr<Ops> cpu;  // null where no layer stays on the CPU
+    };
+
+    Work work(Control& control) const;
     std::vector<int32_t> expand(std::span<const int32_t> ids) const;
     void check_pixels(std::span<const int32_t> ids, const Pixels& pixels) const;
     int64_t matching_prefix(std::span<const int32_t> wanted, const Pixels& pixels) const;
-    void embed_image(const Pixels& pixels, Ops& ops, Control& control);
-    void embed(std::span<const int32_t> positions, int64_t first_image_row, Ops& ops);
+    void embed_image(const Pixels& pixels, Work& work);
+    void embed(std::span<const int32_t> positions, int64_t first_image_row, Work& work);
+    void run_cpu_layers(int64_t T, int64_t first, Work& work, const std::function<void(int64_t)>& on_layer = {});
     void forget_from(int64_t position);
     // Computes positions [first, end) of `positions` in batches; `on_batch` sees each (row count, first position).
-    void prefill(std::span<const int32_t> positions, int64_t first, const Pixels& pixels, Ops& ops, Control& control,
+    void prefill(std::span<const int32_t> positions, int64_t first, const Pixels& pixels, Work& work,
                  const std::function<void(int64_t, int64_t)>& on_batch);
     // The next id.
     int32_t read_prompt(Control& control);
@@ -148,9 +165,10 @@ private:
 
     std::shared_ptr<const Model> model_;
     std::optional<VitState> vit_;
-    DecoderState decoder_;
-    std::unique_ptr<StepRecord> step_;  // of decode_step
-    std::vector<float> logits_;         // (V), downloaded
+    std::optional<DecoderState> cpu_decoder_;  // of the layers that stay on the CPU
+    DecoderState decoder_;                     // of the others
+    std::unique_ptr<StepRecord> step_;         // of decode_step
+    std::vector<float> logits_;                // (V), downloaded
 
     std::vector<int32_t> positions_;  // what the KV cache holds, one id per position, kImageId for each image row
     Pixels cached_pixels_;            // the picture behind the image rows in the cache

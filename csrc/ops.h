@@ -10,9 +10,11 @@
 #include <initializer_list>
 #include <memory>
 #include <span>
-#include <string_view>
+#include <string>
+#include <vector>
 
 #include "control.h"
+#include "draw.h"
 #include "tensor.h"
 
 namespace yivl {
@@ -70,15 +72,31 @@ public:
     virtual void attention(Mat out, ConstMat q, ConstMat k, ConstMat v, const AttentionShape& shape) = 0;
     // y (T, D) = rows `ids` of the table (V, D).
     virtual void embed(Mat y, const Weight& table, std::span<const int32_t> ids) = 0;
-    // Where the largest of x (1, V) is, the first of several; -1 if one is NaN or infinite, and where reading x is just
-    // as good.
-    virtual int32_t argmax(ConstMat x) = 0;
+    // The id that Sampler::choose takes of the logits x (1, V), without a change to them; -1 for logits that it
+    // refuses, and where reading x is just as good.
+    virtual int32_t draw(ConstMat x, std::span<const int32_t> previous_ids, const Draw& draw) = 0;
 
     // Runs `forward`, which asks for the operations of one step: at every call with the same `record`, at first null,
     // the same ones on the same memory. All that may differ is the id that it embeds, and what follows from the
     // position: rows of products that are not the first, rotations, and how many rows of k and v attention sees. So a
     // backend need not ask it every time.
     virtual void step(const Step&, std::unique_ptr<StepRecord>&, const std::function<void()>& forward) { forward(); }
+};
+
+// What the kernels of one name did, altogether; bytes and operations are 0 where nobody counts them.
+struct KernelTime {
+    std::string name;
+    int64_t calls = 0;
+    double seconds = 0;
+    int64_t bytes = 0;  // read and written of memory, each once
+    int64_t flop = 0;
+};
+
+// What a benchmark compares with.
+enum class Unit {
+    memory,  // copied within it: bytes, read and written
+    float32,
+    half,  // matrices of half precision, summed in float32
 };
 
 // What a device offers: where weights live and how to compute there. Shared by all sessions of a model.
@@ -94,20 +112,32 @@ public:
     // Bytes of a mapped file where operations can read them: the same ones, or a copy that lives as long as the
     // backend.
     virtual const std::byte* place(std::span<const std::byte> bytes, Control& control) = 0;
+
+    // Keeps a unit as busy as it gets; how many operations, or bytes, that was. 0: this backend has no way to.
+    virtual int64_t exert(Unit, int64_t /*rounds*/) { return 0; }
+    // From the first call on, the kernels of Ops made later are timed one by one, which makes them slower. Returns
+    // those since the last call, the longest first; a backend without kernels of its own has none.
+    virtual std::vector<KernelTime> profile() { return {}; }
 };
 
 // n_threads 0 means one per physical core. Throws std::invalid_argument when YIVL_ISA names an instruction set that is
 // unknown or that this CPU lacks.
 std::unique_ptr<Backend> make_cpu_backend(int n_threads);
 
-// Throws DeviceError naming what is missing: CUDA in this build, a driver, a card, a new enough one; AllocationError
-// when less than `needed_bytes` of its memory is free.
-std::unique_ptr<Backend> make_cuda_backend(int device, int64_t needed_bytes);
-// The device that make_cuda_backend should take when nobody chose one: the first with that much memory free; -1: none.
-int choose_cuda_device(int64_t needed_bytes);
+struct DeviceMemory {
+    std::string name;
+    int64_t total_bytes;
+    int64_t free_bytes;
+    bool emulated;  // for tests: nobody gets it who did not ask for it
+};
+// What a device needs beside what a model counts: the kernels' code, streams, results between the kernels of an
+// operation, whole pages for every allocation.
+inline constexpr int64_t kDeviceReserve = 256 << 20;
 
-// The backend that `device` asks for: "cpu", "cuda", "cuda:1", or "auto", which is a GPU where the model fits and the
-// CPU elsewhere (and where YIVL_ISA chooses the CPU's instruction set). Throws std::invalid_argument for another name.
-std::unique_ptr<Backend> make_backend(std::string_view device, int n_threads, int64_t needed_bytes);
+// All three throw DeviceError naming what is missing: CUDA in this build, a driver, a card, a new enough one.
+int cuda_device_count();
+DeviceMemory cuda_memory(int device);
+// Takes `weight_bytes` at once, for what is placed first; more is allocated as it comes. Throws AllocationError.
+std::unique_ptr<Backend> make_cuda_backend(int device, int64_t weight_bytes);
 
 }  // namespace yivl

@@ -16,36 +16,10 @@ namespace {
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
-// Ids less probable than 2^-64 of the most probable one are never drawn: all of a vocabulary's together weigh less than
-// the rounding of the sum that they would be added to.
-constexpr double least_exponent = -44.36141955583650;  // ln 2^-64
-
 void require(bool ok, const char* option, const char* expected, float found) {
     if (!ok)
         throw std::invalid_argument(std::string(option) + ": expected " + expected + ", found " +
                                     std::to_string(found));
-}
-
-constexpr std::array<double, 13> reciprocal_factorials = [] {
-    std::array<double, 13> values{1.0};
-    for (size_t n = 1; n < values.size(); ++n) values[n] = values[n - 1] / static_cast<double>(n);
-    return values;
-}();
-
-// e^x for least_exponent <= x <= 0 (any other x: some number) with a relative error below 1e-15. The standard library's
-// differs between systems.
-double exponential(double x) {
-    constexpr double log2_e = 1.4426950408889634;
-    constexpr double ln2_high = 0.693147180369123816490;  // 33 bits, so that k * ln2_high is exact
-    constexpr double ln2_low = 1.90821492927058770002e-10;
-    constexpr double shift = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer in the low bits
-    const double shifted = x * log2_e + shift;
-    const double k = shifted - shift;
-    const double r = (x - k * ln2_high) - k * ln2_low;  // e^x = 2^k e^r, |r| <= ln 2 / 2
-    double sum = reciprocal_factorials.back();
-    for (size_t n = reciprocal_factorials.size() - 1; n-- > 0;) sum = sum * r + reciprocal_factorials[n];
-    const uint64_t exponent = std::bit_cast<uint64_t>(shifted) + 1023;
-    return sum * std::bit_cast<double>(exponent << 52);
 }
 
 // The first position of the greatest logit.
@@ -84,7 +58,7 @@ Sampler::Sampler(const SamplingOptions& options) : options_(options), state_(opt
         throw std::invalid_argument("top_k: expected a number of at least 0, found " + std::to_string(o.top_k));
 }
 
-int32_t Sampler::sample(std::span<float> logits, std::span<const int32_t> previous_ids) {
+int32_t Sampler::choose(std::span<float> logits, std::span<const int32_t> previous_ids, const Draw& draw) {
     if (logits.empty()) throw std::invalid_argument("expected at least one logit, found none");
     if (options_.repetition_penalty != 1) penalise(logits, previous_ids);
     const size_t best = greatest(logits);
@@ -97,7 +71,7 @@ int32_t Sampler::sample(std::span<float> logits, std::span<const int32_t> previo
         kept = kept.first(std::remove_if(kept.begin(), kept.end(), improbable) - kept.begin());
     }
 
-    const double target = random() * total_weight(kept);
+    const double target = draw.random * total_weight(kept);
     double cumulated = 0;
     for (const Candidate& candidate : kept) {
         cumulated += candidate.weight;
@@ -106,7 +80,6 @@ int32_t Sampler::sample(std::span<float> logits, std::span<const int32_t> previo
     return kept.back().id;  // random() * total may round up to the total
 }
 
-// Scores above 0 are divided by the penalty, those below multiplied.
 void Sampler::penalise(std::span<float> logits, std::span<const int32_t> previous_ids) {
     for (const int32_t id : previous_ids) {
         if (id >= 0 && static_cast<size_t>(id) >= logits.size())
@@ -118,7 +91,7 @@ void Sampler::penalise(std::span<float> logits, std::span<const int32_t> previou
     for (const int32_t id : previous_ids) {
         if (id < 0 || seen_[id]) continue;
         seen_[id] = 1;
-        logits[id] = logits[id] < 0 ? logits[id] * penalty : logits[id] / penalty;
+        logits[id] = drawing::penalised(logits[id], penalty);
     }
     for (const int32_t id : previous_ids)
         if (id >= 0) seen_[id] = 0;
@@ -128,6 +101,7 @@ void Sampler::penalise(std::span<float> logits, std::span<const int32_t> previou
 std::span<Sampler::Candidate> Sampler::weigh(std::span<const float> logits, double top) {
     const float least = least_of_top_k(logits);
     const double inverse_temperature = 1.0 / options_.temperature;
+    const double steps = drawing::steps(static_cast<int64_t>(logits.size())), step = 1 / steps;
     if (candidates_.size() < logits.size()) candidates_.resize(logits.size());
     size_t count = 0;
     // In blocks, so that the exponentials are vectorised.
@@ -136,12 +110,13 @@ std::span<Sampler::Candidate> Sampler::weigh(std::span<const float> logits, doub
     for (size_t begin = 0; begin < logits.size(); begin += block) {
         const size_t size = std::min(block, logits.size() - begin);
         for (size_t i = 0; i < size; ++i) exponents[i] = (logits[begin + i] - top) * inverse_temperature;
-        for (size_t i = 0; i < size; ++i) weights[i] = exponential(exponents[i]);
+        for (size_t i = 0; i < size; ++i)
+            weights[i] = drawing::rounded(drawing::exponential(exponents[i]) * steps) * step;
         for (size_t i = 0; i < size; ++i) {
             candidates_[count] = {weights[i], static_cast<int32_t>(begin + i)};
             // Without a branch: what is kept looks random to the predictor.
-            count +=
-                static_cast<size_t>(exponents[i] >= least_exponent) & static_cast<size_t>(logits[begin + i] >= least);
+            count += static_cast<size_t>(exponents[i] >= drawing::kLeastExponent) &
+                     static_cast<size_t>(weights[i] > 0) & static_cast<size_t>(logits[begin + i] >= least);
         }
     }
     return std::span(candidates_).first(count);

@@ -5,22 +5,16 @@
 #include <span>
 #include <vector>
 
-namespace yivl {
+#include "draw.h"
 
-struct SamplingOptions {
-    float temperature = 0.2f;  // 0: greedy
-    int32_t top_k = 0;         // the k most probable ids, and those as probable as the last of them; 0: all
-    float top_p = 1.0f;        // the fewest most probable ids (equal ones: the lower) whose sum reaches top_p; 1: all
-    float min_p = 0.0f;        // ids at least min_p times as probable as the most probable one; 0: all
-    float repetition_penalty = 1.0f;  // > 1 makes ids that have occurred less probable (Keskar et al. 2019, CTRL)
-    uint64_t seed = 0;
-};
+namespace yivl {
 
 // The filters work in transformers' order: repetition penalty, temperature, top_k, top_p, min_p.
 //
-// The same seed and logits give the same ids on any machine: random numbers come from SplitMix64 (Steele, Lea and Flood
-// 2014; one step per id drawn, none when greedy), its upper 53 bits as a number u in [0, 1); the exponential is made of
-// basic IEEE operations; the id drawn is the first whose cumulated probability, in the order of ids, exceeds u.
+// The same seed and logits give the same ids on any machine and any backend: random numbers come from SplitMix64
+// (Steele, Lea and Flood 2014; one step per id drawn, none when greedy), its upper 53 bits as a number u in [0, 1); the
+// exponential is made of basic IEEE operations, and rounded so that sums are exact; the id drawn is the first whose
+// cumulated probability, in the order of ids, exceeds u.
 class Sampler {
 public:
     // Throws std::invalid_argument naming the option, its range and what was found.
@@ -30,10 +24,13 @@ public:
     // those of prompt and reply; negative ones (an image's place) are ignored. Throws std::runtime_error if a logit is
     // NaN or +infinity, or all are -infinity; std::invalid_argument for no logits or a previous id that is not below V.
     // Allocates only when V is larger than ever before.
-    int32_t sample(std::span<float> logits, std::span<const int32_t> previous_ids);
+    int32_t sample(std::span<float> logits, std::span<const int32_t> previous_ids) {
+        return choose(logits, previous_ids, next());
+    }
 
-    // Whether the next id is always the largest logit's, the first of several.
-    bool takes_largest() const { return options_.temperature == 0 && options_.repetition_penalty == 1; }
+    // The same in two parts, of which a backend may have done the second.
+    Draw next() { return {options_, options_.temperature == 0 ? 0.0 : random()}; }
+    int32_t choose(std::span<float> logits, std::span<const int32_t> previous_ids, const Draw& draw);
 
 private:
     struct Candidate {

@@ -1,5 +1,8 @@
 #include "state.h"
 
+#include <stdexcept>
+#include <string>
+
 namespace yivl {
 
 VitState::VitState(Backend& backend, const VitConfig& c, int64_t decoder_width)
@@ -20,28 +23,34 @@ int64_t VitState::bytes(const VitConfig& c, int64_t decoder_width) {
     return floats * static_cast<int64_t>(sizeof(float));
 }
 
-DecoderState::DecoderState(Backend& backend, const DecoderConfig& c, int64_t n_ctx, int64_t batch)
-    : n_ctx(n_ctx),
+DecoderState::DecoderState(Backend& backend, const DecoderConfig& c, Layers layers, int64_t n_ctx, int64_t batch)
+    : layers(layers),
+      n_ctx(n_ctx),
       batch(batch),
       x(backend, batch, c.width),
       h(backend, batch, c.width),
       q(backend, batch, c.q_width()),
       attn(backend, batch, c.q_width()),
       gate(backend, batch, c.mlp_width),
-      logits(backend, 1, c.vocab_size) {
-    for (int64_t i = 0; i < c.n_layers; ++i) {
-        k_cache.emplace_back(backend, n_ctx, c.kv_width());
-        v_cache.emplace_back(backend, n_ctx, c.kv_width());
-    }
-}
+      logits(backend, 1, c.vocab_size),
+      k_cache(backend, layers.count() * n_ctx, c.kv_width()),
+      v_cache(backend, layers.count() * n_ctx, c.kv_width()) {}
 
-int64_t DecoderState::kv_bytes(const DecoderConfig& c, int64_t n_ctx) {
-    return 2 * c.n_layers * n_ctx * c.kv_width() * static_cast<int64_t>(sizeof(float));
+int64_t DecoderState::kv_bytes(const DecoderConfig& c, int64_t n_layers, int64_t n_ctx) {
+    return 2 * n_layers * n_ctx * c.kv_width() * static_cast<int64_t>(sizeof(float));
 }
 
 int64_t DecoderState::activation_bytes(const DecoderConfig& c, int64_t batch) {
     const int64_t floats = batch * (2 * c.width + 2 * c.q_width() + c.mlp_width) + c.vocab_size;
     return floats * static_cast<int64_t>(sizeof(float));
+}
+
+int64_t checked_context(const DecoderConfig& c, int64_t n_ctx) {
+    if (n_ctx < 0 || n_ctx > c.context_length) {
+        throw std::invalid_argument("n_ctx: expected 1 to the model's " + std::to_string(c.context_length) +
+                                    ", found " + std::to_string(n_ctx));
+    }
+    return n_ctx > 0 ? n_ctx : c.context_length;
 }
 
 }  // namespace yivl

@@ -2,8 +2,6 @@
 // session will need is known before anything is loaded.
 #pragma once
 
-#include <vector>
-
 #include "buffer.h"
 #include "config.h"
 
@@ -24,26 +22,42 @@ struct VitState {
     static int64_t bytes(const VitConfig& c, int64_t decoder_width);
 };
 
+// The layers [begin, end) of a decoder.
+struct Layers {
+    int64_t begin, end;
+
+    int64_t count() const { return end - begin; }
+};
+
+// Of the layers that one backend runs.
 struct DecoderState {
     // `batch`: how many positions are computed at once in prefill.
-    DecoderState(Backend& backend, const DecoderConfig& c, int64_t n_ctx, int64_t batch);
+    DecoderState(Backend& backend, const DecoderConfig& c, Layers layers, int64_t n_ctx, int64_t batch);
 
+    Layers layers;
     int64_t n_ctx;
     int64_t batch;
-    Buffer x;                              // (B, D) residual stream
-    Buffer h;                              // (B, D) normalised
-    Buffer q;                              // (B, H hd)
-    Buffer attn;                           // (B, H hd)
-    Buffer gate;                           // (B, F)
-    Buffer logits;                         // (1, V)
-    std::vector<Buffer> k_cache, v_cache;  // L of (n_ctx, K hd)
+    Buffer x;                 // (B, D) residual stream
+    Buffer h;                 // (B, D) normalised
+    Buffer q;                 // (B, H hd)
+    Buffer attn;              // (B, H hd)
+    Buffer gate;              // (B, F)
+    Buffer logits;            // (1, V)
+    Buffer k_cache, v_cache;  // (layers n_ctx, K hd)
 
-    static int64_t kv_bytes(const DecoderConfig& c, int64_t n_ctx);
+    // Of one of the layers: (n_ctx, K hd).
+    Mat keys(int64_t layer) const { return k_cache.view().row_range((layer - layers.begin) * n_ctx, n_ctx); }
+    Mat values(int64_t layer) const { return v_cache.view().row_range((layer - layers.begin) * n_ctx, n_ctx); }
+
+    static int64_t kv_bytes(const DecoderConfig& c, int64_t n_layers, int64_t n_ctx);
     static int64_t activation_bytes(const DecoderConfig& c, int64_t batch);
 };
 
 // Positions computed at once when nothing else is asked for: a picture with its question in one go (1024 image tokens,
 // system text, question), since every pass unpacks all weights once.
 inline constexpr int64_t kDefaultBatch = 1152;
+
+// Positions of a session; 0: the model's context length. Throws std::invalid_argument for more than that.
+int64_t checked_context(const DecoderConfig& c, int64_t n_ctx);
 
 }  // namespace yivl

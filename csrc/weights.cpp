@@ -90,10 +90,12 @@ private:
     std::map<std::string_view, const std::byte*> placed_;
 };
 
-DecoderWeights bind_decoder(Binder& bind, const DecoderConfig& c) {
+// `first` binds the embedding table and the first n_first layers, `last` the rest.
+DecoderWeights bind_decoder(Binder& first, int64_t n_first, Binder& last, const DecoderConfig& c) {
     DecoderWeights w;
-    w.token_embedding = bind.matrix("token_embd.weight", c.vocab_size, c.width);
+    w.token_embedding = first.matrix("token_embd.weight", c.vocab_size, c.width);
     for (int64_t i = 0; i < c.n_layers; ++i) {
+        Binder& bind = i < n_first ? first : last;
         const std::string blk = "blk." + std::to_string(i) + ".";
         DecoderLayerWeights& layer = w.layers.emplace_back();
         layer.attn_norm = bind.vector(blk + "attn_norm.weight", c.width);
@@ -106,9 +108,9 @@ DecoderWeights bind_decoder(Binder& bind, const DecoderConfig& c) {
         layer.up = bind.matrix(blk + "ffn_up.weight", c.mlp_width, c.width);
         layer.down = bind.matrix(blk + "ffn_down.weight", c.width, c.mlp_width);
     }
-    w.norm = bind.vector("output_norm.weight", c.width);
-    const char* output = bind.has("output.weight") ? "output.weight" : "token_embd.weight";
-    w.output = bind.matrix(output, c.vocab_size, c.width);
+    w.norm = last.vector("output_norm.weight", c.width);
+    const char* output = last.has("output.weight") ? "output.weight" : "token_embd.weight";
+    w.output = last.matrix(output, c.vocab_size, c.width);
     return w;
 }
 
@@ -149,24 +151,23 @@ ProjectorWeights bind_projector(Binder& bind, const VitConfig& vit, int64_t deco
 }  // namespace
 
 Weights bind_weights(std::shared_ptr<const GgufFile> text, std::shared_ptr<const GgufFile> vision, const Config& config,
-                     Backend& backend, Control& control) {
+                     const WeightPlaces& places, Control& control) {
     Weights w;
-    Binder decoder(*text, backend, control, w);
-    w.decoder = bind_decoder(decoder, config.decoder);
+    Binder decoder(*text, places.backend, control, w);
+    if (places.cpu == nullptr) {
+        w.decoder = bind_decoder(decoder, 0, decoder, config.decoder);
+    } else {
+        Binder on_cpu(*text, *places.cpu, control, w);
+        w.decoder = bind_decoder(on_cpu, places.n_cpu_layers, decoder, config.decoder);
+    }
     if (config.vit) {
-        Binder tower(*vision, backend, control, w);
+        Binder tower(*vision, places.backend, control, w);
         w.vit = bind_vit(tower, *config.vit);
         w.projector = bind_projector(tower, *config.vit, config.decoder.width);
     }
     w.text_file = std::move(text);
     w.vision_file = std::move(vision);
     return w;
-}
-
-int64_t tensor_bytes(const GgufFile& file) {
-    int64_t bytes = 0;
-    for (const GgufTensor& tensor : file.tensors()) bytes += static_cast<int64_t>(tensor.data.size());
-    return bytes;
 }
 
 }  // namespace yivl

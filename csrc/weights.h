@@ -75,12 +75,16 @@ struct Weights {
     std::optional<ProjectorWeights> projector;
 };
 
-// Finds and checks every tensor that `config` calls for, and places it where `backend` computes; the small ones are
-// widened. Throws ModelFileError naming file, tensor, expected and found, and what the backend throws.
-Weights bind_weights(std::shared_ptr<const GgufFile> text, std::shared_ptr<const GgufFile> vision, const Config& config,
-                     Backend& backend, Control& control);
+// Where weights are placed: the embedding table and the first layers of the decoder can be elsewhere than the rest.
+struct WeightPlaces {
+    Backend& backend;
+    Backend* cpu = nullptr;
+    int64_t n_cpu_layers = 0;
+};
 
-// Bytes of all tensors of a file.
-int64_t tensor_bytes(const GgufFile& file);
+// Finds and checks every tensor that `config` calls for, and places it where it is computed with; the small ones are
+// widened. Throws ModelFileError naming file, tensor, expected and found, and what the backends throw.
+Weights bind_weights(std::shared_ptr<const GgufFile> text, std::shared_ptr<const GgufFile> vision, const Config& config,
+                     const WeightPlaces& places, Control& control);
 
 }  // namespace yivl

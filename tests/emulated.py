@@ -20,3 +20,14 @@ if EMULATOR and "yivl_edge._core" not in sys.modules:
     core = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(core)
     sys.modules["yivl_edge._core"] = core
+
+
+def missing_device() -> str:
+    """Why no CUDA device can be used; empty if one can."""
+    from yivl_edge import DeviceError, _core
+
+    try:
+        _core.cuda_device()
+    except DeviceError as error:
+        return str(error)
+    return ""

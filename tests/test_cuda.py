@@ -8,12 +8,13 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import test_golden
 import test_kernels
-from emulated import EMULATOR
+from emulated import EMULATOR, missing_device
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from test_golden import QUESTIONS
 from test_kernels import (
@@ -27,22 +28,13 @@ from test_kernels import (
     relative_error,
     strided,
 )
+from test_sampler import random_options
 from yivl_edge import DeviceError, Model, _core
 from yivl_edge.data import samples
 
-
-def missing() -> str:
-    """Why no CUDA device can be used; empty if one can."""
-    try:
-        _core.cuda_device()
-    except DeviceError as error:
-        return str(error)
-    return ""
-
-
-if missing():
-    assert not EMULATOR, missing()
-    pytest.skip(missing(), allow_module_level=True)
+if missing_device():
+    assert not EMULATOR, missing_device()
+    pytest.skip(missing_device(), allow_module_level=True)
 
 ORDERS = ["forward", "reverse", "shuffled"]
 
@@ -335,17 +327,56 @@ def test_attention_of_a_key_that_is_no_number_is_none(isa: str) -> None:
     assert np.isnan(y).all()
 
 
-def test_argmax_is_the_first_of_the_largest(isa: str) -> None:
+def samplers(seed: int, **options: Any) -> tuple[_core.Sampler, _core.Sampler]:
+    both = [_core.Sampler(_core.SamplingOptions(seed=seed, **options)) for _ in range(2)]
+    return both[0], both[1]
+
+
+def test_greedy_draws_are_the_first_of_the_largest(isa: str) -> None:
     ops = _core.KernelOps(isa)
+    greedy, _ = samplers(0, temperature=0.0)
     for n in (1, 2, 31, 1023, 1025, 64000):
         values = normal(n, 1, n)
-        assert ops.argmax(values) == int(values.argmax())
+        assert ops.draw(values, greedy) == int(values.argmax())
         values[0, n // 3] = values[0, -1] = 9
-        assert ops.argmax(values) == n // 3
-    assert ops.argmax(np.full((1, 100), -3, np.float32)) == 0
-    for bad in (np.nan, np.inf):
-        values[0, 40000] = bad
-        assert ops.argmax(values) == -1
+        assert ops.draw(values, greedy) == n // 3
+    assert ops.draw(np.full((1, 100), -3, np.float32), greedy) == 0
+    for temperature in (0.0, 1.0):
+        sampler, _ = samplers(1, temperature=temperature)
+        for bad in (np.nan, np.inf):
+            values[0, 40000] = bad
+            assert ops.draw(values, sampler) == -1
+        assert ops.draw(np.full((1, 100), -np.inf, np.float32), sampler) == -1
+
+
+def test_draws_are_those_of_the_cpu(isa: str) -> None:
+    ops = _core.KernelOps(isa)
+    rng = np.random.default_rng(4)
+    for seed in range(120):
+        options = random_options(rng)
+        if seed % 10 == 0:
+            options["temperature"] = 0.0
+        n = int(rng.choice([1, 2, 100, 1023, 1024, 1025, 5000]))
+        logits = normal(seed, 1, n) * float(rng.choice([0.0, 0.1, 2.0, 8.0]))
+        if seed % 3 == 0:  # many of the same, also of either sign of 0
+            logits = np.round(logits)
+        logits[0, rng.random(n) < 0.1] = -np.inf
+        logits[0, rng.integers(n)] = 0.0
+        kept = logits.copy()
+        previous = rng.integers(-3, n, int(rng.choice([0, 20, 2000]))).tolist()
+        here, there = samplers(seed, **options)
+        for _ in range(3):
+            assert ops.draw(logits, here, previous) == there.sample(logits[0], previous), (n, options)
+        assert np.array_equal(logits, kept)
+
+
+def test_draws_from_a_whole_vocabulary_are_those_of_the_cpu(isa: str) -> None:
+    ops = _core.KernelOps(isa)
+    for spread in (0.0, 1.0, 4.0):
+        logits = normal(4, 1, 64000) * np.float32(spread)
+        for options in ({}, {"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.05}, {"top_k": 30000, "top_p": 0.5}):
+            here, there = samplers(8, temperature=1.0, **options)
+            assert ops.draw(logits, here) == there.sample(logits[0]), (spread, options)
 
 
 def aligned(values: np.ndarray) -> np.ndarray:
@@ -375,7 +406,8 @@ def every_operation() -> list[np.ndarray]:
         data, _ = random_weights(qtype, 9, 768, 1)
         results.append(np.zeros((tokens, 9), np.float32))
         ops.linear(results[-1], normal(5, tokens, 768), data.reshape(-1), qtype.value)
-    return [*results, np.array(ops.argmax(x[:1]))]
+    sampler, _ = samplers(3, temperature=1.0, top_k=200, top_p=0.9, min_p=0.01, repetition_penalty=1.2)
+    return [*results, np.array([ops.draw(x[:1], sampler, [1, 5, 1]) for _ in range(5)])]
 
 
 @needs_emulator
@@ -455,10 +487,18 @@ def test_the_demo_model_answers_as_on_the_cpu() -> None:
         assert reply.text == question["answer"]
 
 
-def test_a_sampled_reply_is_that_of_the_logits(model: Model, golden_image: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 1.5, "top_k": 50, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.3}],
+    ids=["default", "filtered"],
+)
+def test_a_sampled_reply_is_that_of_the_cpu(
+    model: Model, golden_f32: Path, golden_image: Path, options: dict[str, Any]
+) -> None:
+    # Logits agree to 1e-5 of their size: a number would have to fall that close to a boundary.
     replies = [
-        m.chat(golden_image, "What is this?", temperature=0.7, seed=3, max_tokens=5).text
-        for m in (model, model)
+        m.chat(golden_image, "What is this?", seed=3, max_tokens=16, **options).text
+        for m in (model, Model(golden_f32, device="cpu"))
     ]
     assert replies[0] == replies[1]
 

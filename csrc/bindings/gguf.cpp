@@ -4,6 +4,8 @@
 
 #include "bindings.h"
 #include "config.h"
+#include "ops.h"
+#include "plan.h"
 #include "state.h"
 #include "tokenizer.h"
 
@@ -102,12 +104,26 @@ void bind_inspection(py::module_& m) {
         "memory_needed",
         [](const Config& c, int64_t n_ctx) {
             const int64_t batch = std::min(kDefaultBatch, n_ctx);
-            return std::tuple(DecoderState::kv_bytes(c.decoder, n_ctx),
+            return std::tuple(DecoderState::kv_bytes(c.decoder, c.decoder.n_layers, n_ctx),
                               DecoderState::activation_bytes(c.decoder, batch),
                               c.vit ? VitState::bytes(*c.vit, c.decoder.width) : 0);
         },
         py::arg("config"), py::arg("n_ctx"),
         "Bytes that a session allocates: KV cache, decoder activations, vision activations.");
+    py::class_<MemoryPlan>(m, "MemoryPlan", "What a model takes of a device's memory, in bytes.")
+        .def(py::init([](const PyGguf& text, const std::optional<PyGguf>& vision, const Config& c, int64_t n_ctx) {
+                 return plan_memory(*text.file, vision ? vision->file.get() : nullptr, c, n_ctx);
+             }),
+             py::arg("text"), py::arg("vision"), py::arg("config"), py::arg("n_ctx") = 0)
+        .def_property_readonly("n_layers", &MemoryPlan::n_layers)
+        .def_readonly("vision_weights", &MemoryPlan::vision_weights)
+        .def_readonly("decoder_activations", &MemoryPlan::decoder_activations)
+        .def_readonly("vision_activations", &MemoryPlan::vision_activations)
+        .def("weights_on_device", &MemoryPlan::weights_on_device, py::arg("n_gpu_layers"))
+        .def("kv_on_device", &MemoryPlan::kv_on_device, py::arg("n_gpu_layers"))
+        .def("on_device", &MemoryPlan::on_device, py::arg("n_gpu_layers"))
+        .def("most_layers", &MemoryPlan::most_layers, py::arg("free_bytes"));
+    m.attr("DEVICE_RESERVE") = kDeviceReserve;
 }
 
 }  // namespace

@@ -8,6 +8,8 @@
 #include "cpu/isa.h"
 #include "cpu/ops_cpu.h"
 #include "cpu/threads.h"
+#include "placement.h"
+#include "sampler.h"
 
 namespace yivl {
 
@@ -270,12 +272,13 @@ void embed(KernelOps& self, Floats y, const Bytes& bytes, uint32_t type, int64_t
     self.run(nullptr, [&](Call& c) { c.ops->embed(c.inout(to), c.in(table), ids); });
 }
 
-int32_t argmax(KernelOps& self, const Floats& x) {
+int32_t draw(KernelOps& self, const Floats& x, Sampler& sampler, const std::vector<int32_t>& previous_ids) {
     const ConstMat from = in(x, "x");
     require(from.rows == 1 && from.cols > 0, "x must be one row of values");
-    int32_t index = -1;
-    self.run(nullptr, [&](Call& c) { index = c.ops->argmax(c.in(from)); });
-    return index;
+    for (const int32_t id : previous_ids) require(id < from.cols, "id out of range");
+    int32_t id = -1;
+    self.run(nullptr, [&](Call& c) { id = c.ops->draw(c.in(from), previous_ids, sampler.next()); });
+    return id;
 }
 
 }  // namespace
@@ -316,6 +319,13 @@ void bind_kernels(py::module_& m) {
     m.def(
         "cuda_device", [] { return std::string(make_cuda_backend(0, 0)->name()); },
         "The name of the first CUDA device; DeviceError says why there is none.");
+    m.def(
+        "cuda_memory",
+        [](const std::string& device) {
+            const DeviceMemory memory = cuda_memory(cuda_number(device));
+            return std::tuple(memory.name, memory.total_bytes, memory.free_bytes);
+        },
+        py::arg("device"), "Name, total and free bytes of a CUDA device; DeviceError says why it cannot be used.");
 
     py::class_<KernelControl>(m, "KernelControl")
         .def(py::init<const py::object&>(), py::arg("poll") = py::none())
@@ -346,7 +356,7 @@ void bind_kernels(py::module_& m) {
         .def("rope", &rope, to("x"), py::arg("head_dim"), py::arg("first"), py::arg("theta"))
         .def("attention", &attention, to("y"), to("q"), to("k"), to("v"), py::arg("n_heads"), py::arg("n_kv_heads"),
              py::arg("causal"), control)
-        .def("argmax", &argmax, py::arg("x"))
+        .def("draw", &draw, py::arg("x"), py::arg("sampler"), py::arg("previous_ids") = std::vector<int32_t>{})
         .def("embed", &embed, to("y"), py::arg("bytes"), py::arg("type"), py::arg("rows"), py::arg("ids"));
 }
 

@@ -191,18 +191,34 @@ void bind_model(py::module_& m) {
         .def("cancel", &PyControl::cancel)
         .def_property_readonly("cancelled", &PyControl::cancelled);
     bind_config(m);
+    py::enum_<Unit>(m, "Unit").value("memory", Unit::memory).value("float32", Unit::float32).value("half", Unit::half);
     py::class_<Model, std::shared_ptr<Model>>(m, "Model")
         .def_static(
             "open",
             [](const std::string& path, const std::string& mmproj, int n_threads, PyControl& control,
-               const std::string& device, int64_t n_ctx) {
-                return std::const_pointer_cast<Model>(Model::open({path, mmproj, n_threads, device, n_ctx}, control));
+               const std::string& device, int64_t n_ctx, std::optional<int64_t> n_gpu_layers) {
+                return std::const_pointer_cast<Model>(
+                    Model::open({path, mmproj, n_threads, device, n_ctx, n_gpu_layers}, control));
             },
             py::arg("path"), py::arg("mmproj"), py::arg("n_threads"), py::arg("control"), py::arg("device") = "cpu",
-            py::arg("n_ctx") = 0, py::call_guard<py::gil_scoped_release>())
+            py::arg("n_ctx") = 0, py::arg("n_gpu_layers") = py::none(), py::call_guard<py::gil_scoped_release>())
         .def_property_readonly("config", &Model::config, py::return_value_policy::reference_internal)
         .def_property_readonly("backend_name", [](const Model& model) { return model.backend().name(); })
-        .def_property_readonly("n_threads", [](const Model& model) { return model.backend().n_threads(); })
+        .def_property_readonly(
+            "n_threads",
+            [](const Model& model) { return (model.cpu() == nullptr ? model.backend() : *model.cpu()).n_threads(); })
+        .def_property_readonly("n_gpu_layers", &Model::n_gpu_layers)
+        .def(
+            "exert", [](const Model& model, Unit unit, int64_t rounds) { return model.backend().exert(unit, rounds); },
+            py::arg("unit"), py::arg("rounds"), py::call_guard<py::gil_scoped_release>())
+        .def("profile",
+             [](const Model& model) {
+                 std::vector<std::tuple<std::string, int64_t, double, int64_t, int64_t>> kernels;
+                 for (const KernelTime& k : model.backend().profile()) {
+                     kernels.emplace_back(k.name, k.calls, k.seconds, k.bytes, k.flop);
+                 }
+                 return kernels;
+             })
         .def("n_positions", [](const Model& model, const std::vector<int32_t>& ids) { return model.n_positions(ids); })
         .def("prompt_text",
              [](const Model& model, const std::vector<std::pair<std::string, std::string>>& messages, bool image) {

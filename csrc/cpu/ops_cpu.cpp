@@ -182,7 +182,7 @@ public:
         });
     }
 
-    int32_t argmax(ConstMat) override { return -1; }
+    int32_t draw(ConstMat, std::span<const int32_t>, const Draw&) override { return -1; }
 
 private:
     // cos and sin of every pair of a head at a range of positions, kept from one layer to the next. float32 steps as in

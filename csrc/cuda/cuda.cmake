@@ -22,6 +22,10 @@ endif()
 message(STATUS "CUDA backend: ${YIVL_CUDA_KIND}")
 
 file(GLOB YIVL_CUDA_KERNELS CONFIGURE_DEPENDS csrc/cuda/*.cu)
+# What the CPU must find bit by bit (csrc/draw.h) is rounded after every operation, as there.
+if(YIVL_CUDA_KIND STREQUAL "native")
+  set_source_files_properties(csrc/cuda/draw.cu PROPERTIES COMPILE_OPTIONS -fmad=false)
+endif()
 
 # The .cu files among `sources` are compiled as C++ against the emulator. An index outside its array ends the kernel.
 set(YIVL_EMULATOR ${CMAKE_CURRENT_SOURCE_DIR}/tests/cuda_emulator)
@@ -52,11 +56,11 @@ if(YIVL_CUDA_KIND STREQUAL "native")
   # By themselves, for a check that they compile.
   add_library(yivl_kernels OBJECT ${YIVL_CUDA_KERNELS})
   target_include_directories(yivl_kernels PRIVATE csrc)
-  set(YIVL_CUDA_SOURCES $<TARGET_OBJECTS:yivl_kernels> csrc/cuda/ops_cuda.cpp csrc/cuda/runtime.cpp)
+  set(YIVL_CUDA_SOURCES $<TARGET_OBJECTS:yivl_kernels> csrc/cuda/ops_cuda.cpp csrc/cuda/profile.cpp csrc/cuda/runtime.cpp)
   set(YIVL_CUDA_LIBRARIES CUDA::cudart_static)
 elseif(YIVL_CUDA_KIND STREQUAL "emulated")
   yivl_emulate(${YIVL_CUDA_KERNELS})
-  set(YIVL_CUDA_SOURCES ${YIVL_CUDA_KERNELS} csrc/cuda/ops_cuda.cpp
+  set(YIVL_CUDA_SOURCES ${YIVL_CUDA_KERNELS} csrc/cuda/ops_cuda.cpp csrc/cuda/profile.cpp
       ${YIVL_EMULATOR}/cuda_emulator.cpp ${YIVL_EMULATOR}/emulated_runtime.cpp)
   set_source_files_properties(${YIVL_EMULATOR}/cuda_emulator.cpp ${YIVL_EMULATOR}/emulated_runtime.cpp
     PROPERTIES INCLUDE_DIRECTORIES ${YIVL_EMULATOR})

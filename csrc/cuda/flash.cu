@@ -260,23 +260,36 @@ int64_t elements_of_plane(int64_t n_keys, const AttentionShape& shape) {
     return with_dim(shape.head_dim, [&]<int kDim> { return shape.n_kv_heads * n_keys * kDim; });
 }
 
+struct Planes {
+    SplitRows keys, values;
+};
+Planes planes(int64_t n_keys, const AttentionShape& shape, std::byte* memory) {
+    auto* plane = reinterpret_cast<Half*>(memory);
+    const int64_t n = elements_of_plane(n_keys, shape);
+    return {{plane, plane + n}, {plane + 2 * n, plane + 3 * n}};
+}
+
 }  // namespace
 
 size_t split_bytes(int64_t n_keys, const AttentionShape& shape) {
     return static_cast<size_t>(4 * elements_of_plane(n_keys, shape)) * sizeof(Half);
 }
 
-void flash_attention(Stream& stream, Mat out, ConstMat q, ConstMat k, ConstMat v, const AttentionShape& shape,
-                     std::byte* memory) {
-    auto* plane = reinterpret_cast<Half*>(memory);
-    const int64_t n = elements_of_plane(k.rows, shape);
-    const SplitRows keys{plane, plane + n}, values{plane + 2 * n, plane + 3 * n};
+void split_keys(Stream& stream, ConstMat k, ConstMat v, const AttentionShape& shape, std::byte* memory) {
+    const Planes to = planes(k.rows, shape, memory);
     with_dim(shape.head_dim, [&]<int kDim> {
-        launch(stream, "split", split_kernel, {k.rows, 2}, kThreads, 0, keys, values, k, v, shape.n_kv_heads,
+        launch(stream, "split", split_kernel, {k.rows, 2}, kThreads, 0, to.keys, to.values, k, v, shape.n_kv_heads,
                shape.head_dim, kDim);
+    });
+}
+
+void flash_attention(Stream& stream, Mat out, ConstMat q, int64_t n_keys, const AttentionShape& shape,
+                     std::byte* memory) {
+    const auto [keys, values] = planes(n_keys, shape, memory);
+    with_dim(shape.head_dim, [&, keys = keys, values = values]<int kDim> {
         const Grid grid{(q.rows * (shape.n_heads / shape.n_kv_heads) + kRows - 1) / kRows, shape.n_kv_heads};
         launch(stream, "flash", flash_kernel<kDim>, grid, kThreads, sizeof(FlashTiles<kDim>), out, q, keys, values,
-               static_cast<int>(k.rows), shape);
+               static_cast<int>(n_keys), shape);
     });
 }
 

@@ -513,11 +513,13 @@ HalfInput to_halves(Stream& stream, ConstMat x, std::byte* memory) {
 void gemm(Stream& stream, const HalfInput& x, std::span<const FinishedProduct> products) {
     int64_t most_rows = 0;
     for (const FinishedProduct& p : products) most_rows = p.w.rows > most_rows ? p.w.rows : most_rows;
+    stream.expect(work_of(x.rows, products));
     start(stream, "gemm", x, targets_of(products), products.size(), most_rows, products[0].w, false);
 }
 
 void gated_gemm(Stream& stream, Mat y, const HalfInput& x, const Weight& gate, const Weight& up) {
     const FinishedProduct products[] = {{y, gate}, {y, up}};
+    stream.expect(work_of(x.rows, products));
     start(stream, "gated_gemm", x, targets_of(products), 2, gate.rows, gate, true);
 }
 

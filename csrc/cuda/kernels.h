@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/runtime.h"
+#include "draw.h"
 #include "tensor.h"
 
 namespace yivl::cuda {
@@ -55,6 +56,16 @@ struct FinishedProduct {
     RowNumber row = nullptr;
     Turns turns = {};
 };
+
+// x and the weights are read once, the results written.
+inline Work work_of(int64_t n_tokens, std::span<const FinishedProduct> products) {
+    Work work{.bytes = n_tokens * products[0].w.cols * int64_t{sizeof(float)}};
+    for (const FinishedProduct& p : products) {
+        work.bytes += p.w.rows * p.w.row_bytes() + n_tokens * p.w.rows * int64_t{sizeof(float)};
+        work.flop += 2 * n_tokens * p.w.rows * p.w.cols;
+    }
+    return work;
+}
 
 // Of one x, in one launch.
 inline constexpr size_t kMostProducts = 3;
@@ -118,19 +129,28 @@ void split_attention(Stream& stream, Mat out, ConstMat q, ConstMat k, ConstMat v
                      RowNumber position, const SplitMemory& memory, const RoundedInput& rounded);
 
 // flash.cu
-// The same for heads of at most kMaxFlashHeadDim columns, made for many rows of q, with keys and values in `memory`,
-// split_bytes(S, shape) of it, aligned to 16.
+// The same for heads of at most kMaxFlashHeadDim columns, made for many rows of q, with S keys and values that
+// split_keys has put into `memory`, split_bytes(S, shape) of it, aligned to 16.
 inline constexpr int64_t kMaxFlashHeadDim = 128;
 size_t split_bytes(int64_t n_keys, const AttentionShape& shape);
-void flash_attention(Stream& stream, Mat out, ConstMat q, ConstMat k, ConstMat v, const AttentionShape& shape,
+void split_keys(Stream& stream, ConstMat k, ConstMat v, const AttentionShape& shape, std::byte* memory);
+void flash_attention(Stream& stream, Mat out, ConstMat q, int64_t n_keys, const AttentionShape& shape,
                      std::byte* memory);
 
 // embed.cu
 // `ids` in device memory, one for each row of y.
 void embed(Stream& stream, Mat y, const Weight& table, const int32_t* ids);
 
-// argmax.cu
-// *index in device memory = where the largest of the values is, the first of several; -1 if one is NaN or infinite.
-void argmax(Stream& stream, int32_t* index, Vec values);
+// ceilings.cu
+// Multiply-adds in registers on all multiprocessors; how many operations. Nothing is written to `sink`.
+int64_t exert_halves(Stream& stream, float* sink, int n_multiprocessors, int64_t rounds);
+int64_t exert_floats(Stream& stream, float* sink, int n_multiprocessors, int64_t rounds);
+
+// draw.cu
+// *id, in device memory = what Sampler::choose takes of the logits (V); -1 for logits that it refuses. `previous_ids`
+// in device memory, empty where there is no penalty; `memory`: draw_bytes(V) of it, aligned to 16.
+size_t draw_bytes(int64_t n_logits);
+void draw(Stream& stream, int32_t* id, Vec logits, std::span<const int32_t> previous_ids, const Draw& draw,
+          std::byte* memory);
 
 }  // namespace yivl::cuda

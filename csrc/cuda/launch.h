@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/device.h"
+#include "cuda/profile.h"
 #include "cuda/runtime.h"
 
 #ifdef __CUDACC__
@@ -21,6 +22,8 @@ template <class... Parameters, class... Arguments>
 void launch([[maybe_unused]] Stream& stream, const char* name, void (*kernel)(Parameters...), Grid grid, int threads,
             size_t dynamic_shared, Arguments... arguments) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+    const Work work = stream.take_work();
+    std::unique_ptr<Event> begin = stream.profile == nullptr ? nullptr : Profile::mark(stream);
 #ifdef __CUDACC__
     check(cudaSetDevice(stream.device()), name);
     // More than this must be asked for, once for each kernel and device; asking again costs little.
@@ -42,6 +45,7 @@ void launch([[maybe_unused]] Stream& stream, const char* name, void (*kernel)(Pa
                            [=] { kernel(static_cast<Parameters>(arguments)...); });
     });
 #endif
+    if (begin != nullptr) stream.profile->add(stream, name, work, std::move(begin));
 }
 
 }  // namespace yivl::cuda

@@ -73,6 +73,7 @@ __global__ void linear_kernel(Mat y, ConstMat x, const std::byte* w, int64_t row
 
 void linear(Stream& stream, ConstMat x, const FinishedProduct& product) {
     const Weight& w = product.w;
+    stream.expect(work_of(x.rows, {&product, 1}));
     with_type(w.type, [&]<WeightType kType> {
         launch(stream, "linear", linear_kernel<kType>, over_outputs(x.rows, w.rows), kThreads, 0, product.y, x, w.data,
                w.row_bytes(), product.bias.empty() ? nullptr : product.bias.data(), product.finish, product.row);

@@ -27,6 +27,10 @@ constexpr int kMostTokens = 4;  // of a warp
 // them.
 constexpr int blocks_at_once(WeightType type, int tokens) { return 4 - (type == WeightType::Q6_K) - (tokens > 1); }
 constexpr int kGatedWarps = 8;
+// Three for Q4_K and one token: 6B's 344 blocks are then all under way at once on the 132 multiprocessors of an H100.
+constexpr int gated_blocks_at_once(WeightType type, int tokens) {
+    return type == WeightType::Q4_K && tokens == 1 ? 3 : blocks_at_once(type, tokens) / 2;
+}
 
 // ---- rounding x ----
 
@@ -404,7 +408,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kType, kTokens))
 
 // kBlock rows of gate, and the same of up, for every block: their products can be rounded at once.
 template <WeightType kType, class Input, int kTokens>
-__global__ void __launch_bounds__(kGatedWarps* kWarp, blocks_at_once(kType, kTokens) / 2)
+__global__ void __launch_bounds__(kGatedWarps* kWarp, gated_blocks_at_once(kType, kTokens))
     gated_matvec_kernel(Mat y, const std::byte* gate, const std::byte* up, Input x, int64_t row_bytes,
                         RoundedInput rounded_y) {
     struct Products {
@@ -496,6 +500,7 @@ void matvec(Stream& stream, ConstMat x, const RoundedInput& rounded, std::span<c
     int64_t n_groups = 0;
     for (const FinishedProduct& p : products) n_groups += groups(p.w.rows);
     const int64_t row_bytes = products[0].w.row_bytes();
+    stream.expect(work_of(x.rows, products));
     with_input(products[0].w.type, x, rounded, [&]<WeightType kType, int kTokens, class Input>(const Input& input) {
         launch(stream, "matvec", matvec_kernel<kType, Input, kTokens>,
                {blocks(n_groups, kWarps), blocks(x.rows, kTokens)}, kThreads, 0, targets, input, row_bytes);
@@ -505,6 +510,8 @@ void matvec(Stream& stream, ConstMat x, const RoundedInput& rounded, std::span<c
 void gated_matvec(Stream& stream, Mat y, ConstMat x, const RoundedInput& rounded, const Weight& gate, const Weight& up,
                   const RoundedInput& rounded_y) {
     assert(gate.type == up.type && (rounded_y.high == nullptr || y.cols % kBlock == 0));
+    const FinishedProduct products[] = {{y, gate}, {y, up}};
+    stream.expect(work_of(x.rows, products));
     with_input(gate.type, x, rounded, [&]<WeightType kType, int kTokens, class Input>(const Input& input) {
         launch(stream, "gated_matvec", gated_matvec_kernel<kType, Input, kTokens>,
                {blocks(gate.rows, kBlock), blocks(x.rows, kTokens)}, kGatedWarps * kWarp, 0, y, gate.data, up.data,

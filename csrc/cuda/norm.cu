@@ -40,10 +40,12 @@ __global__ void rms_norm_kernel(Mat y, ConstMat x, const float* weight, float ep
 }  // namespace
 
 void layer_norm(Stream& stream, Mat y, ConstMat x, Vec weight, Vec bias, float eps) {
+    stream.expect({.bytes = 8 * x.rows * x.cols});
     launch(stream, "layer_norm", layer_norm_kernel, {x.rows}, kThreads, 0, y, x, weight.data(), bias.data(), eps);
 }
 void rms_norm(Stream& stream, Mat y, ConstMat x, Vec weight, float eps, const RoundedInput& rounded) {
     assert(rounded.high == nullptr || x.cols % kBlock == 0);
+    stream.expect({.bytes = 8 * x.rows * x.cols});
     launch(stream, "rms_norm", rms_norm_kernel, {x.rows}, kThreads, 0, y, x, weight.data(), eps, rounded);
 }
 

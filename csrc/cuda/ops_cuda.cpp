@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cuda/kernels.h"
+#include "cuda/profile.h"
 #include "cuda/runtime.h"
 #include "errors.h"
 #include "ops.h"
@@ -26,10 +27,11 @@ constexpr int kWindow = 16;
 constexpr int64_t kFewRows = 8;
 // Weights are copied in pieces, so that a cancel waits for no more than one.
 constexpr size_t kPlacedAtOnce = 16 << 20;
-// What the model does not count: the kernels' code, streams, rounding of every allocation.
-constexpr int64_t kReserve = 256 << 20;
-
-std::string megabytes(int64_t bytes) { return std::to_string((bytes + 999'999) / 1'000'000) + " MB"; }
+// More than any cache holds: what is copied to see how fast memory is.
+constexpr size_t kCopied = 256 << 20;
+constexpr size_t kEmulatedCopy = 1 << 20;
+// Of what is placed, as of every allocation.
+constexpr size_t kAlignment = 256;
 
 Memory allocate_shared(int device, size_t bytes) {
     return {allocate(device, bytes), [device](std::byte* memory) { release(device, memory); }};
@@ -72,7 +74,8 @@ private:
 // Intermediate results between the kernels of an operation, or of one and the next.
 struct Intermediates {
     Scratch<int32_t> ids;
-    Scratch<int32_t> index;
+    Scratch<int32_t> drawn;
+    Scratch<std::byte> drawing;
     // Two, since an operation can read one and write another.
     std::array<Scratch<std::byte>, 2> rounded;
     Scratch<std::byte> halves;
@@ -147,8 +150,10 @@ private:
 
 class CudaOps final : public Ops {
 public:
-    CudaOps(Workspaces& workspaces, Control& control)
-        : workspaces_(workspaces), control_(control), workspace_(workspaces.take()), stream_(workspace_->stream) {}
+    CudaOps(Workspaces& workspaces, Profile* profile, Control& control)
+        : workspaces_(workspaces), control_(control), workspace_(workspaces.take()), stream_(workspace_->stream) {
+        stream_.profile = profile;
+    }
 
     // What was started ends before the memory that it uses can go, and before another stream may read its results.
     ~CudaOps() override {
@@ -242,6 +247,7 @@ public:
                               std::to_string(shape.head_dim));
         }
         next();
+        const Work work = work_of(q, k, shape);
         if (step_ != nullptr) k.rows = v.rows = step_->n_ctx;
         if (q.rows <= kFewRows && has_split_attention(q, k, v, shape)) {
             const int64_t n_counts = split_counts(q.rows, shape);
@@ -250,12 +256,16 @@ public:
                 .partials = intermediates_->partials.at_least(stream_, split_partials(q.rows, shape)),
             };
             const RoundedInput ahead = shape.head_dim % kBlock == 0 ? round_ahead(out) : RoundedInput{};
+            stream_.expect(work);
             cuda::split_attention(stream_, out, q, k, v, shape, position(), memory, ahead);
         } else if (q.rows > 1 && shape.head_dim <= kMaxFlashHeadDim) {
             const auto needed = static_cast<int64_t>(split_bytes(k.rows, shape));
             std::byte* memory = intermediates_->split_kv.at_least(stream_, needed);
-            cuda::flash_attention(stream_, out, q, k, v, shape, memory);
+            cuda::split_keys(stream_, k, v, shape, memory);
+            stream_.expect(work);
+            cuda::flash_attention(stream_, out, q, k.rows, shape, memory);
         } else {
+            stream_.expect(work);
             cuda::attention(stream_, out, q, k, v, shape, position());
         }
     }
@@ -270,14 +280,20 @@ public:
         stream_.copy_in(on_device, ids.size_bytes(), ids.data(), ids.size_bytes(), ids.size_bytes(), 1);
         cuda::embed(stream_, y, table, on_device);
     }
-    int32_t argmax(ConstMat x) override {
+    int32_t draw(ConstMat x, std::span<const int32_t> previous_ids, const Draw& draw) override {
         assert(x.rows == 1);
         next();
-        int32_t* on_device = intermediates_->index.at_least(stream_, 1);
-        cuda::argmax(stream_, on_device, {x.data, static_cast<size_t>(x.cols)});
-        int32_t index = -1;
-        stream_.copy_out(&index, sizeof(index), on_device, sizeof(index), sizeof(index), 1);
-        return index;
+        Intermediates& w = *intermediates_;
+        if (draw.options.repetition_penalty == 1) previous_ids = {};
+        const auto n_ids = static_cast<int64_t>(previous_ids.size());
+        int32_t* ids = w.ids.at_least(stream_, n_ids);
+        if (n_ids > 0) stream_.copy_in(ids, bytes(n_ids), previous_ids.data(), bytes(n_ids), bytes(n_ids), 1);
+        int32_t* id = w.drawn.at_least(stream_, 1);
+        std::byte* memory = w.drawing.at_least(stream_, static_cast<int64_t>(draw_bytes(x.cols)));
+        cuda::draw(stream_, id, {x.data, static_cast<size_t>(x.cols)}, {ids, previous_ids.size()}, draw, memory);
+        int32_t result = -1;
+        stream_.copy_out(&result, sizeof(result), id, sizeof(result), sizeof(result), 1);
+        return result;
     }
 
     void step(const Step& step, std::unique_ptr<StepRecord>& record, const std::function<void()>& forward) override {
@@ -296,7 +312,7 @@ public:
             }};
             forward();
         };
-        if (r.state == CudaStepRecord::none) {
+        if (r.state == CudaStepRecord::none || stream_.profile != nullptr) {
             in_step();
             r.state = CudaStepRecord::tried;
             return;
@@ -320,6 +336,13 @@ private:
         Event& window = workspace_->windows[count_ / kWindow % 2];
         window.wait();
         window.record(stream_);
+    }
+
+    static Work work_of(ConstMat q, ConstMat k, const AttentionShape& shape) {
+        // Of the keys, those that a row sees.
+        const int64_t pairs = q.rows * k.rows - (shape.causal ? q.rows * (q.rows - 1) / 2 : 0);
+        return {.bytes = static_cast<int64_t>(bytes(2 * (k.rows * k.cols + q.rows * q.cols))),
+                .flop = 4 * pairs * q.cols};
     }
 
     RowNumber position() const { return step_ == nullptr ? nullptr : &step_->on_device()->position; }
@@ -430,66 +453,104 @@ private:
     int count_ = 0;
 };
 
+DeviceInfo usable_device(int device) {
+    constexpr int kOldestCapability = 75;
+    DeviceInfo info = device_info(device);
+    if (info.capability >= kOldestCapability) return info;
+    throw DeviceError("CUDA: expected compute capability 7.5 or newer, found " + std::to_string(info.capability / 10) +
+                      "." + std::to_string(info.capability % 10) + " (" + info.name + ")");
+}
+
 class CudaBackend final : public Backend {
 public:
-    CudaBackend(int device, const DeviceInfo& info)
+    CudaBackend(int device, const DeviceInfo& info, size_t weight_bytes)
         : device_(device),
           name_("cuda:" + std::to_string(device) + " " + info.name),
           workspaces_(device),
-          loading_(device) {}
+          loading_(device),
+          n_multiprocessors_(info.n_multiprocessors),
+          copied_bytes_(info.emulated ? kEmulatedCopy : kCopied),
+          room_left_(weight_bytes) {
+        if (weight_bytes > 0) room_ = weights_.emplace_back(allocate_shared(device, weight_bytes)).get();
+    }
 
     const char* name() const override { return name_.c_str(); }
     int n_threads() const override { return 1; }
-    std::unique_ptr<Ops> ops(Control& control) override { return std::make_unique<CudaOps>(workspaces_, control); }
+    std::unique_ptr<Ops> ops(Control& control) override {
+        return std::make_unique<CudaOps>(workspaces_, profile_.get(), control);
+    }
     Memory allocate(size_t bytes) override { return allocate_shared(device_, bytes); }
 
     const std::byte* place(std::span<const std::byte> bytes, Control& control) override {
-        const std::byte* placed = placed_.emplace_back(allocate_shared(device_, bytes.size())).get();
+        std::byte* const placed = room_for(bytes.size());
         for (size_t begin = 0; begin < bytes.size(); begin += kPlacedAtOnce) {
             control.check();
             const std::span<const std::byte> piece =
                 bytes.subspan(begin, std::min(kPlacedAtOnce, bytes.size() - begin));
-            loading_.copy_in(placed_.back().get() + begin, piece.size(), piece.data(), piece.size(), piece.size(), 1);
+            loading_.copy_in(placed + begin, piece.size(), piece.data(), piece.size(), piece.size(), 1);
         }
         loading_.synchronize();  // before another stream reads them
         return placed;
     }
 
+    int64_t exert(Unit unit, int64_t rounds) override {
+        Stream stream(device_);
+        int64_t done = 0;
+        if (unit == Unit::memory) {
+            const Memory from = allocate(copied_bytes_), to = allocate(copied_bytes_);
+            for (int64_t i = 0; i < rounds; ++i) {
+                stream.copy(to.get(), copied_bytes_, from.get(), copied_bytes_, copied_bytes_, 1);
+                done += static_cast<int64_t>(2 * copied_bytes_);
+            }
+            stream.synchronize();
+            return done;
+        }
+        const Memory sink = allocate(sizeof(float));
+        auto* to = reinterpret_cast<float*>(sink.get());
+        done = unit == Unit::half ? exert_halves(stream, to, n_multiprocessors_, rounds)
+                                  : exert_floats(stream, to, n_multiprocessors_, rounds);
+        stream.synchronize();
+        return done;
+    }
+    std::vector<KernelTime> profile() override {
+        if (profile_ == nullptr) profile_ = std::make_unique<Profile>();
+        return profile_->take();
+    }
+
 private:
+    // The runtime gives whole pages of 2 MiB: matrices share what was taken for all of them.
+    std::byte* room_for(size_t bytes) {
+        const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+        if (rounded > room_left_) return weights_.emplace_back(allocate_shared(device_, bytes)).get();
+        room_left_ -= rounded;
+        return std::exchange(room_, room_ + rounded);
+    }
+
     int device_;
     std::string name_;
     Workspaces workspaces_;
     Stream loading_;
-    std::vector<Memory> placed_;
+    std::unique_ptr<Profile> profile_;
+    int n_multiprocessors_;
+    size_t copied_bytes_;
+    std::vector<Memory> weights_;
+    std::byte* room_ = nullptr;  // of the first of them, where nothing is yet
+    size_t room_left_;
 };
 
 }  // namespace
 
 }  // namespace cuda
 
-std::unique_ptr<Backend> make_cuda_backend(int device, int64_t needed_bytes) {
-    const cuda::DeviceInfo info = cuda::device_info(device);
-    const int64_t needed = needed_bytes + cuda::kReserve;
-    if (needed > info.free_bytes) {
-        throw AllocationError("device cuda:" + std::to_string(device) + " (" + info.name + "): the model needs " +
-                              cuda::megabytes(needed) + " of its memory, " + cuda::megabytes(info.free_bytes) + " of " +
-                              cuda::megabytes(info.total_bytes) + " are free; a smaller n_ctx needs less");
-    }
-    return std::make_unique<cuda::CudaBackend>(device, info);
+int cuda_device_count() { return cuda::device_count(); }
+
+DeviceMemory cuda_memory(int device) {
+    const cuda::DeviceInfo info = cuda::usable_device(device);
+    return {info.name, info.total_bytes, info.free_bytes, info.emulated};
 }
 
-int choose_cuda_device(int64_t needed_bytes) {
-    try {
-        const int count = cuda::device_count();
-        for (int device = 0; device < count; ++device) {
-            const cuda::DeviceInfo info = cuda::device_info(device);
-            if (info.emulated || needed_bytes + cuda::kReserve > info.free_bytes) continue;
-            return device;
-        }
-    } catch (const DeviceError&) {
-        // No driver or no card that can be used: nobody asked for one.
-    }
-    return -1;
+std::unique_ptr<Backend> make_cuda_backend(int device, int64_t weight_bytes) {
+    return std::make_unique<cuda::CudaBackend>(device, cuda::usable_device(device), static_cast<size_t>(weight_bytes));
 }
 
 }  // namespace yivl

@@ -6,8 +6,6 @@ namespace yivl::cuda {
 
 namespace {
 
-constexpr int kOldestCapability = 75;
-
 void use(int device) { check(cudaSetDevice(device), "choosing the device"); }
 
 std::string version_text(int version) {
@@ -54,16 +52,11 @@ DeviceInfo device_info(int device) {
     }
     cudaDeviceProp properties;
     check(cudaGetDeviceProperties(&properties, device), "asking for the device's properties");
-    const int capability = 10 * properties.major + properties.minor;
-    if (capability < kOldestCapability) {
-        throw DeviceError("CUDA: expected compute capability 7.5 or newer, found " + std::to_string(properties.major) +
-                          "." + std::to_string(properties.minor) + " (" + properties.name + ")");
-    }
     use(device);
     size_t free = 0, total = 0;
     check(cudaMemGetInfo(&free, &total), "asking for free memory");
     return {properties.name,
-            capability,
+            10 * properties.major + properties.minor,
             properties.multiProcessorCount,
             static_cast<int64_t>(total),
             static_cast<int64_t>(free),
@@ -157,10 +150,11 @@ void Graph::start(Stream& stream) {
           "starting what was recorded");
 }
 
-Event::Event(int device) : device_(device) {
+Event::Event(int device, Kind kind) : device_(device) {
     use(device_);
     cudaEvent_t event;
-    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "making an event");
+    check(cudaEventCreateWithFlags(&event, kind == timed ? cudaEventDefault : cudaEventDisableTiming),
+          "making an event");
     handle_ = event;
 }
 
@@ -179,6 +173,14 @@ void Event::record(Stream& stream) {
 void Event::wait() {
     use(device_);
     check(cudaEventSynchronize(static_cast<cudaEvent_t>(handle_)), "waiting for the device");
+}
+
+double seconds_between(Event& begin, Event& end) {
+    float milliseconds = 0.0f;
+    check(cudaEventElapsedTime(&milliseconds, static_cast<cudaEvent_t>(begin.handle_),
+                               static_cast<cudaEvent_t>(end.handle_)),
+          "timing");
+    return double{milliseconds} * 1e-3;
 }
 
 }  // namespace yivl::cuda

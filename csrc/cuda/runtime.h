@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <utility>
 
 namespace yivl::cuda {
 
@@ -26,6 +27,14 @@ DeviceInfo device_info(int device);
 // Bytes on a device, aligned to 256, not initialised.
 std::byte* allocate(int device, size_t bytes);
 void release(int device, std::byte* memory) noexcept;
+
+// What a kernel reads and writes of memory, and computes.
+struct Work {
+    int64_t bytes = 0;
+    int64_t flop = 0;
+};
+
+class Profile;
 
 // Work in order. Belongs to one caller at a time.
 class Stream {
@@ -47,10 +56,17 @@ public:
     // Waits until all work so far is done.
     void synchronize();
 
+    // Where kernels are timed; null: nowhere.
+    Profile* profile = nullptr;
+    // Of the next kernel: for a profile.
+    void expect(const Work& work) { work_ = work; }
+    Work take_work() { return std::exchange(work_, {}); }
+
 private:
     friend class Graph;
     int device_;
     void* handle_ = nullptr;
+    Work work_;
 };
 
 // Work that is recorded once and then started again and again, at the cost of one launch.
@@ -74,7 +90,8 @@ private:
 // A place in a stream's work that can be waited for.
 class Event {
 public:
-    explicit Event(int device);
+    enum Kind { untimed, timed };
+    explicit Event(int device, Kind kind = untimed);
     ~Event();
     Event(const Event&) = delete;
     Event& operator=(const Event&) = delete;
@@ -84,8 +101,11 @@ public:
     void wait();
 
 private:
+    friend double seconds_between(Event& begin, Event& end);
     int device_;
     void* handle_ = nullptr;
 };
+// Of two timed ones that the device has passed.
+double seconds_between(Event& begin, Event& end);
 
 }  // namespace yivl::cuda

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,17 +32,33 @@ class Ceilings:
     packed_per_second: float
     """The same of the unit for packed operands; 0 where the instruction set in use has none."""
     packed_unit: str
-    """``bfloat16`` (AMX tiles) or ``int16``, both with 32-bit sums; empty where there is none."""
+    """``bfloat16`` (AMX tiles), ``int16`` or ``float16`` (a GPU's tensor cores), all with 32-bit sums; empty where
+    there is none."""
+    read_how: str = "read"
+    """``read``; on a GPU ``copied``: bytes read and written of a copy within its memory."""
 
     def per_second(self, unit: str) -> float:
         """Operations of the unit ``float32`` or `packed_unit`."""
         return self.packed_per_second if unit == self.packed_unit else self.float_per_second
 
     def __str__(self) -> str:
-        text = f"{self.read_bytes_per_second / 1e9:.1f} GB/s read, {self.float_per_second / 1e12:.3f} TFLOP/s float32"
+        memory = f"{self.read_bytes_per_second / 1e9:.1f} GB/s {self.read_how}"
+        text = f"{memory}, {self.float_per_second / 1e12:.3f} TFLOP/s float32"
         return text + (
             f", {self.packed_per_second / 1e12:.3f} TFLOP/s {self.packed_unit}" if self.packed_unit else ""
         )
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What the kernels of one name did together."""
+
+    name: str
+    calls: int
+    seconds: float
+    bytes: int
+    """Read and written of memory, each once; 0 where that is not counted, as `flop`."""
+    flop: int
 
 
 def measure_ceilings(n_threads: int) -> Ceilings:
@@ -60,6 +77,16 @@ def measure_ceilings(n_threads: int) -> Ceilings:
         _best_rate(machine.packed_multiply_add),
         _packed_unit(),
     )
+
+
+def device_ceilings(model: Model) -> Ceilings:
+    """What the model's GPU reaches, in the same way. Takes some seconds and up to 512 MiB of its memory."""
+    core = model._model
+    memory, floats, halves = (
+        _best_rate(partial(core.exert, unit))
+        for unit in (_core.Unit.memory, _core.Unit.float32, _core.Unit.half)
+    )
+    return Ceilings(memory, floats, halves, "float16", "copied")
 
 
 def _best_rate(work: Callable[[int], int]) -> float:
@@ -112,7 +139,14 @@ class Stages:
         """The same of the vision tower."""
 
     def _unit(self, weight_type: str) -> str:
+        if self.on_gpu:
+            return "float32" if weight_type == "F32" else "float16"
         return _packed_unit() if _core.Ceilings("", 1).packs(weight_type) else "float32"
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU computes, with all layers or some."""
+        return self.model.device.startswith("cuda:")
 
     # --- Runs: each computes everything anew
 
@@ -161,6 +195,20 @@ class Stages:
         while session.next(_core.Control()) is not None:
             pass
         return session.usage[2]
+
+    def kernels(self) -> list[Kernel]:
+        """The GPU's kernels since the last call, the longest first; the first call begins to time them."""
+        return [Kernel(*kernel) for kernel in self._core.profile()]
+
+    def decode_kernels(self, context: int, tokens: int) -> list[Kernel]:
+        """The GPU's kernels of so many tokens after `context` tokens of random text."""
+        prompt = self._ids(context)
+        with self.model._borrowed_session() as session:
+            self._generate(session, prompt, 1)
+            prompt[-1:] = self._ids(1)
+            self.kernels()
+            self._generate(session, prompt, tokens)
+        return self.kernels()
 
     # --- The work of a run
 

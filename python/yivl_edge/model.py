@@ -226,6 +226,8 @@ class Model:
         mmproj: In the pair layout, the file with the vision tower. Without it a text model answers text only.
         device: ``"cpu"``; ``"cuda"`` or ``"cuda:1"`` for an NVIDIA GPU; ``"auto"`` for a GPU where the model fits and
             the CPU elsewhere, or where ``YIVL_ISA`` is set.
+        n_gpu_layers: Of the decoder's layers, how many a GPU runs; the CPU runs the others. None for all with
+            ``"auto"``, and with ``"cuda"`` for as many as its free memory has room for.
         n_ctx: Context length in tokens; None for the model's own (4096). Less saves memory.
         n_threads: Threads to compute with; None for one per physical core.
         max_image_pixels: The largest picture accepted, in pixels (width x height).
@@ -246,6 +248,7 @@ class Model:
         *,
         mmproj: str | os.PathLike[str] | None = None,
         device: str = "auto",
+        n_gpu_layers: int | None = None,
         n_ctx: int | None = None,
         n_threads: int | None = None,
         max_image_pixels: int = DEFAULT_MAX_PIXELS,
@@ -254,6 +257,8 @@ class Model:
     ) -> None:
         n_threads = 0 if n_threads is None else _integer("n_threads", n_threads, 1, 1024)
         self._n_ctx = 0 if n_ctx is None else _integer("n_ctx", n_ctx, 1, 2**63 - 1)
+        if n_gpu_layers is not None:
+            n_gpu_layers = _integer("n_gpu_layers", n_gpu_layers, 0, 2**31 - 1)
         if verify:
             for file in (path, mmproj):
                 if file is not None:
@@ -265,6 +270,7 @@ class Model:
             _core.Control(on_progress),
             device,
             self._n_ctx,
+            n_gpu_layers,
         )
         self._max_image_pixels = max_image_pixels
         self._lock = threading.Lock()
@@ -275,6 +281,7 @@ class Model:
         cls,
         *,
         device: str = "auto",
+        n_gpu_layers: int | None = None,
         n_ctx: int | None = None,
         n_threads: int | None = None,
         max_image_pixels: int = DEFAULT_MAX_PIXELS,
@@ -283,12 +290,18 @@ class Model:
 
         Args:
             device: As for `Model`.
+            n_gpu_layers: As for `Model`.
             n_ctx: As for `Model`.
             n_threads: As for `Model`.
             max_image_pixels: As for `Model`.
         """
         return cls(
-            data.MODEL, device=device, n_ctx=n_ctx, n_threads=n_threads, max_image_pixels=max_image_pixels
+            data.MODEL,
+            device=device,
+            n_gpu_layers=n_gpu_layers,
+            n_ctx=n_ctx,
+            n_threads=n_threads,
+            max_image_pixels=max_image_pixels,
         )
 
     @property
@@ -302,8 +315,13 @@ class Model:
         return self._model.backend_name
 
     @property
+    def n_gpu_layers(self) -> int:
+        """How many of the decoder's layers a GPU runs; 0 where the CPU does everything."""
+        return self._model.n_gpu_layers
+
+    @property
     def n_threads(self) -> int:
-        """Threads that compute."""
+        """Threads that compute on the CPU."""
         return self._model.n_threads
 
     @overload

@@ -159,7 +159,7 @@ public:
     void add(Mat, ConstMat) override { unused(); }
     void rope(Mat, int64_t, int64_t, float) override { unused(); }
     void attention(Mat, ConstMat, ConstMat, ConstMat, const AttentionShape&) override { unused(); }
-    int32_t argmax(ConstMat) override { unused(); }
+    int32_t draw(ConstMat, std::span<const int32_t>, const Draw&) override { unused(); }
 
 private:
     [[noreturn]] static void unused() { throw std::logic_error("opening a model computes nothing"); }
@@ -222,7 +222,7 @@ struct Companions {
 void bind_model(const File& text, const File& vision) {
     WidenBackend backend;
     Control control;
-    read_all(bind_weights(text, vision, read_config(*text, vision.get()), backend, control));
+    read_all(bind_weights(text, vision, read_config(*text, vision.get()), {backend}, control));
 }
 
 // How far the inputs got; the run fails when the mutations are too wild or too tame to test anything.

@@ -460,6 +460,7 @@ void check(const char* kernel, Index grid, int threads, size_t dynamic_shared) {
 
 void run_grid(const char* kernel, Index grid, int threads, size_t dynamic_shared, const std::function<void()>& body) {
     check(kernel, grid, threads, dynamic_shared);
+    fail_launch_if_asked(kernel);
     // Lives as long as the process: at its end a thread may still be inside.
     static ThreadPool& pool = *new ThreadPool(default_thread_count());
     const Launch launch{kernel, grid, threads, dynamic_shared, body, chosen_order()};

@@ -12,4 +12,7 @@ public:
     DeviceAccess& operator=(const DeviceAccess&) = delete;
 };
 
+// Throws what YIVL_EMULATOR_FAIL asks for: see docs/cuda.md. Before every launch.
+void fail_launch_if_asked(const char* kernel);
+
 }  // namespace yivl::cuda::emulator

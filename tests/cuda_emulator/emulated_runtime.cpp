@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -10,6 +11,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <string_view>
 
 #include "cuda/device.h"
 #include "cuda/runtime.h"
@@ -23,6 +25,58 @@ namespace {
 constexpr int kPoison = 0xff;   // float32, half and bfloat16 read as not a number
 constexpr size_t kFence = 256;  // bytes of poison after each allocation, and the alignment of all
 constexpr size_t kTotal = size_t{8} << 30;
+
+// The size of the card: YIVL_EMULATOR_MEMORY in bytes, asked again every time so that a test can change it.
+size_t total_bytes() {
+    const char* text = std::getenv("YIVL_EMULATOR_MEMORY");
+    return text == nullptr ? kTotal : std::min<size_t>(std::strtoull(text, nullptr, 10), kTotal);
+}
+
+// What a test asks to fail with YIVL_EMULATOR_FAIL: "allocation:N" or "launch:N", the N-th after the variable was set.
+// A failed launch loses the device, until the variable is something else.
+class Failures {
+public:
+    // One more of this kind; whether it is to fail.
+    bool strikes(std::string_view kind) {
+        const std::lock_guard lock(mutex_);
+        read();
+        if (kind != kind_ || ++count_ != wanted_) return false;
+        lost_ = kind == "launch";
+        return true;
+    }
+    bool lost() {
+        const std::lock_guard lock(mutex_);
+        read();
+        return lost_;
+    }
+
+private:
+    void read() {
+        const char* value = std::getenv("YIVL_EMULATOR_FAIL");
+        const std::string text = value == nullptr ? "" : value;
+        if (text == text_) return;
+        text_ = text;
+        const size_t colon = text_.find(':');
+        kind_ = text_.substr(0, colon);
+        wanted_ = colon == std::string::npos ? 0 : std::atoi(&text_[colon + 1]);
+        count_ = 0;
+        lost_ = false;
+    }
+
+    std::mutex mutex_;
+    std::string text_, kind_;
+    int wanted_ = 0, count_ = 0;
+    bool lost_ = false;
+};
+
+Failures& failures() {
+    static Failures& failures = *new Failures;
+    return failures;
+}
+
+void require_device(const char* what) {
+    if (failures().lost()) throw DeviceError("CUDA: " + std::string(what) + ": the emulated device is lost");
+}
 
 class DeviceHeap {
 public:
@@ -39,9 +93,10 @@ public:
         const emulator::DeviceAccess access;
         const std::lock_guard lock(mutex_);
         const auto range = std::ranges::find_if(free_, [&](const auto& r) { return r.second >= needed; });
-        if (range == free_.end()) {
+        if (range == free_.end() || needed > free_bytes_locked() || failures().strikes("allocation")) {
             throw AllocationError("emulated device: cannot allocate " + std::to_string(bytes) + " bytes, " +
-                                  std::to_string(free_bytes_locked()) + " of " + std::to_string(kTotal) + " are free");
+                                  std::to_string(free_bytes_locked()) + " of " + std::to_string(total_bytes()) +
+                                  " are free");
         }
         const auto [begin, size] = *range;
         free_.erase(range);
@@ -98,9 +153,9 @@ public:
 private:
     static size_t with_fence(size_t bytes) { return (bytes + 2 * kFence - 1) / kFence * kFence; }
     size_t free_bytes_locked() const {
-        size_t bytes = 0;
-        for (const auto& [begin, size] : free_) bytes += size;
-        return bytes;
+        size_t used = kTotal;
+        for (const auto& [begin, size] : free_) used -= size;
+        return total_bytes() > used ? total_bytes() - used : 0;
     }
 
     std::byte* base_;
@@ -121,6 +176,7 @@ void require_not_recording(const Stream& stream, const char* what) {
 }
 
 void copy_rows(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t rows) {
+    require_device("copying");
     const emulator::DeviceAccess access;
     for (size_t i = 0; i < rows; ++i) {
         std::memcpy(static_cast<std::byte*>(to) + i * to_pitch, static_cast<const std::byte*>(from) + i * from_pitch,
@@ -138,14 +194,29 @@ void emulator::check_address(const char* kernel, const void* address) {
     throw DeviceError("kernel " + std::string(kernel) + ": expected an address of the device, found one of the host");
 }
 
+void emulator::fail_launch_if_asked(const char* kernel) {
+    failures().strikes("launch");
+    require_device(kernel);
+}
+
 int device_count() { return 1; }
 
 DeviceInfo device_info(int device) {
     if (device != 0) throw DeviceError("CUDA: expected a device from 0 to 0, found " + std::to_string(device));
-    return {"emulated device", 80, 2, static_cast<int64_t>(kTotal), static_cast<int64_t>(heap().free_bytes()), true};
+    require_device("asking for free memory");
+    const char* capability = std::getenv("YIVL_EMULATOR_CAPABILITY");
+    return {"emulated device",
+            capability == nullptr ? 80 : std::atoi(capability),
+            2,
+            static_cast<int64_t>(total_bytes()),
+            static_cast<int64_t>(heap().free_bytes()),
+            true};
 }
 
-std::byte* allocate(int, size_t bytes) { return heap().allocate(bytes); }
+std::byte* allocate(int, size_t bytes) {
+    require_device("allocating memory");
+    return heap().allocate(bytes);
+}
 
 void release(int, std::byte* memory) noexcept {
     if (!heap().release(memory)) {
@@ -157,7 +228,7 @@ void release(int, std::byte* memory) noexcept {
 
 // Work is done at once.
 
-Stream::Stream(int device) : device_(device) {}
+Stream::Stream(int device) : device_(device) { require_device("making a stream"); }
 Stream::~Stream() = default;
 void Stream::copy_in(void* to, size_t to_pitch, const void* host, size_t host_pitch, size_t width, size_t rows) {
     require_not_recording(*this, "copying from the host");
@@ -170,7 +241,10 @@ void Stream::copy_out(void* host, size_t host_pitch, const void* from, size_t fr
 void Stream::copy(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t rows) {
     emulator::run_or_record(handle_, [=] { copy_rows(to, to_pitch, from, from_pitch, width, rows); });
 }
-void Stream::synchronize() { require_not_recording(*this, "waiting"); }
+void Stream::synchronize() {
+    require_not_recording(*this, "waiting");
+    require_device("waiting for the device");
+}
 
 Graph::~Graph() { delete static_cast<emulator::Recording*>(handle_); }
 void Graph::record(Stream& stream, const std::function<void()>& work) {
@@ -190,9 +264,14 @@ void Graph::start(Stream& stream) {
     for (const auto& work : *static_cast<emulator::Recording*>(handle_)) work();
 }
 
-Event::Event(int device) : device_(device) {}
-Event::~Event() = default;
-void Event::record(Stream&) {}
+using Time = std::chrono::steady_clock::time_point;
+
+Event::Event(int device, Kind) : device_(device), handle_(new Time) {}
+Event::~Event() { delete static_cast<Time*>(handle_); }
+void Event::record(Stream&) { *static_cast<Time*>(handle_) = std::chrono::steady_clock::now(); }
 void Event::wait() {}
+double seconds_between(Event& begin, Event& end) {
+    return std::chrono::duration<double>(*static_cast<Time*>(end.handle_) - *static_cast<Time*>(begin.handle_)).count();
+}
 
 }  // namespace yivl::cuda

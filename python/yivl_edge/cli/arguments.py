@@ -42,6 +42,22 @@ def add_command(
     return parser
 
 
+def add_device(parser: argparse._ActionsContainer, default: str = "auto") -> None:
+    """Adds the options that say what computes."""
+    parser.add_argument(
+        "--device",
+        default=default,
+        metavar="D",
+        help=f"cpu, cuda, cuda:1, ... or auto: a GPU where the model fits (default: {default})",
+    )
+    parser.add_argument(
+        "--gpu-layers",
+        type=integer(0),
+        metavar="N",
+        help="of the decoder's layers, how many a GPU runs (default: with cuda as many as fit, with auto all)",
+    )
+
+
 def add_threads(parser: argparse.ArgumentParser) -> None:
     """Adds the option that says how many threads compute."""
     parser.add_argument(

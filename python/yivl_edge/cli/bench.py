@@ -11,19 +11,20 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from yivl_edge.cli.arguments import integer
+from yivl_edge.cli.arguments import add_device, integer
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from yivl_edge.measure import Ceilings
+    from yivl_edge.measure import Ceilings, Kernel
 
 _EXAMPLE = """\
 example:
   yivl-edge bench yi-vl-6b-q4_0.gguf
   yivl-edge bench yi-vl-6b-q4_0.gguf --image photo.jpg --prompt-tokens 512 --generate 64 --json result.json
   yivl-edge bench yi-vl-6b-q4_0.gguf --context 4000
+  yivl-edge bench yi-vl-6b-q4_k_m.gguf --device cuda --profile
 
 Other programs that run at the same time make every figure worse, the ceilings too: compare the shares.
 """
@@ -41,6 +42,9 @@ class _Args(Protocol):
     context: int | None
     runs: int
     threads: int | None
+    device: str
+    gpu_layers: int | None
+    profile: bool
     json: str | None
 
 
@@ -85,30 +89,43 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--runs", type=integer(1), default=3, metavar="N", help="runs of each stage (3)")
     parser.add_argument("--threads", type=integer(1), metavar="N", help="threads (one per physical core)")
+    add_device(parser)
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="on a GPU: also time its kernels, stage by stage, in runs of their own",
+    )
     parser.add_argument("--json", metavar="OUT", help="also write the figures to this file")
 
 
 def run(args: _Args) -> int:
     """Measures and prints the table; writes JSON if asked."""
     from yivl_edge.files import check_output, write_whole
-    from yivl_edge.measure import measure_ceilings, peak_resident_bytes
+    from yivl_edge.measure import device_ceilings, measure_ceilings, peak_resident_bytes
 
     if args.json is not None:
         check_output(args.json)
     bench = _Bench(args)
     rows = bench.rows()
     peak = peak_resident_bytes()  # of the model alone: the ceilings take memory of their own
-    ceilings = measure_ceilings(bench.model.n_threads)
+    on_gpu = bench.stages.on_gpu
+    ceilings = device_ceilings(bench.model) if on_gpu else measure_ceilings(bench.model.n_threads)
     print(_table(bench, rows, ceilings, peak))
+    profile = bench.profile() if args.profile and on_gpu else {}
+    for stage, kernels in profile.items():
+        print(_profile_table(stage, kernels, ceilings))
     if args.json is not None:
         result = {
             "file": args.file,
             "device": bench.model.device,
             "threads": bench.model.n_threads,
+            "gpu_layers": bench.model.n_gpu_layers,
             "ceilings": asdict(ceilings),
             "stages": [asdict(row) | {"median": row.median} for row in rows],
             "peak_resident_bytes": peak,
         }
+        if args.profile:
+            result["profile"] = {stage: [asdict(k) for k in kernels] for stage, kernels in profile.items()}
         write_whole(args.json, (json.dumps(result, indent=2) + "\n").encode())
     return 0
 
@@ -132,7 +149,13 @@ class _Bench:
         for i in range(args.runs):
             self._say("loading", i)
             begin = time.perf_counter()
-            self.model = Model(args.file, mmproj=args.mmproj, n_threads=args.threads)
+            self.model = Model(
+                args.file,
+                mmproj=args.mmproj,
+                device=args.device,
+                n_gpu_layers=args.gpu_layers,
+                n_threads=args.threads,
+            )
             self.load_seconds.append(time.perf_counter() - begin)
         self.stages = Stages(self.model, args.file, args.mmproj)
         limit = self.model.config.decoder.context_length
@@ -166,6 +189,22 @@ class _Bench:
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr, flush=True)
         return rows
+
+    def profile(self) -> dict[str, list[Kernel]]:
+        """The kernels of each stage, the longest first."""
+        found = {}
+        self.stages.kernels()  # from now on
+        if self.model.config.vision is not None:
+            self._say("kernels of image encoding", 0)
+            self.stages.encode_image(self._next_picture())
+            found["image encoding"] = self.stages.kernels()
+        self._say("kernels of prefill", 0)
+        self.stages.prefill(self.args.prompt_tokens)
+        found["prefill"] = self.stages.kernels()
+        context = self.args.context or _SHORT_CONTEXT
+        self._say("kernels of decoding", 0)
+        found["decoding"] = self.stages.decode_kernels(context, self.args.generate)
+        return found
 
     def _next_picture(self) -> NDArray[np.uint8]:
         """The picture with one pixel changed, so that nothing is kept from the last run."""
@@ -205,9 +244,28 @@ class _Bench:
         return Row("picture and question to first token", seconds, tokens=tokens)
 
 
+def _profile_table(stage: str, kernels: list[Kernel], ceilings: Ceilings) -> str:
+    total = sum(k.seconds for k in kernels)
+    lines = [
+        "",
+        f"{'kernels of ' + stage:36} {'calls':>6} {'time':>10} {'':>5} {'GB/s':>9} {'':>5} {'TFLOP/s':>9} {'':>5}",
+    ]
+    for k in kernels:
+        line = f"{k.name:36} {k.calls:>6} {k.seconds * 1e3:>8.3f}ms {k.seconds / total:>5.0%}"
+        if k.bytes:
+            rate = k.bytes / k.seconds
+            line += f" {rate / 1e9:>9.1f} {rate / ceilings.read_bytes_per_second:>5.0%}"
+        if k.flop:
+            rate = k.flop / k.seconds
+            line += f" {rate / 1e12:>9.2f} {rate / ceilings.packed_per_second:>5.0%}"
+        lines.append(line)
+    lines.append(f"{'together':43} {total * 1e3:>8.3f}ms")
+    return "\n".join(lines)
+
+
 def _table(bench: _Bench, rows: list[Row], ceilings: Ceilings, peak: int) -> str:
     lines = [
-        f"{os.path.basename(bench.args.file)}, {bench.model.n_threads} threads, {bench.model.device}",
+        f"{os.path.basename(bench.args.file)}, {_computes(bench)}",
         f"ceilings: {ceilings}",
         "",
         f"{'stage':36} {'median':>10} {'fastest':>10} {'slowest':>10} {'rate':>14} {'of ceiling':>10}",
@@ -225,4 +283,17 @@ def _table(bench: _Bench, rows: list[Row], ceilings: Ceilings, peak: int) -> str
         if row.flop or row.bytes:
             lines[-1] += f"   {row.tokens / row.median:.1f} tokens/s" if row.tokens else ""
     lines += ["", f"peak resident memory {peak / 1e9:.2f} GB"]
+    if "emulated" in bench.model.device:
+        lines.append("the device is emulated: these figures say nothing about any card")
     return "\n".join(lines)
+
+
+def _computes(bench: _Bench) -> str:
+    """What computes, in words."""
+    model = bench.model
+    layers = model.config.decoder.n_layers
+    if not bench.stages.on_gpu:
+        return f"{model.n_threads} threads, {model.device}"
+    if model.n_gpu_layers == layers:
+        return model.device
+    return f"{model.device} with {model.n_gpu_layers} of {layers} layers, {model.n_threads} threads with the others"

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yivl_edge import ChatResult, Model
-from yivl_edge.cli.arguments import integer, number
+from yivl_edge.cli.arguments import add_device, integer, number
 from yivl_edge.cli.terminal import Progress, is_terminal, note, visible
 from yivl_edge.image import DEFAULT_MAX_PIXELS, load_image
 
@@ -51,6 +51,7 @@ class Options(argparse.Namespace):
     repetition_penalty: float
     seed: int | None
     device: str
+    gpu_layers: int | None
     n_ctx: int | None
     threads: int | None
     max_image_pixels: int
@@ -122,12 +123,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
     limits = parser.add_argument_group("device, memory and threads")
-    limits.add_argument(
-        "--device",
-        default="auto",
-        metavar="D",
-        help="cpu, cuda, cuda:1, ... or auto: a GPU where the model fits (default: auto)",
-    )
+    add_device(limits)
     limits.add_argument(
         "--n-ctx",
         type=integer(1),
@@ -158,6 +154,7 @@ def run(args: Options) -> int:
             args.model,
             mmproj=args.mmproj,
             device=args.device,
+            n_gpu_layers=args.gpu_layers,
             n_ctx=args.n_ctx,
             n_threads=args.threads,
             max_image_pixels=args.max_image_pixels,

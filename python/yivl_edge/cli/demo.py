@@ -56,6 +56,7 @@ def run(args: _Args) -> int:
     note(f"the picture is {picture}")
     model = Model.demo(
         device=args.device,
+        n_gpu_layers=args.gpu_layers,
         n_ctx=args.n_ctx,
         n_threads=args.threads,
         max_image_pixels=args.max_image_pixels,

@@ -18,6 +18,7 @@ examples:
   yivl-edge inspect yi-vl-6b-q4_0.gguf
   yivl-edge inspect text-q4_0.gguf --mmproj mmproj-f16.gguf --n-ctx 2048
   yivl-edge inspect yi-vl-6b-q4_0.gguf --json
+  yivl-edge inspect yi-vl-34b-q4_k_m.gguf --device cuda
 """
 
 # Which tensors belong together, by name (docs/file-format.md); the first pattern that fits counts.
@@ -40,6 +41,7 @@ class _Args(argparse.Namespace):
     file: str
     mmproj: str | None
     n_ctx: int | None
+    device: str | None
     json: bool
 
 
@@ -58,12 +60,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--n-ctx", type=integer(1), metavar="N", help="context to compute memory for (default: the model's)"
     )
+    parser.add_argument(
+        "--device",
+        metavar="D",
+        help="cuda, cuda:1, ...: also what this GPU would hold, beside what it has free now",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON; sizes are in bytes")
 
 
 def run(args: _Args) -> int:
     """Prints what the file holds, as text or JSON."""
-    contents = inspect(args.file, args.mmproj, args.n_ctx)
+    contents = inspect(args.file, args.mmproj, args.n_ctx, args.device)
     if args.json:
         print(json.dumps(contents, indent=2, ensure_ascii=False))
     else:
@@ -71,17 +78,21 @@ def run(args: _Args) -> int:
     return 0
 
 
-def inspect(path: str, mmproj: str | None = None, n_ctx: int | None = None) -> dict[str, Any]:
+def inspect(
+    path: str, mmproj: str | None = None, n_ctx: int | None = None, device: str | None = None
+) -> dict[str, Any]:
     """What a model file, or a pair, holds; in the form that ``--json`` prints.
 
     Args:
         path: A single file, a text model, or an mmproj file alone.
         mmproj: The file with the vision tower, if `path` is the text model of a pair.
         n_ctx: Context in tokens to compute memory for; None for the model's own.
+        device: A GPU to plan for; None for no plan.
 
     Raises:
         ModelFileError: A file that is missing, damaged or not a Yi-VL model.
         ValueError: n_ctx above the model's context.
+        DeviceError: The GPU cannot be used; says why.
     """
     file = _core.GgufFile.open(path)
     metadata = file.metadata
@@ -131,6 +142,9 @@ def inspect(path: str, mmproj: str | None = None, n_ctx: int | None = None) -> d
             "std": [_short(value) for value in config.image_std],
         },
         "memory": None if is_mmproj else _memory(config, n_ctx, sum(opened.file_size for _, opened in files)),
+        "device": None
+        if is_mmproj or device is None
+        else _device(device, _core.MemoryPlan(file, vision_file, config, n_ctx or 0)),
     }
 
 
@@ -200,6 +214,28 @@ def _memory(config: _core.Config, n_ctx: int | None, weights: int) -> dict[str, 
         "activations": activations,
         "vision_activations": vision,
         "total": weights + kv + activations + vision,
+    }
+
+
+def _device(device: str, plan: _core.MemoryPlan) -> dict[str, Any]:
+    """What a GPU would hold of a model, as ``Model(..., device=device)`` decides it."""
+    name, total, free = _core.cuda_memory(device)
+    fitting = plan.most_layers(free)
+    n = max(fitting, 0)
+    everything = plan.weights_on_device(plan.n_layers) + plan.kv_on_device(plan.n_layers)
+    return {
+        "name": name,
+        "total": total,
+        "free": free,
+        "needed": plan.on_device(n),
+        "fits": fitting >= 0,
+        "layers": plan.n_layers,
+        "gpu_layers": n,
+        "weights": plan.weights_on_device(n) - plan.vision_weights,
+        "vision_weights": plan.vision_weights,
+        "kv_cache": plan.kv_on_device(n),
+        "workspace": plan.decoder_activations + plan.vision_activations + _core.DEVICE_RESERVE,
+        "spill": everything - plan.weights_on_device(n) - plan.kv_on_device(n),
     }
 
 
@@ -281,7 +317,25 @@ def _text(contents: dict[str, Any]) -> list[str]:
         ]
         if contents["vision"]:
             lines.append(("", f"{_size(memory['vision_activations'])} vision activations"))
+    if device := contents["device"]:
+        lines += _device_lines(device)
     return [line if isinstance(line, str) else f"{line[0]:12}  {line[1]}".rstrip() for line in lines]
+
+
+def _device_lines(device: dict[str, Any]) -> _Lines:
+    on_cpu = device["layers"] - device["gpu_layers"]
+    verdict = "fits" if device["fits"] else "does not fit"
+    spill = f"{on_cpu} of {device['layers']} layers, {_size(device['spill'])} with their keys and values"
+    return [
+        "",
+        ("device", f"{device['name']}, {_size(device['free'])} of {_size(device['total'])} free"),
+        ("", f"{_size(device['needed'])} on it, which {verdict}:"),
+        ("", f"{_size(device['weights'])} weights of the decoder, {device['gpu_layers']} layers"),
+        ("", f"{_size(device['vision_weights'])} weights of vision tower and projector"),
+        ("", f"{_size(device['kv_cache'])} KV cache"),
+        ("", f"{_size(device['workspace'])} workspace"),
+        ("on the CPU", spill if on_cpu else "nothing"),
+    ]
 
 
 def _model_lines(decoder: dict[str, Any] | None, vision: dict[str, Any] | None) -> _Lines:

@@ -1,0 +1,57 @@
+// Kernels that keep a unit as busy as it gets, for benchmarks to compare with.
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+
+namespace yivl::cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kBlocks = 4;  // of a multiprocessor
+constexpr int kChains = 8;  // of operations that wait for each other, of a warp or a thread
+
+// Nobody knows that the sum is never negative: what leads to it has to be computed.
+__device__ __forceinline__ void use(float sum, float* sink) {
+    if (sum < 0.0f) *sink = sum;
+}
+
+__global__ void half_kernel(float* sink, int64_t rounds) {
+    float d[kChains][4] = {};
+    const uint32_t ones = pack_halves(1.0f, 1.0f);
+    const uint32_t a[4] = {ones, ones, ones, ones}, b[2] = {ones, ones};
+    for (int64_t i = 0; i < rounds; ++i) {
+        YIVL_UNROLL
+        for (auto& chain : d) mma_half(chain, a, b);
+    }
+    float sum = 0.0f;
+    for (auto& chain : d) sum += chain[0] + chain[1] + chain[2] + chain[3];
+    use(sum, sink);
+}
+
+__global__ void float_kernel(float* sink, float factor, int64_t rounds) {
+    float x[kChains];
+    for (int i = 0; i < kChains; ++i) x[i] = static_cast<float>(i);
+    for (int64_t i = 0; i < rounds; ++i) {
+        YIVL_UNROLL
+        for (float& chain : x) chain = fmaf(chain, factor, 1.0f);
+    }
+    float sum = 0.0f;
+    for (const float chain : x) sum += chain;
+    use(sum, sink);
+}
+
+}  // namespace
+
+int64_t exert_halves(Stream& stream, float* sink, int n_multiprocessors, int64_t rounds) {
+    const int64_t blocks = int64_t{n_multiprocessors} * kBlocks;
+    launch(stream, "exert_halves", half_kernel, {blocks}, kThreads, 0, sink, rounds);
+    return blocks * (kThreads / kWarp) * rounds * kChains * 2 * 16 * 8 * 16;
+}
+
+int64_t exert_floats(Stream& stream, float* sink, int n_multiprocessors, int64_t rounds) {
+    const int64_t blocks = int64_t{n_multiprocessors} * kBlocks;
+    launch(stream, "exert_floats", float_kernel, {blocks}, kThreads, 0, sink, 0.5f, rounds);
+    return blocks * kThreads * rounds * kChains * 2;
+}
+
+}  // namespace yivl::cuda

@@ -1,0 +1,59 @@
+"""The script for the first session with a GPU, as far as it goes without one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from emulated import EMULATOR
+from test_random_model import load
+
+
+def bench(seconds: dict[str, float], read: float) -> dict[str, object]:
+    stages = [
+        {"stage": s, "median": t, "bytes": 4e9 if s.startswith("decoding") else 0} for s, t in seconds.items()
+    ]
+    return {"device": "cuda:0 a card", "stages": stages, "ceilings": {"read_bytes_per_second": read}}
+
+
+def test_goals_are_held_against_what_was_measured() -> None:
+    script = load("gpu_check")
+    measured = bench(
+        {"decoding": 2e-3, "decoding after 4000 tokens": 3e-3, "image encoding": 9e-3, "prefill": 30e-3},
+        2.2e12,
+    )
+    rows = script.compare("q4_0", measured)
+    assert [(row["stage"], row["measured"], row["met"]) for row in rows] == [
+        ("decoding", "91%", True),
+        ("decoding after 4000 tokens", "61%", False),
+        ("image encoding", "9.00 ms", False),
+        ("prefill", "30.00 ms", True),
+    ]
+    text = script.table(rows)
+    assert text.count("met") == 2
+    assert text.count("missed") == 2
+    assert "nothing was measured" in script.table([])
+
+
+@pytest.mark.skipif(not EMULATOR, reason="needs the emulator's test program")
+def test_steps_leave_what_they_find(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = load("gpu_check")
+    arguments = ["--emulated", "--build", str(EMULATOR), "--work", str(tmp_path), "--size", "demo"]
+
+    def main(*steps: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["gpu_check.py", *arguments, *steps])
+        return script.main()
+
+    assert main("report") == 1  # nothing yet
+    assert main("primitives", "models") == 0
+    assert {path.name for path in tmp_path.glob("*.gguf")} == {"demo-q4_0.gguf", "demo-q4_k_m.gguf"}
+    (tmp_path / "bench-q4_0.json").write_text(json.dumps(bench({"decoding": 2e-3}, 2.2e12)))
+    assert main("report") == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["steps"]["primitive-mma_half"]["exit_code"] == 0
+    assert [row["met"] for row in report["goals"]] == [True]
+    assert "steps that failed: none" in capsys.readouterr().out
