@@ -227,7 +227,7 @@ void Session::embed(std::span<const int32_t> positions, int64_t first_image_row,
 }
 
 void Session::prefill(std::span<const int32_t> positions, int64_t first, const Pixels& pixels, Ops& ops,
-                      Control& control, const std::function<void(int64_t, int64_t)>& on_batch) {
+                      Control& control, const OnBatch& on_batch, const OnBatch& before_batch) {
     const DecoderConfig& c = model_->config().decoder;
     const int64_t total = static_cast<int64_t>(positions.size());
     const int64_t image_begin = std::ranges::find(positions, kImageId) - positions.begin();
@@ -236,6 +236,7 @@ void Session::prefill(std::span<const int32_t> positions, int64_t first, const P
     for (int64_t begin = first; begin < total;) {
         const int64_t T = std::min(decoder_.batch, total - begin);
         const std::span<const int32_t> batch = positions.subspan(begin, T);
+        if (before_batch) before_batch(T, begin);
         embed(batch, std::max<int64_t>(begin - image_begin, 0), ops);
         decoder_forward(model_->weights().decoder, c, decoder_, T, begin, ops, [&](int64_t layers) {
             const double done = static_cast<double>(begin - first) +
@@ -380,6 +381,7 @@ std::vector<float> Session::logits(std::span<const int32_t> ids, const Pixels& p
     std::unique_ptr<Ops> ops = model_->backend().ops(control);
     if (options.statistics != nullptr) {
         ops = record_activations(std::move(ops), *options.statistics);
+        options.statistics->mark({});
         embedded_pixels_.reset();
     }
     if (pixels != nullptr) embed_image(pixels, *ops, control);
@@ -388,7 +390,16 @@ std::vector<float> Session::logits(std::span<const int32_t> ids, const Pixels& p
     std::vector<float> result(wanted.size() * static_cast<size_t>(V));
     const Buffer some(model_->backend(), std::min(decoder_.batch, kLogitsRows), V);
     size_t done = 0;
-    prefill(positions, 0, pixels, *ops, control, [&](int64_t T, int64_t first) {
+    const auto mark_wanted = [&](int64_t T, int64_t first) {
+        if (options.statistics == nullptr) return;
+        std::vector<bool> marks(static_cast<size_t>(T));
+        for (size_t i = done; i < wanted.size() && wanted[i] < first + T; ++i) {
+            marks[static_cast<size_t>(wanted[i] - first)] = true;
+        }
+        options.statistics->mark(std::move(marks));
+    };
+    const auto read_wanted = [&](int64_t T, int64_t first) {
+        if (options.statistics != nullptr) options.statistics->mark({});
         while (done < wanted.size() && wanted[done] < first + T) {
             // Positions that stand together are computed together.
             int64_t rows = 1;
@@ -401,7 +412,8 @@ std::vector<float> Session::logits(std::span<const int32_t> ids, const Pixels& p
             ops->download(Mat(&result[done * static_cast<size_t>(V)], rows, V), some.rows(rows));
             done += rows;
         }
-    });
+    };
+    prefill(positions, 0, pixels, *ops, control, read_wanted, mark_wanted);
     return result;
 }
 
