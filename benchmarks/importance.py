@@ -9,8 +9,9 @@ model is copied with the channels of the decoder's width and of each MLP in anot
 other weights share a scale. And since the model is sure of nearly every token, so that a handful would make up the mean
 divergence, the conversations compared are those of many that it is least sure of. For every type of the decoder's
 blocks, all else being F16, the table has the ratios, with the matrix to without, of the mean KL divergence from the F16
-model and of the squared error of the logits: geometric means over the copies with their standard errors. The matrix
-comes from conversations about other scenes than the comparison.
+model and of the squared error of the logits: geometric means over the copies with their standard errors; and how many
+answers are not the F16 model's, without and with the matrix, and the difference. The matrix comes from conversations
+about other scenes than the comparison.
 
 With --spread, the channels of the norms before the products are scaled too, each by a power of two, and the columns
 that they are multiplied with by its inverse. That computes the same, with activations as uneven as those of large
@@ -45,7 +46,8 @@ from benchmarks.quantisation import MAX_TOKENS, conversations
 from demo.evaluate import questions
 
 TYPES = ("q4_0", "q4_1", "iq4_nl", "iq4_xs", "q4_k", "q3_k", "q2_k")
-FIGURES = ("mean KL", "squared error of the logits")
+RATIOS = ("mean KL", "squared error of the logits")
+CHANGED = ("other answers, %", "with imatrix", "difference")
 Tensors = dict[str, NDArray[np.float32]]
 Reference = list[tuple[Conversation, Transcript, NDArray[np.float32]]]
 
@@ -111,18 +113,21 @@ def read(source: GGUFReader) -> Tensors:
 
 
 def differences(file: Path, reference: Reference) -> list[float]:
-    """FIGURES of a file beside the reference."""
+    """RATIOS' figures of a file beside the reference, and the share of answers that become others."""
     model = Model(file)
     divergences = []
-    squares = 0.0
+    squares, changed = 0.0, 0
     for conversation, transcript, expected in reference:
         logits = answer_logits(model, conversation, transcript, Progress())
-        divergences.append(predictions(expected, logits, transcript.answer_ids()).divergence)
+        found = predictions(expected, logits, transcript.answer_ids())
+        divergences.append(found.divergence)
+        # The most likely token is said, so that the first other one makes another answer.
+        changed += not found.agreement.all()
         # What is added to all logits of a token changes nothing.
         error = (logits - expected).astype(np.float64)
         squares += float(((error - error.mean(-1, keepdims=True)) ** 2).sum())
     kl = np.concatenate(divergences)
-    return [float(kl.mean()), squares]
+    return [float(kl.mean()), squares, changed / len(reference)]
 
 
 def doubt(logits: NDArray[np.float32]) -> float:
@@ -134,20 +139,28 @@ def doubt(logits: NDArray[np.float32]) -> float:
 
 def table(figures: Mapping[str, tuple[list[list[float]], list[list[float]]]]) -> str:
     """Markdown."""
-    lines = [
-        "| type of the decoder's blocks | " + " | ".join(FIGURES) + " |",
-        "|---|" + "---:|" * len(FIGURES),
-    ]
-    for type_name, (without, using) in figures.items():
-        logs = np.log(np.array(using) / np.array(without))
-        means = logs.mean(0)
-        errors = logs.std(0, ddof=1) / math.sqrt(len(logs)) if len(logs) > 1 else np.full(len(means), np.nan)
-        cells = (
-            f"{math.exp(m):.3f} ({math.exp(m - e):.3f} to {math.exp(m + e):.3f})"
-            for m, e in zip(means, errors, strict=True)
-        )
-        lines.append(f"| {type_name} | " + " | ".join(cells) + " |")
+    head = ("type of the decoder's blocks", *RATIOS, *CHANGED)
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    for type_name, both in figures.items():
+        without, using = (np.array(rows) for rows in both)
+        logs = np.log(using[:, :2] / without[:, :2])
+        cells = [
+            f"{math.exp(m):.2f} ({math.exp(m - e):.2f} to {math.exp(m + e):.2f})"
+            for m, e in zip(logs.mean(0), standard_error(logs), strict=True)
+        ]
+        changes = 100 * (using[:, 2:] - without[:, 2:])
+        cells += [f"{100 * rows[:, 2].mean():.1f}" for rows in (without, using)]
+        cells.append(f"{changes.mean():+.1f} ± {standard_error(changes)[0]:.1f}")
+        lines.append("| " + " | ".join([type_name, *cells]) + " |")
     return "\n".join(lines)
+
+
+def standard_error(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of the columns' means."""
+    if len(rows) < 2:
+        return np.full(rows.shape[1], np.nan)
+    result: NDArray[np.float64] = rows.std(0, ddof=1) / math.sqrt(len(rows))
+    return result
 
 
 def main() -> None:

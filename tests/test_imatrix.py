@@ -234,6 +234,44 @@ def test_every_matrix_of_the_demo_model_is_recorded():
         )
 
 
+def test_roundings_change_answers_where_these_are_predicted():
+    """Why rows that predict answers are weighed: the gradient of the answers' logits stands on them."""
+    model, twin = Model.demo(), Twin(data.MODEL)
+    twin.decoder.requires_grad_(False)
+    outputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, output: torch.Tensor) -> None:
+        output.retain_grad()
+        outputs[name] = output
+
+    for block, layer in enumerate(twin.decoder.model.layers):
+        for path, module in layer.named_modules():
+            leaf = LEAVES.get(path.rpartition(".")[2])
+            if leaf is not None and leaf not in ("attn_k", "attn_v"):
+                module.register_forward_hook(
+                    lambda _module, _inputs, output, name=f"blk.{block}.{leaf}": keep(name, output)
+                )
+    random = torch.Generator().manual_seed(0)
+    shares: dict[str, list[float]] = {}
+    part = []
+    for picture in data.samples().values():
+        transcript = transcribe(model, Conversation(picture, (("user", "What is there?"),)), 64)
+        rows = transcript.answer_rows(model)
+        image = torch.from_numpy(twin.encode_image(model.preprocess(picture)))
+        table = twin.decoder.model.embed_tokens.weight
+        x = torch.cat([image if i == _core.IMAGE_ID else table[i][None] for i in transcript.ids])[None]
+        logits = twin.decoder(inputs_embeds=x.requires_grad_(), use_cache=False).logits[0, rows]
+        signs = torch.randint(0, 2, logits.shape, generator=random) * 2.0 - 1
+        (logits * signs).sum().backward()
+        part.append(len(rows) / x.shape[1])
+        for name, output in outputs.items():
+            squares = output.grad[0].square().sum(-1)
+            shares.setdefault(name, []).append(float(squares[rows].sum() / squares.sum()))
+    assert len(shares) == 4 * 5
+    assert np.mean(part) < 0.15
+    assert all(np.mean(share) > 0.5 for share in shares.values()), shares
+
+
 # Transcripts.
 
 
