@@ -1,8 +1,8 @@
 """What an importance matrix changes on the demo model, told apart from chance.
 
 Example, from the root of the repository:
-    python -m benchmarks.importance python/yivl_edge/data/demo.gguf --copies 20 --json importance.json
-    python -m benchmarks.importance python/yivl_edge/data/demo.gguf --copies 5 --spread 2
+    python -m benchmarks.importance python/yivl_edge/data/demo.gguf --copies 10 --json importance.json
+    python -m benchmarks.importance python/yivl_edge/data/demo.gguf --copies 6 --spread 1 --seed 101
 
 Which of a small model's rounding errors happen to matter is a matter of luck, so one comparison says little. Here the
 model is copied with the channels of the decoder's width and of each MLP in another order: it computes the same, but
