@@ -1,13 +1,14 @@
 """What each quantisation costs the demo model: the table of docs/quantisation.md.
 
 Example, from the root of the repository:
-    python -m benchmarks.quantisation demo-f16.gguf FOLDER/export --json quantisation.json
+    yivl-edge convert python/yivl_edge/data/demo.gguf -o demo-f16.gguf --type f16
+    python -m benchmarks.quantisation demo-f16.gguf --json quantisation.json
 
-Every preset, and every type for all of the decoder's blocks, is converted from the published folder, without and with
-an importance matrix, and compared with the F16 file (first argument): KL divergence and agreement over the assistant's
-tokens, where the F16 model's own answers are the text, as `yivl-edge compare` does it; and answers that are word for
-word right, as demo/evaluate.py counts them. The importance matrix comes from conversations about other scenes than the
-comparison.
+Every preset, and every type for all of the decoder's blocks, is converted, without and with an importance matrix, from
+the published folder if there is one and else from the F16 file, and compared with the F16 file: KL divergence and
+agreement over the assistant's tokens, where the F16 model's own answers are the text, as `yivl-edge compare` does it;
+and answers that are word for word right, as demo/evaluate.py counts them. The importance matrix comes from
+conversations about other scenes than the comparison.
 """
 
 from __future__ import annotations
@@ -124,13 +125,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("f16", type=Path, help="the demo model as an F16 file")
-    parser.add_argument("folder", type=Path, help="the demo model's published folder")
+    parser.add_argument("folder", type=Path, nargs="?", help="its published folder (default: the F16 file)")
     parser.add_argument("--types", nargs="+", default=[*TYPES, *PLAIN_TYPES], metavar="TYPE")
     parser.add_argument("--questions", type=int, default=1000, help="to count right answers of (1000)")
     parser.add_argument("--compared", type=int, default=200, help="conversations to compare logits in (200)")
     parser.add_argument("--calibration", type=int, default=100, help="conversations for the matrix (100)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
+    source = args.folder or args.f16
 
     # Two questions about each scene.
     count = max(args.questions, args.compared)
@@ -154,17 +156,17 @@ def main() -> None:
         rows = [benchmark.row(args.f16, "f16", False)]
         print(rows[-1].markdown(), flush=True)
         eight_bit_eyes = folder / "eyes.gguf"
-        convert(args.folder, eight_bit_eyes, type="f16", vision_type="q8_0")
+        convert(source, eight_bit_eyes, type="f16", vision_type="q8_0")
         rows.append(benchmark.row(eight_bit_eyes, "f16, vision q8_0", False))
         print(rows[-1].markdown(), flush=True)
         for type_name in args.types:
             for imatrix in (None, matrix):
                 file = folder / f"{type_name}.gguf"
                 if type_name in PRESETS:
-                    convert(args.folder, file, type=type_name, imatrix=imatrix)
+                    convert(source, file, type=type_name, imatrix=imatrix)
                 else:
                     plain = {r"^blk\.": type_name}
-                    convert(args.folder, file, type="q8_0", tensor_types=plain, imatrix=imatrix)
+                    convert(source, file, type="q8_0", tensor_types=plain, imatrix=imatrix)
                 rows.append(benchmark.row(file, type_name, imatrix is not None))
                 if args.json is not None:
                     args.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")

@@ -64,10 +64,17 @@ void ActivationStatistics::add(const Weight& w, ConstMat x) {
     const auto found = columns_.find(w.data);
     if (found == columns_.end()) throw std::invalid_argument("activation statistics: of another model");
     Columns& columns = found->second;
+    if (!marks_.empty() && static_cast<int64_t>(marks_.size()) != x.rows) {
+        throw std::logic_error("activation statistics: expected as many rows as marks");
+    }
     columns.sum_of_squares.resize(static_cast<size_t>(x.cols));
+    columns.marked_squares.resize(static_cast<size_t>(x.cols));
     for (int64_t i = 0; i < x.rows; ++i) {
         const std::span<const float> row = x.row(i);
         for (size_t j = 0; j < row.size(); ++j) columns.sum_of_squares[j] += double{row[j]} * double{row[j]};
+        if (marks_.empty() || !marks_[static_cast<size_t>(i)]) continue;
+        for (size_t j = 0; j < row.size(); ++j) columns.marked_squares[j] += double{row[j]} * double{row[j]};
+        ++columns.marked_rows;
     }
     columns.rows += x.rows;
 }

@@ -229,7 +229,7 @@ void Session::run_cpu_layers(int64_t T, int64_t first, Work& work, const std::fu
 }
 
 void Session::prefill(std::span<const int32_t> positions, int64_t first, const Pixels& pixels, Work& work,
-                      const std::function<void(int64_t, int64_t)>& on_batch) {
+                      const OnBatch& on_batch, const OnBatch& before_batch) {
     const DecoderConfig& c = model_->config().decoder;
     const int64_t total = static_cast<int64_t>(positions.size());
     const int64_t image_begin = std::ranges::find(positions, kImageId) - positions.begin();
@@ -238,6 +238,7 @@ void Session::prefill(std::span<const int32_t> positions, int64_t first, const P
     for (int64_t begin = first; begin < total;) {
         const int64_t T = std::min(decoder_.batch, total - begin);
         const std::span<const int32_t> batch = positions.subspan(begin, T);
+        if (before_batch) before_batch(T, begin);
         const auto on_layer = [&](int64_t layers) {
             const double done = static_cast<double>(begin - first) +
                                 static_cast<double>(T) * static_cast<double>(layers) / static_cast<double>(c.n_layers);
@@ -388,6 +389,7 @@ std::vector<float> Session::logits(std::span<const int32_t> ids, const Pixels& p
         for (std::unique_ptr<Ops>* ops : {&work.ops, &work.cpu}) {
             if (*ops != nullptr) *ops = record_activations(std::move(*ops), *options.statistics);
         }
+        options.statistics->mark({});
         embedded_pixels_.reset();
     }
     if (pixels != nullptr) embed_image(pixels, work);
@@ -396,7 +398,16 @@ std::vector<float> Session::logits(std::span<const int32_t> ids, const Pixels& p
     std::vector<float> result(wanted.size() * static_cast<size_t>(V));
     const Buffer some(model_->backend(), std::min(decoder_.batch, kLogitsRows), V);
     size_t done = 0;
-    prefill(positions, 0, pixels, work, [&](int64_t T, int64_t first) {
+    const auto mark_wanted = [&](int64_t T, int64_t first) {
+        if (options.statistics == nullptr) return;
+        std::vector<bool> marks(static_cast<size_t>(T));
+        for (size_t i = done; i < wanted.size() && wanted[i] < first + T; ++i) {
+            marks[static_cast<size_t>(wanted[i] - first)] = true;
+        }
+        options.statistics->mark(std::move(marks));
+    };
+    const auto read_wanted = [&](int64_t T, int64_t first) {
+        if (options.statistics != nullptr) options.statistics->mark({});
         while (done < wanted.size() && wanted[done] < first + T) {
             // Positions that stand together are computed together.
             int64_t rows = 1;
@@ -409,7 +420,8 @@ std::vector<float> Session::logits(std::span<const int32_t> ids, const Pixels& p
             work.ops->download(Mat(&result[done * static_cast<size_t>(V)], rows, V), some.rows(rows));
             done += rows;
         }
-    });
+    };
+    prefill(positions, 0, pixels, work, read_wanted, mark_wanted);
     return result;
 }
 

@@ -35,7 +35,8 @@ struct GenerateOptions {
 
 struct LogitsOptions {
     std::optional<std::vector<int64_t>> positions;  // rising; none: all, image rows included
-    // If given, all that is computed is added to it, and the picture is encoded in any case.
+    // If given, all that is computed is added to it, rows of the decoder's blocks at `positions` marked, and the
+    // picture is encoded in any case.
     ActivationStatistics* statistics = nullptr;
 };
 
@@ -155,9 +156,11 @@ private:
     void embed(std::span<const int32_t> positions, int64_t first_image_row, Work& work);
     void run_cpu_layers(int64_t T, int64_t first, Work& work, const std::function<void(int64_t)>& on_layer = {});
     void forget_from(int64_t position);
-    // Computes positions [first, end) of `positions` in batches; `on_batch` sees each (row count, first position).
+    using OnBatch = std::function<void(int64_t, int64_t)>;
+    // Computes positions [first, end) of `positions` in batches; `on_batch` sees each (row count, first position), and
+    // `before_batch` sees it before.
     void prefill(std::span<const int32_t> positions, int64_t first, const Pixels& pixels, Work& work,
-                 const std::function<void(int64_t, int64_t)>& on_batch);
+                 const OnBatch& on_batch, const OnBatch& before_batch = {});
     // The next id.
     int32_t read_prompt(Control& control);
     int32_t decode_step(Control& control);

@@ -112,7 +112,7 @@ def test_recorded_columns_are_the_squared_activations_of_a_torch_twin(
     # 3 ViT blocks of 6 matrices and the patch embedding, 2 of the projector, 3 decoder layers of 7, the output head.
     assert len(columns) == 3 * 6 + 1 + 2 + 3 * 7 + 1
     assert columns.keys() == expected.keys()
-    for name, (sums, rows) in columns.items():
+    for name, (sums, rows, *_) in columns.items():
         assert rows == expected[name][1], name
         # Activations agree to about 1e-5 of their size (test_golden.py), squares to twice that.
         np.testing.assert_allclose(sums, expected[name][0], rtol=1e-4, err_msg=name)
@@ -127,7 +127,7 @@ def test_recording_adds_up_and_changes_no_result(golden_model, golden_image):
     logits(
         golden_model, golden_image, ids, statistics=statistics
     )  # the picture's rows too, though it is known
-    for name, (sums, rows) in statistics.columns.items():
+    for name, (sums, rows, *_) in statistics.columns.items():
         assert rows == 2 * once[name][1]
         np.testing.assert_allclose(
             sums, 2 * once[name][0], rtol=1e-12, err_msg=name
@@ -147,6 +147,56 @@ def test_answers_alone_are_computed_as_among_all_positions(golden_model, golden_
     np.testing.assert_allclose(found, everything[rows], rtol=0, atol=1e-5 * np.abs(everything).max())
     assert statistics.columns["output.weight"][1] == len(rows)
     assert statistics.columns["blk.0.attn_q.weight"][1] == len(everything)
+
+
+@pytest.mark.parametrize("batch", [7, 512])
+def test_rows_that_predict_answers_are_told_from_the_others(golden_model, golden_image, monkeypatch, batch):
+    turns = (("user", "What?"), ("assistant", "a cat"), ("user", "Why?"), ("assistant", "It is."))
+    transcript = transcribe(golden_model, Conversation(golden_image, turns), 1)
+    wanted = transcript.answer_rows(golden_model).tolist()
+    pixels = golden_model.preprocess(golden_image)
+
+    def columns(positions: list[int] | None, end: int | None = None) -> dict[str, tuple]:
+        statistics = _core.ActivationStatistics(golden_model._model)
+        session = _core.Session(golden_model._model, 0, batch)
+        session.logits(transcript.ids[:end], pixels, _core.Control(), statistics, positions)
+        return statistics.columns
+
+    found, everything = columns(wanted), columns(None)
+    # The last position alone: what all positions give, less what those before it give.
+    last, before = (
+        columns([len(transcript.ids) - 2 + golden_model.config.vision.n_patches]),
+        columns(None, -1),
+    )
+    for name, (sums, rows, marked, marked_rows) in found.items():
+        if not name.startswith("blk."):
+            assert marked_rows == 0
+            assert not marked.any()
+            continue
+        assert (rows, marked_rows) == (everything[name][1], len(wanted))
+        np.testing.assert_allclose(sums, everything[name][0], rtol=1e-12)
+        assert (marked <= sums * (1 + 1e-12)).all()
+        np.testing.assert_allclose(everything[name][2], sums, rtol=1e-12)
+        difference = everything[name][0] - before[name][0]
+        scale = everything[name][0].max()
+        np.testing.assert_allclose(last[name][2], difference, rtol=1e-3, atol=1e-6 * scale, err_msg=name)
+
+
+def test_answers_count_three_quarters(golden_model, golden_image):
+    conversation = Conversation(golden_image, (("user", "What?"), ("assistant", "a cat")))
+    statistics = _core.ActivationStatistics(golden_model._model)
+    answer_logits(
+        golden_model, conversation, transcribe(golden_model, conversation, 1), statistics=statistics
+    )
+    columns, _ = record(golden_model, [conversation], 1, Progress())
+    for name, (sums, rows, marked, marked_rows) in statistics.columns.items():
+        weighed, count = columns[name]
+        assert count == rows
+        if marked_rows == 0:
+            np.testing.assert_array_equal(weighed, sums)
+            continue
+        others = (sums - marked) / (rows - marked_rows)
+        np.testing.assert_allclose(weighed / count, 0.75 * marked / marked_rows + 0.25 * others, rtol=1e-12)
 
 
 @pytest.mark.parametrize("positions", [[-1], [3, 2], [1, 1], [10**6]])
@@ -182,6 +232,44 @@ def test_every_matrix_of_the_demo_model_is_recorded():
             model.config.vision.n_patches,
             model.config.vision.n_patches + 1,
         )
+
+
+def test_roundings_change_answers_where_these_are_predicted():
+    """Why rows that predict answers are weighed: the gradient of the answers' logits stands on them."""
+    model, twin = Model.demo(), Twin(data.MODEL)
+    twin.decoder.requires_grad_(False)
+    outputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, output: torch.Tensor) -> None:
+        output.retain_grad()
+        outputs[name] = output
+
+    for block, layer in enumerate(twin.decoder.model.layers):
+        for path, module in layer.named_modules():
+            leaf = LEAVES.get(path.rpartition(".")[2])
+            if leaf is not None and leaf not in ("attn_k", "attn_v"):
+                module.register_forward_hook(
+                    lambda _module, _inputs, output, name=f"blk.{block}.{leaf}": keep(name, output)
+                )
+    random = torch.Generator().manual_seed(0)
+    shares: dict[str, list[float]] = {}
+    part = []
+    for picture in data.samples().values():
+        transcript = transcribe(model, Conversation(picture, (("user", "What is there?"),)), 64)
+        rows = transcript.answer_rows(model)
+        image = torch.from_numpy(twin.encode_image(model.preprocess(picture)))
+        table = twin.decoder.model.embed_tokens.weight
+        x = torch.cat([image if i == _core.IMAGE_ID else table[i][None] for i in transcript.ids])[None]
+        logits = twin.decoder(inputs_embeds=x.requires_grad_(), use_cache=False).logits[0, rows]
+        signs = torch.randint(0, 2, logits.shape, generator=random) * 2.0 - 1
+        (logits * signs).sum().backward()
+        part.append(len(rows) / x.shape[1])
+        for name, output in outputs.items():
+            squares = output.grad[0].square().sum(-1)
+            shares.setdefault(name, []).append(float(squares[rows].sum() / squares.sum()))
+    assert len(shares) == 4 * 5
+    assert np.mean(part) < 0.15
+    assert all(np.mean(share) > 0.5 for share in shares.values()), shares
 
 
 # Transcripts.

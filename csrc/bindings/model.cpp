@@ -176,11 +176,15 @@ void bind_activations(py::module_& m) {
                 for (const ActivationStatistics::Columns& columns : self.columns()) {
                     const py::array_t<double> sums(static_cast<py::ssize_t>(columns.sum_of_squares.size()),
                                                    columns.sum_of_squares.data());
-                    dict[py::cast(columns.name)] = py::make_tuple(sums, columns.rows);
+                    const py::array_t<double> marked(static_cast<py::ssize_t>(columns.marked_squares.size()),
+                                                     columns.marked_squares.data());
+                    dict[py::cast(columns.name)] = py::make_tuple(sums, columns.rows, marked, columns.marked_rows);
                 }
                 return dict;
             },
-            "dict of tensor name to (sums of squares (I,) float64, how many rows were summed).");
+            "dict of tensor name to (sums of squares (I,) float64, how many rows were summed, and the same two of the "
+            "rows "
+            "of the decoder's blocks whose logits were asked for).");
 }
 
 }  // namespace
