@@ -33,8 +33,8 @@ _ROUNDING_LIMITS = {
     "F32": 0.0, "BF16": 0.003, "F16": 0.0005, "Q8_0": 0.03, "Q6_K": 0.075, "Q5_K": 0.075, "Q5_1": 0.075, "Q5_0": 0.14,
     "Q4_K": 0.15, "Q4_1": 0.15, "Q4_0": 0.2, "IQ4_NL": 0.16, "IQ4_XS": 0.16, "Q3_K": 0.3, "Q2_K": 0.45,
 }  # fmt: skip
-# With importance what matters little may change more; the most seen, of Q2_K with columns that differ by a thousand times
-# and importance as the inverse square of their size, was 0.72. Zeros in their place would change them by 1.
+# With importance what matters little may change more; the most seen, of Q2_K with columns that differ by a thousand
+# times and importance as the inverse square of their size, was 0.72. Zeros in their place would change them by 1.
 _IMPORTANCE_LIMIT = 0.85
 # Least squares keep the size of weights: how far the factor that fits the rounded ones best may be from 1.
 _SCALE_LIMIT, _IMPORTANCE_SCALE_LIMIT = 0.03, 0.15
