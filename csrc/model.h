@@ -137,8 +137,8 @@ private:
         TextStream stream;
         std::vector<int32_t> history;  // prompt and reply ids; the last one is not in the cache yet
         FinishReason finish = FinishReason::none;
-        Usage usage;
-        Timings timings;
+        Usage usage{};
+        Timings timings{};
     };
 
     // What one call computes with.
