@@ -183,7 +183,11 @@ def test_linear_with_every_weight_type(isa: str, qtype: GGMLQuantizationType) ->
         ops.linear(y, x, data.reshape(-1), qtype.value)
         # The weights are exactly the dequantised ones, so only the sums round: sqrt(1280) * EPS = 2e-6. Where those of
         # 16 bits are rounded, the last bit of a factor decides about the few that lie between two integers.
-        rounded = isa not in ("amx", "cuda") and _core.Ceilings(isa, 1).packs("F16") and qtype.name in ("F16", "BF16")
+        rounded = (
+            isa not in ("amx", "cuda")
+            and _core.Ceilings(isa, 1).packs("F16")
+            and qtype.name in ("F16", "BF16")
+        )
         assert relative_error(y, product(isa, x, w, qtype)[0]) < (5e-6 if rounded else 2e-6)
         # What that rounding costs: a block of ordinary numbers has a root mean square of 8,190 (46,330 / sqrt(32)),
         # each number an error of sqrt(1/12), and there are two operands: 5e-5.
