@@ -24,7 +24,9 @@ constexpr std::array<std::string_view, 5> kNames{"amx", "avx512", "avx2", "neon"
 #if defined(__x86_64__)
 const Kernels& avx512_kernels() {
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512vnni") ? kAvx512VnniKernels : kAvx512Kernels;
+    if (!__builtin_cpu_supports("avx512vnni")) return kAvx512Kernels;
+    // AMD's CPUs add in four units and multiply in two of them; Intel's have two for both.
+    return __builtin_cpu_is("amd") ? kAvx512VnniSumsKernels : kAvx512VnniKernels;
 }
 #endif
 

@@ -12,6 +12,7 @@ extern const Kernels kPortableKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512VnniKernels;  // the same, quicker on quantised weights
+extern const Kernels kAvx512VnniSumsKernels;
 extern const PackedKernels kAmxPackedKernels;
 extern const Kernels kNeonKernels;
 extern const Kernels kNeonDotprodKernels;  // the same, quicker on quantised weights

@@ -96,6 +96,7 @@ typedef __m256i I;
 
 // A multiplication and an addition take as long as twice as many in float32.
 constexpr bool kHalvesAsIntegers = false;
+constexpr bool kSumsOfPairs = false;
 
 constexpr int kIntegerTokens = 3;
 
@@ -105,6 +106,7 @@ inline I integers(int32_t n) { return _mm256_set1_epi32(n); }
 inline I no_integers() { return _mm256_setzero_si256(); }
 inline I add_integers(I a, I b) { return _mm256_add_epi32(a, b); }
 inline I times_integers(I a, I b) { return _mm256_mullo_epi32(a, b); }
+inline I negative(I v) { return _mm256_sub_epi32(no_integers(), v); }
 template <int n>
 inline I up32(I v) {
     return _mm256_slli_epi32(v, n);
@@ -136,6 +138,7 @@ inline I signed_down(I v) {
     return _mm256_srai_epi16(v, n);
 }
 inline I less(I v, int n) { return _mm256_sub_epi16(v, _mm256_set1_epi16(static_cast<int16_t>(n))); }
+inline I plus(I a, I b) { return _mm256_add_epi16(a, b); }
 inline I times(I a, I b) { return _mm256_mullo_epi16(a, b); }
 template <int n>
 inline I byte(I v) {

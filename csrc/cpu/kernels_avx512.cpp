@@ -104,6 +104,7 @@ inline I integers(int32_t n) { return _mm512_set1_epi32(n); }
 inline I no_integers() { return _mm512_setzero_si512(); }
 inline I add_integers(I a, I b) { return _mm512_add_epi32(a, b); }
 inline I times_integers(I a, I b) { return _mm512_mullo_epi32(a, b); }
+inline I negative(I v) { return _mm512_sub_epi32(no_integers(), v); }
 template <int n>
 inline I up32(I v) {
     return _mm512_slli_epi32(v, n);
@@ -133,6 +134,7 @@ inline I signed_down(I v) {
     return _mm512_srai_epi16(v, n);
 }
 inline I less(I v, int n) { return _mm512_sub_epi16(v, _mm512_set1_epi16(static_cast<int16_t>(n))); }
+inline I plus(I a, I b) { return _mm512_add_epi16(a, b); }
 inline I times(I a, I b) { return _mm512_mullo_epi16(a, b); }
 template <int n>
 inline I byte(I v) {
@@ -226,6 +228,7 @@ namespace plain {
 namespace {
 // A multiplication and an addition take as long as twice as many in float32.
 constexpr bool kHalvesAsIntegers = false;
+constexpr bool kSumsOfPairs = false;
 
 inline I multiply_pairs(I sums, I a, I b) { return _mm512_add_epi32(sums, _mm512_madd_epi16(a, b)); }
 inline I multiply_pairs_at(I sums, I a, const int16_t* p) { return multiply_pairs(sums, a, pair(p)); }
@@ -254,7 +257,26 @@ YIVL_INLINE I multiply_pairs_at(I sums, I a, const int16_t* p) {
 }
 }  // namespace
 
+namespace products {
+
+namespace {
+constexpr bool kSumsOfPairs = false;
+}
+
 #include "cpu/kernels_integer.h"
+
+}  // namespace products
+
+// For CPUs that add in other units than they multiply in.
+namespace sums {
+
+namespace {
+constexpr bool kSumsOfPairs = true;
+}
+
+#include "cpu/kernels_integer.h"
+
+}  // namespace sums
 
 }  // namespace vnni
 
@@ -265,7 +287,9 @@ YIVL_TARGET_END
 namespace yivl {
 
 const Kernels kAvx512Kernels = YIVL_KERNELS("avx512", "", avx512, &avx512::plain::kIntegerKernels);
-const Kernels kAvx512VnniKernels = YIVL_KERNELS("avx512", "vnni", avx512, &avx512::vnni::kIntegerKernels);
+const Kernels kAvx512VnniKernels = YIVL_KERNELS("avx512", "vnni", avx512, &avx512::vnni::products::kIntegerKernels);
+const Kernels kAvx512VnniSumsKernels =
+    YIVL_KERNELS("avx512", "vnni, sums", avx512, &avx512::vnni::sums::kIntegerKernels);
 
 }  // namespace yivl
 

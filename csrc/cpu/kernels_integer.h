@@ -13,13 +13,15 @@
 //   I                              a vector of kLanes int32, or of 2 * kLanes int16
 //   kIntegerTokens                 tokens of a tile, which is two vectors of rows high
 //   kHalvesAsIntegers              whether 16-bit weights are multiplied as integers
+//   kSumsOfPairs                   whether many tokens are multiplied as sums: see multiply_pairs_of_sums
 //   load_integers(p) store_integers(p, v) integers(n) no_integers() add_integers(a, b) times_integers(a, b)
+//   negative(v)                    of int32
 //   up32<n>(v) down32<n>(v) to_floats(v)    of int32: shifts (down32 with the sign)
 //   pair(p)                        the two int16 at p, in every lane
 //   multiply_pairs(sums, a, b)     sums + a[2l] * b[2l] + a[2l + 1] * b[2l + 1] in every lane l
 //   multiply_pairs_at(sums, a, p)  the same with pair(p) for b
-//   low_bits(v, n) any_bits(a, b) down<n>(v) up<n>(v) signed_down<n>(v) less(v, n) times(a, b)      of int16: v & n,
-//                                  a | b, shifts, v - n, the low half of a product
+//   low_bits(v, n) any_bits(a, b) down<n>(v) up<n>(v) signed_down<n>(v) less(v, n) plus(a, b) times(a, b)    of int16:
+//                                  v & n, a | b, shifts, v - n, a + b, the low half of a product
 //   byte<n>(v)                     byte n of each lane, as int32
 //   signed_byte<n>(v)              byte n of each lane with its sign, as int32
 //   spread_byte<n>(v)              the same as two int16
@@ -52,8 +54,9 @@ constexpr float kLargestPair = 32767.0f;
 struct alignas(64) InputSlab {
     int16_t integers[kSlabBlocks][kBlock];
     float scale[kSlabBlocks];
-    float minus_sum[kSlabBlocks];  // of the rounded values
-    int32_t sums[kSlabBlocks][2];  // of the integers of half a block
+    float minus_sum[kSlabBlocks];         // of the rounded values
+    int32_t sums[kSlabBlocks][2];         // of the integers of half a block
+    int32_t minus_products[kSlabBlocks];  // of the integers of columns that are multiplied as sums, modulo 2^32
 };
 
 // ---- weights ----
@@ -604,11 +607,18 @@ void multiply_one(const PackedPiece& p) {
 struct WeightBlock {
     I pairs[kPairs];
     F scale, minimum;
+    I minus_products;  // as those of x
 };
 // A slab of kLanes rows.
 struct WeightSlab {
     WeightBlock blocks[kSlabBlocks];
 };
+
+// Whether weights are multiplied as sums: their integers are so small that a sum with one of x has 16 bits.
+template <class Rows>
+constexpr bool kAsSums = kSumsOfPairs;
+template <class Number>
+constexpr bool kAsSums<RowsHalves<Number>> = false;
 
 template <class Rows>
 struct StoreSink {
@@ -623,6 +633,13 @@ struct StoreSink {
     YIVL_INLINE void finish(F scale, F minimum) {
         blocks[b].scale = scale;
         blocks[b].minimum = minimum;
+        if constexpr (kAsSums<Rows>) {
+            I products = no_integers();
+            repeat<kPairs / 2>([&]<int i>() YIVL_INLINE_LAMBDA {
+                products = multiply_pairs(products, blocks[b].pairs[i * 2], blocks[b].pairs[i * 2 + 1]);
+            });
+            blocks[b].minus_products = negative(products);
+        }
     }
 };
 
@@ -645,6 +662,13 @@ void unpack_slab(WeightSlab& slab, const std::byte* p, int64_t row_bytes, int64_
 constexpr int kIntegerRows = 2;
 constexpr int64_t kSideRows = kIntegerRows * kLanes;
 constexpr int kTileSums = kIntegerRows * kIntegerTokens;
+
+// Half of the multiplications, and additions in their place, for a unit of their own (Winograd, "A New Algorithm for
+// Inner Product", 1968): (w0 + x1) (w1 + x0) = w0 x0 + w1 x1 + w0 w1 + x0 x1. The last two depend on one operand only,
+// and the sums begin without them. All is exact modulo 2^32.
+YIVL_INLINE I multiply_pairs_of_sums(I sums, const I* w, I x0, I x1) {
+    return multiply_pairs(sums, plus(w[0], x1), plus(w[1], x0));
+}
 
 // `sums` (rows, tokens) += a tile of T tokens over a slab, or = if `first`. What the next tile takes is fetched
 // meanwhile.
@@ -674,23 +698,38 @@ YIVL_INLINE void multiply_tile(Rows, F* sums, const WeightSlab* w, const InputSl
         YIVL_UNROLL
         for (int r = 0; r < R; ++r) {
             YIVL_UNROLL
-            for (int t = 0; t < T; ++t) acc[r][t] = no_integers();
+            for (int t = 0; t < T; ++t) {
+                acc[r][t] = no_integers();
+                if constexpr (kAsSums<Rows>) {
+                    acc[r][t] = add_integers(w[r].blocks[b].minus_products, integers(x[t].minus_products[b]));
+                }
+            }
         }
         YIVL_UNROLL
         for (int t = 0; t < T; ++t) prefetch(reinterpret_cast<const std::byte*>(x[T + t].integers[b]));
         if (b < T) prefetch(reinterpret_cast<const std::byte*>(x[T + b].scale));
         prefetch(reinterpret_cast<const std::byte*>(sums + kTileSums) + b * 2 * 64);
         prefetch(reinterpret_cast<const std::byte*>(sums + kTileSums) + (b * 2 + 1) * 64);
+        constexpr int kStep = kAsSums<Rows> ? 2 : 1;
         YIVL_UNROLL
-        for (int i = 0; i < kPairs; ++i) {
-            I ws[R];
+        for (int i = 0; i < kPairs; i += kStep) {
+            I ws[R][kStep];
             YIVL_UNROLL
-            for (int r = 0; r < R; ++r) ws[r] = load_integers(&w[r].blocks[b].pairs[i]);
+            for (int r = 0; r < R; ++r) {
+                YIVL_UNROLL
+                for (int j = 0; j < kStep; ++j) ws[r][j] = load_integers(&w[r].blocks[b].pairs[i + j]);
+            }
             YIVL_UNROLL
             for (int t = 0; t < T; ++t) {
                 const I xs = pair(x[t].integers[b] + i * 2);
-                YIVL_UNROLL
-                for (int r = 0; r < R; ++r) acc[r][t] = multiply_pairs(acc[r][t], ws[r], xs);
+                if constexpr (kAsSums<Rows>) {
+                    const I next = pair(x[t].integers[b] + i * 2 + 2);
+                    YIVL_UNROLL
+                    for (int r = 0; r < R; ++r) acc[r][t] = multiply_pairs_of_sums(acc[r][t], ws[r], xs, next);
+                } else {
+                    YIVL_UNROLL
+                    for (int r = 0; r < R; ++r) acc[r][t] = multiply_pairs(acc[r][t], ws[r][0], xs);
+                }
             }
         }
         YIVL_UNROLL
@@ -850,7 +889,7 @@ void pack_block(InputSlab& slab, int64_t b, const float* x, int order) {
     if (!(most <= 3.4028234e38f)) {  // an infinity or no number: neither may get lost
         for (int16_t& n : slab.integers[b]) n = 0;
         slab.scale[b] = slab.minus_sum[b] = __builtin_nanf("");
-        slab.sums[b][0] = slab.sums[b][1] = 0;
+        slab.sums[b][0] = slab.sums[b][1] = slab.minus_products[b] = 0;
         return;
     }
     // What is smaller has no reciprocal, and counts as nothing.
@@ -865,6 +904,14 @@ void pack_block(InputSlab& slab, int64_t b, const float* x, int order) {
     slab.scale[b] = scale;
     if (order == 1) return round_in_order(x, factor, slab.integers[b]);
     round(x, factor, slab.integers[b], slab.sums[b]);
+    if constexpr (kSumsOfPairs) {
+        uint32_t products = 0;
+        for (int i = 0; i < kBlock; i += 4) {
+            const int16_t* const x0 = slab.integers[b] + i;
+            products += static_cast<uint32_t>(x0[0] * x0[2]) + static_cast<uint32_t>(x0[1] * x0[3]);
+        }
+        slab.minus_products[b] = static_cast<int32_t>(-products);
+    }
     slab.minus_sum[b] = -scale * static_cast<float>(slab.sums[b][0] + slab.sums[b][1]);
 }
 

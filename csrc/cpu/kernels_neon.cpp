@@ -98,6 +98,7 @@ typedef int32x4_t I;
 constexpr int kIntegerTokens = 4;
 // Four multiplications of 16 bits take as long as four of float32.
 constexpr bool kHalvesAsIntegers = false;
+constexpr bool kSumsOfPairs = false;
 
 inline int16x8_t halves_of(I v) { return vreinterpretq_s16_s32(v); }
 inline uint16x8_t unsigned_halves_of(I v) { return vreinterpretq_u16_s32(v); }
@@ -110,6 +111,7 @@ inline I integers(int32_t n) { return vdupq_n_s32(n); }
 inline I no_integers() { return integers(0); }
 inline I add_integers(I a, I b) { return vaddq_s32(a, b); }
 inline I times_integers(I a, I b) { return vmulq_s32(a, b); }
+inline I negative(I v) { return vnegq_s32(v); }
 template <int n>
 inline I up32(I v) {
     return vshlq_n_s32(v, n);
@@ -150,6 +152,7 @@ inline I signed_down(I v) {
     return lanes_of(vshrq_n_s16(halves_of(v), n));
 }
 inline I less(I v, int n) { return lanes_of(vsubq_s16(halves_of(v), vdupq_n_s16(static_cast<int16_t>(n)))); }
+inline I plus(I a, I b) { return lanes_of(vaddq_s16(halves_of(a), halves_of(b))); }
 inline I times(I a, I b) { return lanes_of(vmulq_s16(halves_of(a), halves_of(b))); }
 // Half n of each lane.
 template <int n>
