@@ -1,4 +1,4 @@
-// What kernels_weights.h and kernels_integer.h need that is the same with AVX2 and AVX-512. Included inside a target
+// What kernels_body.h and kernels_integer.h need that is the same with AVX2 and AVX-512. Included inside a target
 // region.
 
 namespace {

@@ -1,0 +1,264 @@
+// Part of kernels_integer.h: many tokens, for which weights are unpacked once.
+
+namespace {
+
+// A block of kLanes rows, unpacked.
+struct WeightBlock {
+    I pairs[kPairs];
+    F scale, minimum;
+    I minus_products;  // as those of x
+};
+// A slab of kLanes rows.
+struct WeightSlab {
+    WeightBlock blocks[kSlabBlocks];
+};
+
+// Whether weights are multiplied as sums: their integers are so small that a sum with one of x has 16 bits.
+template <class Rows>
+constexpr bool kAsSums = kSumsOfPairs;
+template <class Number>
+constexpr bool kAsSums<RowsHalves<Number>> = false;
+
+template <class Rows>
+struct StoreSink {
+    WeightBlock* blocks;
+
+    template <int b, int i>
+    YIVL_INLINE void vector(I v) {
+        if constexpr (Rows::kOffset != 0) v = less(v, Rows::kOffset);
+        store_integers(&blocks[b].pairs[i], v);
+    }
+    template <int b>
+    YIVL_INLINE void finish(F scale, F minimum) {
+        blocks[b].scale = scale;
+        blocks[b].minimum = minimum;
+        if constexpr (kAsSums<Rows>) {
+            I products = no_integers();
+            repeat<kPairs / 2>([&]<int i>() YIVL_INLINE_LAMBDA {
+                products = multiply_pairs(products, blocks[b].pairs[i * 2], blocks[b].pairs[i * 2 + 1]);
+            });
+            blocks[b].minus_products = negative(products);
+        }
+    }
+};
+
+// Columns [col, col + n_blocks * 32) of n rows from p, the first of a slab.
+template <class Rows>
+void unpack_slab(WeightSlab& slab, const std::byte* p, int64_t row_bytes, int64_t n_rows, int64_t n_blocks) {
+    RestOfRows rest;
+    if (n_rows < kLanes) {
+        rest.copy(p, row_bytes, n_rows, n_blocks / Rows::kBlocks * Rows::kBytes);
+        p = rest.bytes;
+        row_bytes = RestOfRows::kStride;
+    }
+    for (int64_t b = 0; b < n_blocks; b += Rows::kBlocks, p += Rows::kBytes) {
+        StoreSink<Rows> sink{slab.blocks + b};
+        Rows::unpack(p, row_bytes, sink);
+    }
+}
+
+// A tile: so many vectors of rows by kIntegerTokens tokens.
+constexpr int kIntegerRows = 2;
+constexpr int64_t kSideRows = kIntegerRows * kLanes;
+constexpr int kTileSums = kIntegerRows * kIntegerTokens;
+
+// Half of the multiplications, and additions in their place, for a unit of their own (Winograd, "A New Algorithm for
+// Inner Product", 1968): (w0 + x1) (w1 + x0) = w0 x0 + w1 x1 + w0 w1 + x0 x1. The last two depend on one operand only,
+// and the sums begin without them. All is exact modulo 2^32.
+YIVL_INLINE I multiply_pairs_of_sums(I sums, const I* w, I x0, I x1) {
+    return multiply_pairs(sums, plus(w[0], x1), plus(w[1], x0));
+}
+
+// `sums` (rows, tokens) += a tile of T tokens over a slab, or = if `first`. What the next tile takes is fetched
+// meanwhile.
+template <int T, class Rows>
+YIVL_INLINE void multiply_tile(Rows, F* sums, const WeightSlab* w, const InputSlab* x, int64_t n_blocks, bool first) {
+    constexpr int R = kIntegerRows;
+    F total[R][T];
+    const auto begin = [&] YIVL_INLINE_LAMBDA {
+        YIVL_UNROLL
+        for (int r = 0; r < R; ++r) {
+            YIVL_UNROLL
+            for (int t = 0; t < T; ++t) total[r][t] = first ? zero() : sums[r * kIntegerTokens + t];
+        }
+    };
+    F slab[R][T];
+    if constexpr (Rows::kOneScale) {
+        YIVL_UNROLL
+        for (int r = 0; r < R; ++r) {
+            YIVL_UNROLL
+            for (int t = 0; t < T; ++t) slab[r][t] = zero();
+        }
+    } else {
+        begin();
+    }
+    for (int64_t b = 0; b < n_blocks; ++b) {
+        I acc[R][T];
+        YIVL_UNROLL
+        for (int r = 0; r < R; ++r) {
+            YIVL_UNROLL
+            for (int t = 0; t < T; ++t) {
+                acc[r][t] = no_integers();
+                if constexpr (kAsSums<Rows>) {
+                    acc[r][t] = add_integers(w[r].blocks[b].minus_products, integers(x[t].minus_products[b]));
+                }
+            }
+        }
+        YIVL_UNROLL
+        for (int t = 0; t < T; ++t) prefetch(reinterpret_cast<const std::byte*>(x[T + t].integers[b]));
+        if (b < T) prefetch(reinterpret_cast<const std::byte*>(x[T + b].scale));
+        prefetch(reinterpret_cast<const std::byte*>(sums + kTileSums) + b * 2 * 64);
+        prefetch(reinterpret_cast<const std::byte*>(sums + kTileSums) + (b * 2 + 1) * 64);
+        constexpr int kStep = kAsSums<Rows> ? 2 : 1;
+        YIVL_UNROLL
+        for (int i = 0; i < kPairs; i += kStep) {
+            I ws[R][kStep];
+            YIVL_UNROLL
+            for (int r = 0; r < R; ++r) {
+                YIVL_UNROLL
+                for (int j = 0; j < kStep; ++j) ws[r][j] = load_integers(&w[r].blocks[b].pairs[i + j]);
+            }
+            YIVL_UNROLL
+            for (int t = 0; t < T; ++t) {
+                const I xs = pair(x[t].integers[b] + i * 2);
+                if constexpr (kAsSums<Rows>) {
+                    const I next = pair(x[t].integers[b] + i * 2 + 2);
+                    YIVL_UNROLL
+                    for (int r = 0; r < R; ++r) acc[r][t] = multiply_pairs_of_sums(acc[r][t], ws[r], xs, next);
+                } else {
+                    YIVL_UNROLL
+                    for (int r = 0; r < R; ++r) acc[r][t] = multiply_pairs(acc[r][t], ws[r][0], xs);
+                }
+            }
+        }
+        YIVL_UNROLL
+        for (int t = 0; t < T; ++t) {
+            const F scale = set1(x[t].scale[b]);
+            YIVL_UNROLL
+            for (int r = 0; r < R; ++r) {
+                if constexpr (Rows::kOneScale) {
+                    slab[r][t] = fma(to_floats(acc[r][t]), scale, slab[r][t]);
+                } else {
+                    total[r][t] = fma(to_floats(acc[r][t]), mul(w[r].blocks[b].scale, scale), total[r][t]);
+                }
+            }
+        }
+    }
+    if constexpr (Rows::kOneScale) {
+        begin();
+        if constexpr (Rows::kMinimum) {
+            for (int64_t b = 0; b < n_blocks; ++b) {
+                YIVL_UNROLL
+                for (int t = 0; t < T; ++t) {
+                    const F minus_sum = set1(x[t].minus_sum[b]);
+                    YIVL_UNROLL
+                    for (int r = 0; r < R; ++r) total[r][t] = fma(w[r].blocks[b].minimum, minus_sum, total[r][t]);
+                }
+            }
+        }
+        YIVL_UNROLL
+        for (int r = 0; r < R; ++r) {
+            YIVL_UNROLL
+            for (int t = 0; t < T; ++t) total[r][t] = fma(slab[r][t], w[r].blocks[0].scale, total[r][t]);
+        }
+    }
+    YIVL_UNROLL
+    for (int r = 0; r < R; ++r) {
+        YIVL_UNROLL
+        for (int t = 0; t < T; ++t) sums[r * kIntegerTokens + t] = total[r][t];
+    }
+}
+
+// Tokens whose slabs of x and sums stay in the second-level cache, while the weights are unpacked for each of them:
+// more where that takes long.
+template <class Rows>
+constexpr int64_t kTokensAtOnce = 48 * kIntegerTokens;
+template <class Number>
+constexpr int64_t kTokensAtOnce<RowsHalves<Number>> = 96 * kIntegerTokens;
+constexpr int64_t kMostTokensAtOnce = 96 * kIntegerTokens;
+
+// Tokens [token, token + n_tokens) of the piece. The last tile may be wider and higher than what is left: what it
+// computes from memory that happens to lie there is not read. With `few` tokens it is narrower, and the next
+// rows of the file are fetched.
+template <class Rows, bool few>
+void multiply_some(const PackedPiece& p, int64_t token, int64_t n_tokens, std::byte* scratch, bool (*stop)(const void*),
+                   const void* stop_arg) {
+    WeightSlab* const w = reinterpret_cast<WeightSlab*>(scratch);
+    F* const sums = reinterpret_cast<F*>(scratch + kIntegerRows * sizeof(WeightSlab));
+    const int64_t n_slabs = (p.cols + kSlabCols - 1) / kSlabCols;
+    const int64_t n_tiles = (n_tokens + kIntegerTokens - 1) / kIntegerTokens;
+    constexpr int64_t kSlabBytes = kSlabBlocks / Rows::kBlocks * Rows::kBytes;
+    for (int64_t s = 0; s < n_slabs; ++s) {
+        if (stop(stop_arg)) return;
+        const int64_t n_blocks = min64(kSlabCols, p.cols - s * kSlabCols) / kBlock;
+        // A slab's tokens lie side by side.
+        const InputSlab* const x = reinterpret_cast<const InputSlab*>(p.x) + s * p.n_tokens + token;
+        for (int64_t row = 0; row < p.n_rows; row += kSideRows) {
+            const std::byte* const from = p.w + row * p.row_bytes + s * kSlabBytes;
+            for (int r = 0; r < kIntegerRows; ++r) {
+                const int64_t n_rows = min64(kLanes, p.n_rows - row - r * kLanes);
+                if (n_rows > 0) unpack_slab<Rows>(w[r], from + r * kLanes * p.row_bytes, p.row_bytes, n_rows, n_blocks);
+            }
+            // What the next turn unpacks, while this one multiplies.
+            const bool more = row + kSideRows < p.n_rows;
+            const std::byte* const next = more ? from + kSideRows * p.row_bytes : p.w + (s + 1) * kSlabBytes;
+            for (int64_t r = 0; r < min64(kSideRows, p.n_rows - (more ? row + kSideRows : 0)); ++r) {
+                for (int64_t line = 0; line < kSlabBytes; line += 64) prefetch(next + r * p.row_bytes + line);
+            }
+            if constexpr (few) {
+                const std::byte* const far = p.w + kSideRows * (p.row_bytes + s * kSlabBytes);
+                for (int64_t line = 0; line < kSideRows * kSlabBytes; line += 64) prefetch_far(far + line);
+            }
+            F* const mine = sums + row / kSideRows * n_tiles * kTileSums;
+            const auto multiply = [&]<int T>(int64_t tile) YIVL_TARGET_LAMBDA {
+                multiply_tile<T>(Rows(), mine + tile * kTileSums, w, x + tile * kIntegerTokens, n_blocks, s == 0);
+            };
+            const int64_t full = few ? n_tokens / kIntegerTokens : n_tiles;
+            for (int64_t tile = 0; tile < full; ++tile) multiply.template operator()<kIntegerTokens>(tile);
+            if constexpr (few) {
+                constexpr int kThird = kIntegerTokens / 3;
+                const int64_t rest = n_tokens - full * kIntegerTokens;
+                if (rest > 2 * kThird) {
+                    multiply.template operator()<kIntegerTokens>(full);
+                } else if (rest > kThird) {
+                    multiply.template operator()<2 * kThird>(full);
+                } else if (rest > 0) {
+                    multiply.template operator()<kThird>(full);
+                }
+            }
+        }
+    }
+    for (int64_t row = 0; row < p.n_rows; row += kLanes) {
+        const F* const mine = sums + row / kSideRows * n_tiles * kTileSums + row % kSideRows / kLanes * kIntegerTokens;
+        for (int64_t t = 0; t < n_tokens; ++t) {
+            put_outputs(p, token + t, row, mine[t / kIntegerTokens * kTileSums + t % kIntegerTokens],
+                        min64(kLanes, p.n_rows - row));
+        }
+    }
+}
+
+// Values of x that stay in the second-level cache.
+constexpr int64_t kFewValues = 3 << 16;
+
+// So few tokens that weights are taken in the order of the file, and fetched in it.
+template <class Rows>
+void multiply_few(const PackedPiece& p, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
+    PackedPiece side = p;
+    for (int64_t row = 0; row < p.n_rows; row += kSideRows) {
+        side.y = p.y + row;
+        side.w = p.w + row * p.row_bytes;
+        side.n_rows = min64(kSideRows, p.n_rows - row);
+        if (p.bias != nullptr) side.bias = p.bias + row;
+        multiply_some<Rows, true>(side, 0, p.n_tokens, scratch, stop, stop_arg);
+    }
+}
+
+template <class Rows>
+void multiply_many(const PackedPiece& p, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
+    if (p.n_tokens * p.cols <= kFewValues) return multiply_few<Rows>(p, scratch, stop, stop_arg);
+    for (int64_t token = 0; token < p.n_tokens; token += kTokensAtOnce<Rows>) {
+        multiply_some<Rows, false>(p, token, min64(kTokensAtOnce<Rows>, p.n_tokens - token), scratch, stop, stop_arg);
+    }
+}
+
+}  // namespace

@@ -1,0 +1,237 @@
+// Part of kernels_integer.h: weights of each type as integers.
+//
+// unpack(p, row_bytes, sink) takes kBlocks blocks of kLanes rows. The sink gets vector<b, i>(v) with the integers of
+// the i-th pair of columns of block b, kOffset too large, then finish<b>(scale, minimum): weight = scale * integer -
+// minimum. With kOneScale the blocks of a slab have one scale: integers that the file has for smaller groups of columns
+// are in the integers.
+
+namespace {
+
+template <int n, class Fn>
+YIVL_INLINE void repeat(Fn&& fn) {
+    if constexpr (n > 0) {
+        repeat<n - 1>(fn);
+        fn.template operator()<n - 1>();
+    }
+}
+
+struct RowsQ8_0 {
+    static constexpr int kBlocks = 1, kOffset = 0;
+    static constexpr int64_t kBytes = sizeof(BlockQ8_0);
+    static constexpr bool kMinimum = false, kOneScale = false;
+    template <class Sink>
+    static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
+        I q[8];
+        dwords(p + 2, row_bytes, q);
+        dwords(p + 18, row_bytes, q + 4);
+        repeat<kPairs>([&]<int i>() YIVL_INLINE_LAMBDA {
+            sink.template vector<0, i>(signed_down<8>(i % 2 == 0 ? up<8>(q[i / 2]) : q[i / 2]));
+        });
+        sink.template finish<0>(halves(p, row_bytes), zero());
+    }
+};
+
+struct RowsQ4_0 {
+    static constexpr int kBlocks = 1, kOffset = 8;
+    static constexpr int64_t kBytes = sizeof(BlockQ4_0);
+    static constexpr bool kMinimum = false, kOneScale = false;
+    template <class Sink>
+    static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
+        I q[4];
+        dwords(p + 2, row_bytes, q);
+        repeat<kPairs>([&]<int i>() YIVL_INLINE_LAMBDA {
+            sink.template vector<0, i>(low_bits(down<i / 8 * 4 + i % 2 * 8>(q[i / 2 % 4]), 15));
+        });
+        sink.template finish<0>(halves(p, row_bytes), zero());
+    }
+};
+
+// Scales and minima of a Q4_K or Q5_K block of kLanes rows: six bits each in the file.
+struct SixBits {
+    F d, minimum;
+    I low_scales, high_scales, low_minima, high_minima;  // groups 0 to 3, 4 to 7 in the bytes of each lane
+
+    YIVL_INLINE SixBits(const std::byte* p, int64_t row_bytes) {
+        I w[4];
+        dwords(p, row_bytes, w);
+        d = half_of_lane<0>(w[0]);
+        minimum = half_of_lane<1>(w[0]);
+        low_scales = low_bits(w[1], 0x3f3f);
+        low_minima = low_bits(w[2], 0x3f3f);
+        high_scales = any_bits(low_bits(w[3], 0x0f0f), low_bits(down<2>(w[1]), 0x3030));
+        high_minima = any_bits(low_bits(down<4>(w[3]), 0x0f0f), low_bits(down<2>(w[2]), 0x3030));
+    }
+    // Of group g, to be multiplied by `d`.
+    template <int g>
+    YIVL_INLINE I scale() const {
+        return byte<g % 4>(g < 4 ? low_scales : high_scales);
+    }
+    template <int g>
+    YIVL_INLINE I scale_of_pairs() const {
+        return spread_byte<g % 4>(g < 4 ? low_scales : high_scales);
+    }
+    template <int g>
+    YIVL_INLINE F offset() const {
+        return mul(minimum, to_floats(byte<g % 4>(g < 4 ? low_minima : high_minima)));
+    }
+};
+
+struct RowsQ4_K {
+    static constexpr int kBlocks = kSlabBlocks, kOffset = 0;
+    static constexpr int64_t kBytes = sizeof(BlockQ4_K);
+    static constexpr bool kMinimum = true, kOneScale = true;
+    template <class Sink>
+    static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
+        const SixBits six_bits(p, row_bytes);
+        repeat<4>([&]<int two>() YIVL_INLINE_LAMBDA {
+            const std::byte* from = p + 16 + two * 32;
+            I q[8];
+            dwords(from, row_bytes, q);
+            dwords(from + 16, row_bytes, q + 4);
+            repeat<2>([&]<int half>() YIVL_INLINE_LAMBDA {
+                constexpr int g = two * 2 + half;
+                const I scale = six_bits.template scale_of_pairs<g>();
+                repeat<kPairs>([&]<int i>() YIVL_INLINE_LAMBDA {
+                    sink.template vector<g, i>(times(low_bits(down<half * 4 + i % 2 * 8>(q[i / 2]), 15), scale));
+                });
+                sink.template finish<g>(six_bits.d, six_bits.template offset<g>());
+            });
+        });
+    }
+};
+
+struct RowsQ5_K {
+    static constexpr int kBlocks = kSlabBlocks, kOffset = 0;
+    static constexpr int64_t kBytes = sizeof(BlockQ5_K);
+    static constexpr bool kMinimum = true, kOneScale = true;
+    template <class Sink>
+    static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
+        const SixBits six_bits(p, row_bytes);
+        I fifth[8];
+        dwords(p + 16, row_bytes, fifth);
+        dwords(p + 32, row_bytes, fifth + 4);
+        repeat<4>([&]<int two>() YIVL_INLINE_LAMBDA {
+            const std::byte* from = p + 48 + two * 32;
+            I q[8];
+            dwords(from, row_bytes, q);
+            dwords(from + 16, row_bytes, q + 4);
+            repeat<2>([&]<int half>() YIVL_INLINE_LAMBDA {
+                constexpr int g = two * 2 + half;
+                const I scale = six_bits.template scale_of_pairs<g>();
+                repeat<kPairs>([&]<int i>() YIVL_INLINE_LAMBDA {
+                    // Bit g of each byte becomes bit 4.
+                    constexpr int by = g - 4 + i % 2 * 8;
+                    I high = fifth[i / 2];
+                    if constexpr (by >= 0) {
+                        high = down<by>(high);
+                    } else {
+                        high = up<-by>(high);
+                    }
+                    const I low = low_bits(down<half * 4 + i % 2 * 8>(q[i / 2]), 15);
+                    sink.template vector<g, i>(times(any_bits(low, low_bits(high, 16)), scale));
+                });
+                sink.template finish<g>(six_bits.d, six_bits.template offset<g>());
+            });
+        });
+    }
+};
+
+struct RowsQ6_K {
+    static constexpr int kBlocks = kSlabBlocks, kOffset = 0;
+    static constexpr int64_t kBytes = sizeof(BlockQ6_K);
+    static constexpr bool kMinimum = false, kOneScale = true;
+    template <class Sink>
+    static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
+        I scales[4];
+        dwords(p + 192, row_bytes, scales);
+        const F d = halves(p + 208, row_bytes);
+        repeat<2>([&]<int half>() YIVL_INLINE_LAMBDA {
+            // Columns [c, c + 16) of four blocks at a time.
+            repeat<2>([&]<int part>() YIVL_INLINE_LAMBDA {
+                I low[4], next[4], high[4];
+                dwords(p + half * 64 + part * 16, row_bytes, low);
+                dwords(p + half * 64 + part * 16 + 32, row_bytes, next);
+                dwords(p + 128 + half * 32 + part * 16, row_bytes, high);
+                repeat<4>([&]<int b>() YIVL_INLINE_LAMBDA {
+                    constexpr int group = half * 8 + b * 2 + part;  // of 16 columns
+                    const I scale = spread_byte<group % 4>(scales[group / 4]);
+                    repeat<kPairs / 2>([&]<int i>() YIVL_INLINE_LAMBDA {
+                        const I four = low_bits(down<b / 2 * 4 + i % 2 * 8>((b % 2 == 0 ? low : next)[i / 2]), 15);
+                        // Bits 2b and 2b + 1 of each byte become bits 4 and 5.
+                        constexpr int by = b * 2 - 4 + i % 2 * 8;
+                        I two = high[i / 2];
+                        if constexpr (by >= 0) {
+                            two = down<by>(two);
+                        } else {
+                            two = up<-by>(two);
+                        }
+                        const I q = less(any_bits(four, low_bits(two, 48)), 32);
+                        sink.template vector<half * 4 + b, part*(kPairs / 2) + i>(times(q, scale));
+                    });
+                });
+            });
+            repeat<4>([&]<int b>() YIVL_INLINE_LAMBDA { sink.template finish<half * 4 + b>(d, zero()); });
+        });
+    }
+};
+
+// Weights of 16 bits: number<n>(v) is half n of each lane.
+template <class Number>
+struct RowsHalves {
+    static constexpr int kBlocks = 1, kOffset = 0;
+    static constexpr int64_t kBytes = kBlock * 2;
+    static constexpr bool kMinimum = false, kOneScale = false;
+    template <class Sink>
+    static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
+        F w[kBlock];
+        F most = zero();
+        repeat<4>([&]<int quarter>() YIVL_INLINE_LAMBDA {
+            I v[4];
+            dwords(p + quarter * 16, row_bytes, v);
+            repeat<4>([&]<int j>() YIVL_INLINE_LAMBDA {
+                constexpr int i = quarter * 8 + j * 2;
+                w[i] = Number::template of<0>(v[j]);
+                w[i + 1] = Number::template of<1>(v[j]);
+                most = max(most, max(abs(w[i]), abs(w[i + 1])));
+            });
+        });
+        // What is smaller has no reciprocal, and counts as nothing.
+        const F inverse = below(set1(1.0e-34f), most, div(set1(1.0f), most), zero());
+        F squares[4] = {zero(), zero(), zero(), zero()};
+        repeat<kBlock>([&]<int i>() YIVL_INLINE_LAMBDA {
+            w[i] = mul(w[i], inverse);
+            squares[i % 4] = fma(w[i], w[i], squares[i % 4]);
+        });
+        const F square = add(add(squares[0], squares[1]), add(squares[2], squares[3]));
+        const F factor = min(div(set1(kLongestBlock), sqrt(square)), set1(kLargestPair));
+        repeat<kPairs>([&]<int i>() YIVL_INLINE_LAMBDA {
+            sink.template vector<0, i>(to_pairs(mul(w[2 * i], factor), mul(w[2 * i + 1], factor)));
+        });
+        // An infinity or no number must not get lost: both make `square` no number.
+        sink.template finish<0>(fma(square, zero(), div(most, factor)), zero());
+    }
+};
+
+struct Half {
+    template <int n>
+    static YIVL_INLINE F of(I v) {
+        return half_of_lane<n>(v);
+    }
+};
+
+struct Bfloat {
+    template <int n>
+    static YIVL_INLINE F of(I v) {
+        return bfloat_of_lane<n>(v);
+    }
+};
+
+struct PairRows {
+    using Q8_0 = RowsQ8_0;
+    using Q4_0 = RowsQ4_0;
+    using Q4_K = RowsQ4_K;
+    using Q5_K = RowsQ5_K;
+    using Q6_K = RowsQ6_K;
+};
+
+}  // namespace
