@@ -175,7 +175,7 @@ struct RowsQ6_K {
     }
 };
 
-// Weights of 16 bits: number<n>(v) is half n of each lane.
+// Weights of 16 bits: Number::of<n>(v) is half n of each lane.
 template <class Number>
 struct RowsHalves {
     static constexpr int kBlocks = 1, kOffset = 0;
