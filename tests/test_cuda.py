@@ -506,7 +506,7 @@ def test_a_sampled_reply_is_that_of_the_cpu(
 def test_activation_statistics_are_those_of_the_cpu(
     model: Model, golden_f32: Path, golden_image: Path
 ) -> None:
-    sums: list[dict[str, tuple[np.ndarray, int]]] = []
+    sums: list[dict[str, tuple[np.ndarray, int, np.ndarray, int]]] = []
     for m in (model, Model(golden_f32, device="cpu")):
         statistics = _core.ActivationStatistics(m._model)
         session = _core.Session(m._model)
@@ -514,10 +514,11 @@ def test_activation_statistics_are_those_of_the_cpu(
         session.logits(ids, m.preprocess(golden_image), _core.Control(), statistics)
         sums.append(statistics.columns)
     assert sums[0].keys() == sums[1].keys()
-    for name, (values, rows) in sums[0].items():
-        assert rows == sums[1][name][1]
+    for name, (values, rows, marked_values, marked_rows) in sums[0].items():
+        assert (rows, marked_rows) == (sums[1][name][1], sums[1][name][3])
         # The squares of activations that agree to 1e-5.
         assert relative_error(values, sums[1][name][0]) < 1e-4
+        assert relative_error(marked_values, sums[1][name][2]) < 1e-4
 
 
 def test_a_cancel_ends_the_work_and_the_session_goes_on(model: Model, golden_image: Path) -> None:

@@ -74,9 +74,10 @@ def test_activation_statistics_are_those_of_the_cpu(
         _core.Session(m._model).logits(ids, pixels, _core.Control(), statistics)
         sums.append(statistics.columns)
     assert sums[0].keys() == sums[1].keys()
-    for name, (values, rows) in sums[0].items():
-        assert rows == sums[1][name][1]
+    for name, (values, rows, marked_values, marked_rows) in sums[0].items():
+        assert (rows, marked_rows) == (sums[1][name][1], sums[1][name][3])
         np.testing.assert_allclose(values, sums[1][name][0], rtol=1e-3)
+        np.testing.assert_allclose(marked_values, sums[1][name][2], rtol=1e-3)
 
 
 def test_progress_counts_the_layers_of_both(model: Model) -> None:
