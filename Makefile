@@ -60,7 +60,8 @@ test-cuda-emulator: $(VENV)/.test $(VENV)/.cmake
 	@$(BIN)/cmake --build $(EMULATOR) --target _core cuda_primitives --parallel "$$(nproc)" >$(EMULATOR)/build.log 2>&1 || \
 	  { cat $(EMULATOR)/build.log; exit 1; }
 	@echo "== Running the CUDA tests on it"
-	@YIVL_CUDA_EMULATOR="$(CURDIR)/$(EMULATOR)" $(BIN)/python -m pytest tests/test_cuda*.py tests/test_plan.py tests/test_gpu_check.py
+	@YIVL_CUDA_EMULATOR="$(CURDIR)/$(EMULATOR)" $(BIN)/python -m pytest tests/test_cuda*.py tests/test_plan.py tests/test_gpu_check.py \
+	  tests/test_docs.py
 
 # Every kernel for every generation of GPU, warnings and spilled registers as errors; needs a CUDA toolkit, but no GPU.
 cuda-kernels: $(VENV)/.cmake

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from emulated import missing_device
 from PIL import Image
 from yivl_edge._core import GgufFile
 from yivl_edge.cli import main
@@ -88,6 +89,8 @@ def commands() -> list[str]:
 def test_the_commands_of_the_command_line_page_run(folder, command):
     program, *arguments = shlex.split(command)
     assert program == "yivl-edge"
+    if "cuda" in arguments and (reason := missing_device()):
+        pytest.skip(reason)
     if arguments[0] == "chat":
         arguments += ["--max-tokens", "4"]
     assert main(arguments) == 0
