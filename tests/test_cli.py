@@ -471,14 +471,15 @@ def test_the_stub_names_what_the_native_module_has():
     stub = ast.parse(Path(yivl_edge.__file__).with_name("_core.pyi").read_text())
     names: dict[str, set[str]] = {"": set()}
     for node in stub.body:
+        owners = [("", node)]
         if isinstance(node, ast.ClassDef):
-            names[node.name] = {item.name for item in node.body if isinstance(item, ast.FunctionDef)} - {
-                "__init__"
-            }
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-            names[""].add(node.name)
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            names[""].add(node.target.id)
+            names[node.name] = set()
+            owners += [(node.name, item) for item in node.body]
+        for owner, item in owners:
+            if isinstance(item, (ast.ClassDef, ast.FunctionDef)) and item.name != "__init__":
+                names[owner].add(item.name)
+            elif isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                names[owner].add(item.target.id)
     for owner, members in names.items():
         found = getattr(_core, owner) if owner else _core
         public = {name for name in vars(found) if not name.startswith("_")}

@@ -289,6 +289,10 @@ class Unit:
     memory: Unit
     float32: Unit
     half: Unit
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
 
 @final
 class Model:
