@@ -178,8 +178,8 @@ constexpr int64_t kTokensAtOnce<RowsHalves<Number>> = 96 * kIntegerTokens;
 constexpr int64_t kMostTokensAtOnce = 96 * kIntegerTokens;
 
 // Tokens [token, token + n_tokens) of the piece. The last tile may be wider and higher than what is left: what it
-// computes from memory that happens to lie there is not read. With `few` tokens it is narrower, and the next rows of the
-// file are fetched.
+// computes from memory that happens to lie there is not read. With `few` tokens it is narrower, and the next rows of
+// the file are fetched.
 template <class Rows, bool few>
 void multiply_some(const PackedPiece& p, int64_t token, int64_t n_tokens, std::byte* scratch, bool (*stop)(const void*),
                    const void* stop_arg) {
