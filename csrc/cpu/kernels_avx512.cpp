@@ -242,7 +242,7 @@ inline I multiply_pairs_at(I sums, I a, const int16_t* p) { return multiply_pair
 namespace vnni {
 
 namespace {
-constexpr bool kHalvesAsIntegers = true;
+constexpr bool kHalvesAsIntegers = false;
 
 YIVL_INLINE I multiply_pairs(I sums, I a, I b) {
     asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
