@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import write_checkpoint
+from closeness import relative_l2
 from gguf import GGMLQuantizationType, GGUFReader
-from twin import Twin, relative_l2
+from twin import Twin
 from weight_types import rewrite
 from yivl_edge import Model, data
 from yivl_edge.convert import convert
