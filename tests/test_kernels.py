@@ -146,28 +146,16 @@ def to_integers(x: Array) -> Array:
     return (np.rint(blocks * factor) * (largest / np.float32(16383))).reshape(x.shape)
 
 
-def to_long_integers(x: Array) -> Array:
-    """Rounded to integers that make vectors of length 46,330 for every 32 columns, and are 32,767 at most."""
-    blocks = x.reshape(len(x), -1, 32).astype(np.float64)
-    lengths = np.linalg.norm(blocks, axis=2, keepdims=True)
-    largest = np.abs(blocks).max(axis=2, keepdims=True)
-    factor = np.minimum(46330 / np.maximum(lengths, 1e-30), 32767 / np.maximum(largest, 1e-30))
-    return (np.rint(blocks * factor) / factor).reshape(x.shape)
-
-
 def product(isa: str, x: Array, w: Array, qtype: GGMLQuantizationType) -> tuple[Array, Array]:
     """x w^T for weights that are not F32, and the sums of the products' sizes.
 
     AMX multiplies bfloat16 numbers: both operands are rounded first, and their products are exact in float32. AVX-512,
-    AVX2, NEON and CUDA multiply the file's integers by rounded x; where integers are quicker than float32, 16-bit
-    weights are rounded too.
+    AVX2, NEON and CUDA multiply the file's integers by rounded x.
     """
     if isa == "amx":
         x, w = to_bfloat(x), to_bfloat(w)
     elif isa in INTEGER_ISAS and qtype.name in INTEGER_TYPES:
         x = to_integers(x)
-    elif isa != "cuda" and _core.Ceilings(isa, 1).packs(qtype.name):
-        x, w = to_long_integers(x), to_long_integers(w)
     wide_x, wide_w = x.astype(np.float64), w.astype(np.float64)
     return wide_x @ wide_w.T, np.abs(wide_x) @ np.abs(wide_w.T)
 
@@ -181,18 +169,8 @@ def test_linear_with_every_weight_type(isa: str, qtype: GGMLQuantizationType) ->
         x = normal(5, tokens, cols)
         y = np.zeros((tokens, rows), np.float32)
         ops.linear(y, x, data.reshape(-1), qtype.value)
-        # The weights are exactly the dequantised ones, so only the sums round: sqrt(1280) * EPS = 2e-6. Where those of
-        # 16 bits are rounded, the last bit of a factor decides about the few that lie between two integers.
-        rounded = (
-            isa not in ("amx", "cuda")
-            and _core.Ceilings(isa, 1).packs("F16")
-            and qtype.name in ("F16", "BF16")
-        )
-        assert relative_error(y, product(isa, x, w, qtype)[0]) < (5e-6 if rounded else 2e-6)
-        # What that rounding costs: a block of ordinary numbers has a root mean square of 8,190 (46,330 / sqrt(32)),
-        # each number an error of sqrt(1/12), and there are two operands: 5e-5.
-        if rounded:
-            assert relative_error(y, product("portable", x, w, qtype)[0]) < 6e-5
+        # The weights are exactly the dequantised ones, so only the sums round: sqrt(1280) * EPS = 2e-6.
+        assert relative_error(y, product(isa, x, w, qtype)[0]) < 2e-6
 
 
 @pytest.mark.parametrize("integer_isa", [isa for isa in ISAS if isa in INTEGER_ISAS])

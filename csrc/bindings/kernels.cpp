@@ -157,11 +157,11 @@ public:
         return kernels_.packed == nullptr ? 0 : operations_of(*kernels_.packed, rounds);
     }
 
-    // Whether that unit computes products with weights of a type, in rows of whole blocks.
+    // Whether that unit computes products with weights of a type.
     bool packs(const std::string& type) const {
         const TypeInfo* info = find_type(type);
         if (info == nullptr) throw std::invalid_argument("unknown weight type " + type);
-        return kernels_.packed != nullptr && kernels_.packed->order(info->type, kSuperBlock) >= 0;
+        return kernels_.packed != nullptr && kernels_.packed->order(info->type) >= 0;
     }
 
     // Reads the array once.

@@ -13,12 +13,6 @@ struct WeightSlab {
     WeightBlock blocks[kSlabBlocks];
 };
 
-// Whether weights are multiplied as sums: their integers are so small that a sum with one of x has 16 bits.
-template <class Rows>
-constexpr bool kAsSums = kSumsOfPairs;
-template <class Number>
-constexpr bool kAsSums<RowsHalves<Number>> = false;
-
 template <class Rows>
 struct StoreSink {
     WeightBlock* blocks;
@@ -32,7 +26,7 @@ struct StoreSink {
     YIVL_INLINE void finish(F scale, F minimum) {
         blocks[b].scale = scale;
         blocks[b].minimum = minimum;
-        if constexpr (kAsSums<Rows>) {
+        if constexpr (kSumsOfPairs) {
             I products = no_integers();
             repeat<kPairs / 2>([&]<int i>() YIVL_INLINE_LAMBDA {
                 products = multiply_pairs(products, blocks[b].pairs[i * 2], blocks[b].pairs[i * 2 + 1]);
@@ -99,7 +93,7 @@ YIVL_INLINE void multiply_tile(Rows, F* sums, const WeightSlab* w, const InputSl
             YIVL_UNROLL
             for (int t = 0; t < T; ++t) {
                 acc[r][t] = no_integers();
-                if constexpr (kAsSums<Rows>) {
+                if constexpr (kSumsOfPairs) {
                     acc[r][t] = add_integers(w[r].blocks[b].minus_products, integers(x[t].minus_products[b]));
                 }
             }
@@ -109,7 +103,7 @@ YIVL_INLINE void multiply_tile(Rows, F* sums, const WeightSlab* w, const InputSl
         if (b < T) prefetch(reinterpret_cast<const std::byte*>(x[T + b].scale));
         prefetch(reinterpret_cast<const std::byte*>(sums + kTileSums) + b * 2 * 64);
         prefetch(reinterpret_cast<const std::byte*>(sums + kTileSums) + (b * 2 + 1) * 64);
-        constexpr int kStep = kAsSums<Rows> ? 2 : 1;
+        constexpr int kStep = kSumsOfPairs ? 2 : 1;
         YIVL_UNROLL
         for (int i = 0; i < kPairs; i += kStep) {
             I ws[R][kStep];
@@ -121,7 +115,7 @@ YIVL_INLINE void multiply_tile(Rows, F* sums, const WeightSlab* w, const InputSl
             YIVL_UNROLL
             for (int t = 0; t < T; ++t) {
                 const I xs = pair(x[t].integers[b] + i * 2);
-                if constexpr (kAsSums<Rows>) {
+                if constexpr (kSumsOfPairs) {
                     const I next = pair(x[t].integers[b] + i * 2 + 2);
                     YIVL_UNROLL
                     for (int r = 0; r < R; ++r) acc[r][t] = multiply_pairs_of_sums(acc[r][t], ws[r], xs, next);
@@ -169,13 +163,8 @@ YIVL_INLINE void multiply_tile(Rows, F* sums, const WeightSlab* w, const InputSl
     }
 }
 
-// Tokens whose slabs of x and sums stay in the second-level cache, while the weights are unpacked for each of them:
-// more where that takes long.
-template <class Rows>
+// Tokens whose slabs of x and sums stay in the second-level cache, while the weights are unpacked for each of them.
 constexpr int64_t kTokensAtOnce = 48 * kIntegerTokens;
-template <class Number>
-constexpr int64_t kTokensAtOnce<RowsHalves<Number>> = 96 * kIntegerTokens;
-constexpr int64_t kMostTokensAtOnce = 96 * kIntegerTokens;
 
 // Tokens [token, token + n_tokens) of the piece. The last tile may be wider and higher than what is left: what it
 // computes from memory that happens to lie there is not read. With `few` tokens it is narrower, and the next rows of
@@ -256,8 +245,8 @@ void multiply_few(const PackedPiece& p, std::byte* scratch, bool (*stop)(const v
 template <class Rows>
 void multiply_many(const PackedPiece& p, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
     if (p.n_tokens * p.cols <= kFewValues) return multiply_few<Rows>(p, scratch, stop, stop_arg);
-    for (int64_t token = 0; token < p.n_tokens; token += kTokensAtOnce<Rows>) {
-        multiply_some<Rows, false>(p, token, min64(kTokensAtOnce<Rows>, p.n_tokens - token), scratch, stop, stop_arg);
+    for (int64_t token = 0; token < p.n_tokens; token += kTokensAtOnce) {
+        multiply_some<Rows, false>(p, token, min64(kTokensAtOnce, p.n_tokens - token), scratch, stop, stop_arg);
     }
 }
 

@@ -228,38 +228,9 @@ YIVL_INLINE void multiply_blocks(RowsQ6_K, F& total, const std::byte* p, int64_t
     slab.add_to(total, halves(p + 208, row_bytes));
 }
 
-// Multiplies what is unpacked at once.
-struct MultiplySink {
-    F& total;
-    const InputSlab& x;
-    int64_t block;
-    I sums[4];
-
-    YIVL_INLINE MultiplySink(F& to, const InputSlab& input, int64_t b) : total(to), x(input), block(b) {
-        YIVL_UNROLL
-        for (I& sum : sums) sum = no_integers();
-    }
-    template <int, int i>
-    YIVL_INLINE void vector(I v) {
-        sums[i % 4] = multiply_pairs_at(sums[i % 4], v, x.integers[block] + i * 2);
-    }
-    template <int>
-    YIVL_INLINE void finish(F scale, F) {
-        add_block(total, add_integers(add_integers(sums[0], sums[1]), add_integers(sums[2], sums[3])), scale, x, block);
-    }
-};
-
-template <class Number>
-YIVL_INLINE void multiply_blocks(RowsHalves<Number>, F& total, const std::byte* p, int64_t row_bytes,
-                                 const InputSlab& x, int64_t block, Ahead<RowsHalves<Number>>& ahead) {
-    ahead.fetch_some(block);
-    MultiplySink sink(total, x, block);
-    RowsHalves<Number>::unpack(p, row_bytes, sink);
-}
-
 // Rows that a vector has no lanes for are few: they are copied to where all lanes may read.
 struct RestOfRows {
-    static constexpr int64_t kStride = kSlabCols * 2 + 32;  // of a slab of the widest type and more
+    static constexpr int64_t kStride = 288;  // of a slab of the widest type and more
     alignas(64) std::byte bytes[kLanes * kStride];
 
     YIVL_INLINE void copy(const std::byte* p, int64_t row_bytes, int64_t n_rows, int64_t n_bytes) {

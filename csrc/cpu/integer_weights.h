@@ -175,57 +175,6 @@ struct RowsQ6_K {
     }
 };
 
-// Weights of 16 bits: Number::of<n>(v) is half n of each lane.
-template <class Number>
-struct RowsHalves {
-    static constexpr int kBlocks = 1, kOffset = 0;
-    static constexpr int64_t kBytes = kBlock * 2;
-    static constexpr bool kMinimum = false, kOneScale = false;
-    template <class Sink>
-    static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
-        F w[kBlock];
-        F most = zero();
-        repeat<4>([&]<int quarter>() YIVL_INLINE_LAMBDA {
-            I v[4];
-            dwords(p + quarter * 16, row_bytes, v);
-            repeat<4>([&]<int j>() YIVL_INLINE_LAMBDA {
-                constexpr int i = quarter * 8 + j * 2;
-                w[i] = Number::template of<0>(v[j]);
-                w[i + 1] = Number::template of<1>(v[j]);
-                most = max(most, max(abs(w[i]), abs(w[i + 1])));
-            });
-        });
-        // What is smaller has no reciprocal, and counts as nothing.
-        const F inverse = below(set1(1.0e-34f), most, div(set1(1.0f), most), zero());
-        F squares[4] = {zero(), zero(), zero(), zero()};
-        repeat<kBlock>([&]<int i>() YIVL_INLINE_LAMBDA {
-            w[i] = mul(w[i], inverse);
-            squares[i % 4] = fma(w[i], w[i], squares[i % 4]);
-        });
-        const F square = add(add(squares[0], squares[1]), add(squares[2], squares[3]));
-        const F factor = min(div(set1(kLongestBlock), sqrt(square)), set1(kLargestPair));
-        repeat<kPairs>([&]<int i>() YIVL_INLINE_LAMBDA {
-            sink.template vector<0, i>(to_pairs(mul(w[2 * i], factor), mul(w[2 * i + 1], factor)));
-        });
-        // An infinity or no number must not get lost: both make `square` no number.
-        sink.template finish<0>(fma(square, zero(), div(most, factor)), zero());
-    }
-};
-
-struct Half {
-    template <int n>
-    static YIVL_INLINE F of(I v) {
-        return half_of_lane<n>(v);
-    }
-};
-
-struct Bfloat {
-    template <int n>
-    static YIVL_INLINE F of(I v) {
-        return bfloat_of_lane<n>(v);
-    }
-};
-
 struct PairRows {
     using Q8_0 = RowsQ8_0;
     using Q4_0 = RowsQ4_0;

@@ -35,7 +35,7 @@ struct PackedInput {
     int64_t x_stride;
     int64_t n_tokens;
     int64_t cols;
-    int order;  // as the weights want it
+    int order;  // of the columns, as the type of the weights wants it
 };
 
 // A piece of such a product: some rows of the weights for all tokens.
@@ -59,8 +59,8 @@ struct PackedKernels {
 
     // Tokens that are packed together.
     int64_t tokens;
-    // In which of kOrders ways x is packed for weights of this type and so many columns; -1: not for these.
-    int (*order)(WeightType type, int64_t cols);
+    // In what order of columns x is packed for weights of this type, [0, kOrders); -1: not for this type.
+    int (*order)(WeightType type);
     // Bytes of packed x, to be aligned to 64.
     int64_t (*packed_bytes)(int64_t n_tokens, int64_t cols);
     // Packs group `group` of the tokens.

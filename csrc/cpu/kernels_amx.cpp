@@ -119,7 +119,7 @@ YIVL_INLINE __m512 from_half(const std::byte* p) {
 bool even_columns_first(WeightType type) {
     return type == WeightType::Q4_0 || type == WeightType::Q4_K || type == WeightType::Q5_K;
 }
-int order(WeightType type, int64_t) { return type == WeightType::F32 ? -1 : even_columns_first(type) ? 1 : 0; }
+int order(WeightType type) { return type == WeightType::F32 ? -1 : even_columns_first(type) ? 1 : 0; }
 YIVL_INLINE __m512i evens_then_odds() {
     alignas(64) static constexpr uint16_t kOrder[32] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
                                                         1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};

@@ -94,8 +94,6 @@ inline F from_bfloat(const std::byte* p) {
 
 typedef __m256i I;
 
-// A multiplication and an addition take as long as twice as many in float32.
-constexpr bool kHalvesAsIntegers = false;
 constexpr bool kSumsOfPairs = false;
 
 constexpr int kIntegerTokens = 3;
@@ -160,14 +158,6 @@ inline F half_of_lane(I v) {
     const I packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
     return _mm256_cvtph_ps(_mm256_castsi256_si128(packed));
 }
-template <int n>
-inline F bfloat_of_lane(I v) {
-    return _mm256_castsi256_ps(n == 0 ? _mm256_slli_epi32(v, 16) : _mm256_and_si256(v, integers(~0xffff)));
-}
-inline I to_pairs(F a, F b) {
-    return _mm256_blend_epi16(_mm256_cvtps_epi32(a), _mm256_slli_epi32(_mm256_cvtps_epi32(b), 16), 0xaa);
-}
-inline F sqrt(F v) { return _mm256_sqrt_ps(v); }
 
 // 16 bytes of two rows side by side, four rows apart, then a transposition of each four by four.
 YIVL_INLINE void dwords(const std::byte* p, int64_t stride, I* out) {
@@ -203,14 +193,6 @@ inline float largest_magnitude(const float* x) {
     m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
     return __builtin_bit_cast(float, _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1))));
 }
-inline float squares_of_block(const float* x, float factor) {
-    F squares = zero();
-    for (int i = 0; i < 32; i += kLanes) {
-        const F v = mul(load(x + i), set1(factor));
-        squares = fma(v, v, squares);
-    }
-    return sum(squares);
-}
 inline void round_block(const float* x, float factor, int16_t* dst, int32_t* sums) {
     const auto sixteen = [x, factor, dst](int i) YIVL_TARGET_LAMBDA {
         const I a = _mm256_cvtps_epi32(mul(load(x + i), set1(factor)));
@@ -222,13 +204,6 @@ inline void round_block(const float* x, float factor, int16_t* dst, int32_t* sum
     };
     sums[0] = sixteen(0);
     sums[1] = sixteen(16);
-}
-inline void round_in_order(const float* x, float factor, int16_t* dst) {
-    for (int i = 0; i < 32; i += 2 * kLanes) {
-        const I a = _mm256_cvtps_epi32(mul(load(x + i), set1(factor)));
-        const I b = _mm256_cvtps_epi32(mul(load(x + i + kLanes), set1(factor)));
-        _mm256_store_si256(reinterpret_cast<I*>(dst + i), _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8));
-    }
 }
 
 }  // namespace

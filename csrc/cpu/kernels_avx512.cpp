@@ -155,15 +155,6 @@ inline F half_of_lane(I v) {
     return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(v, n * 16)));
 }
 
-template <int n>
-inline F bfloat_of_lane(I v) {
-    return _mm512_castsi512_ps(n == 0 ? _mm512_slli_epi32(v, 16) : _mm512_and_si512(v, integers(~0xffff)));
-}
-inline I to_pairs(F a, F b) {
-    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_cvtps_epi32(a), _mm512_slli_epi32(_mm512_cvtps_epi32(b), 16));
-}
-inline F sqrt(F v) { return _mm512_sqrt_ps(v); }
-
 // 16 bytes of four rows side by side, four rows apart, then a transposition of each four by four.
 YIVL_INLINE void dwords(const std::byte* p, int64_t stride, I* out) {
     const std::byte *p4 = p + 4 * stride, *p8 = p + 8 * stride;
@@ -199,10 +190,6 @@ inline float largest_magnitude(const float* x) {
     const I b = _mm512_and_si512(_mm512_loadu_si512(x + 16), magnitude);
     return __builtin_bit_cast(float, _mm512_reduce_max_epi32(_mm512_max_epi32(a, b)));
 }
-inline float squares_of_block(const float* x, float factor) {
-    const F a = mul(load(x), set1(factor)), b = mul(load(x + 16), set1(factor));
-    return sum(fma(a, a, mul(b, b)));
-}
 inline void round_block(const float* x, float factor, int16_t* dst, int32_t* sums) {
     const I a = _mm512_cvtps_epi32(mul(load(x), set1(factor)));
     const I b = _mm512_cvtps_epi32(mul(load(x + 16), set1(factor)));
@@ -210,12 +197,6 @@ inline void round_block(const float* x, float factor, int16_t* dst, int32_t* sum
     _mm512_store_si512(dst, _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(all, 0xd8), 0xd8));
     sums[0] = _mm512_reduce_add_epi32(a);
     sums[1] = _mm512_reduce_add_epi32(b);
-}
-inline void round_in_order(const float* x, float factor, int16_t* dst) {
-    for (int i = 0; i < 32; i += kLanes) {
-        const I v = _mm512_cvtps_epi32(mul(load(x + i), set1(factor)));
-        _mm256_store_si256(reinterpret_cast<__m256i*>(dst + i), _mm512_cvtepi32_epi16(v));
-    }
 }
 
 }  // namespace
@@ -226,8 +207,6 @@ inline void round_in_order(const float* x, float factor, int16_t* dst) {
 namespace plain {
 
 namespace {
-// A multiplication and an addition take as long as twice as many in float32.
-constexpr bool kHalvesAsIntegers = false;
 constexpr bool kSumsOfPairs = false;
 
 inline I multiply_pairs(I sums, I a, I b) { return _mm512_add_epi32(sums, _mm512_madd_epi16(a, b)); }
@@ -242,8 +221,6 @@ inline I multiply_pairs_at(I sums, I a, const int16_t* p) { return multiply_pair
 namespace vnni {
 
 namespace {
-constexpr bool kHalvesAsIntegers = false;
-
 YIVL_INLINE I multiply_pairs(I sums, I a, I b) {
     asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
     return sums;

@@ -29,7 +29,7 @@ constexpr int64_t kPanelCols = kWideCols / 2;
 // Tokens that a widened panel is used for: their x should fit half of the second-level cache.
 constexpr int64_t kFloatTokens = 40 * kTileRows;
 
-int order_of_floats(WeightType, int64_t) { return 0; }
+int order_of_floats(WeightType) { return 0; }
 
 int64_t packed_float_bytes(int64_t n_tokens, int64_t cols) {
     return n_tokens * cols * static_cast<int64_t>(sizeof(float));

@@ -1,18 +1,15 @@
 // Products of weights that a file holds as small integers, with x rounded to 15-bit integers: a common scale for every
-// 32 columns of a row of x, a relative error of about 5e-5. Where integers are quicker than float32, weights of 16 bits
-// are rounded in the same way, to about the same error. The products of 32 columns are summed exactly, whatever the
+// 32 columns of a row of x, a relative error of about 5e-5. The products of 32 columns are summed exactly, whatever the
 // order, and these sums are scaled and added in float32 in order of the columns. So one token alone, whose weights go
 // from memory to the sum without a stop, gets the same values as one among many, for which they are unpacked once.
 //
 // Lanes are rows of the weights: four bytes of each of kLanes rows are brought together, from which come the
-// integers of pairs of columns. Columns are paired as bytes 0 and 2, 1 and 3; those of 16-bit weights with their
-// neighbours.
+// integers of pairs of columns. Columns are paired as bytes 0 and 2, 1 and 3.
 //
 // Included as kernels_body.h is, after it, and needs besides the names listed there:
 //
 //   I                              a vector of kLanes int32, or of 2 * kLanes int16
 //   kIntegerTokens                 tokens of a tile, which is two vectors of rows high
-//   kHalvesAsIntegers              whether 16-bit weights are multiplied as integers
 //   kSumsOfPairs                   whether many tokens are multiplied as sums: see multiply_pairs_of_sums
 //   load_integers(p) store_integers(p, v) integers(n) no_integers() add_integers(a, b) times_integers(a, b)
 //   negative(v)                    of int32
@@ -26,16 +23,11 @@
 //   signed_byte<n>(v)              byte n of each lane with its sign, as int32
 //   spread_byte<n>(v)              the same as two int16
 //   half_of_lane<n>(v)             half n of each lane, a half-precision number, as a float
-//   bfloat_of_lane<n>(v)           the same of a bfloat16 number
-//   to_pairs(a, b)                 floats rounded to integers: a in the first half of each lane, b in the second
-//   sqrt(v)                        of floats
 //   dwords(p, stride, out)         out[j] = bytes [4j, 4j + 4) at p + l * stride in lane l, j in [0, 4)
 //   halves(p, stride)              the half-precision number at p + l * stride in lane l, as a float
 //   largest_magnitude(x)           of 32 numbers; a NaN is larger than all
-//   squares_of_block(x, factor)    the sum of the squares of 32 numbers times `factor`
 //   round_block(x, factor, dst, sums)   32 numbers times `factor`, to the nearest integers, their columns paired, and
 //                                  the sums of the first 16 and of the others
-//   round_in_order(x, factor, dst)      32 numbers times `factor`, to the nearest integers
 
 namespace {
 
@@ -45,10 +37,6 @@ constexpr int kSlabBlocks = kSuperBlock / kBlock;
 constexpr int64_t kSlabCols = kSuperBlock;
 // Sixteen bits less two: 32 products of a row of Q6_K, integers up to 32 * 128, must not overflow 32 bits.
 constexpr float kLargestInteger = 16383.0f;
-// Where both operands are rounded, a block of each may be so long as a vector, rounding not counted: then no sum of
-// products overflows 32 bits (Cauchy-Schwarz), and of ordinary numbers the largest have 15 bits.
-constexpr float kLongestBlock = 46330.0f;
-constexpr float kLargestPair = 32767.0f;
 
 // A slab of one row of x.
 struct alignas(64) InputSlab {
@@ -72,11 +60,8 @@ namespace {
 
 // ---- the table ----
 
-// Order 1 is for 16-bit weights.
-int order_of_integers(WeightType type, int64_t cols) {
+int order_of_integers(WeightType type) {
     switch (type) {
-        case WeightType::F16:
-        case WeightType::BF16: return kHalvesAsIntegers && cols % kBlock == 0 ? 1 : -1;
         case WeightType::Q8_0:
         case WeightType::Q4_0:
         case WeightType::Q4_K:
@@ -92,7 +77,7 @@ int64_t packed_integer_bytes(int64_t n_tokens, int64_t cols) {
 }
 
 template <auto round>
-void pack_block(InputSlab& slab, int64_t b, const float* x, int order) {
+void pack_block(InputSlab& slab, int64_t b, const float* x) {
     const float most = largest_magnitude(x);
     if (!(most <= 3.4028234e38f)) {  // an infinity or no number: neither may get lost
         for (int16_t& n : slab.integers[b]) n = 0;
@@ -102,16 +87,10 @@ void pack_block(InputSlab& slab, int64_t b, const float* x, int order) {
     }
     // What is smaller has no reciprocal, and counts as nothing.
     const bool some = most > 1.0e-34f;
-    float large = kLargestInteger;
-    if (order == 1 && some) {
-        const float longest = kLongestBlock / __builtin_sqrtf(squares_of_block(x, 1.0f / most));
-        large = longest < kLargestPair ? longest : kLargestPair;
-    }
-    const float scale = some ? most / large : 0.0f;
-    const float factor = some ? large / most : 0.0f;
-    slab.scale[b] = scale;
-    if (order == 1) return round_in_order(x, factor, slab.integers[b]);
+    const float scale = some ? most / kLargestInteger : 0.0f;
+    const float factor = some ? kLargestInteger / most : 0.0f;
     round(x, factor, slab.integers[b], slab.sums[b]);
+    slab.scale[b] = scale;
     if constexpr (kSumsOfPairs) {
         uint32_t products = 0;
         for (int i = 0; i < kBlock; i += 4) {
@@ -130,14 +109,14 @@ void pack_integers(std::byte* dst, const PackedInput& p, int64_t group) {
     for (int64_t t = group * 16; t < end; ++t) {
         for (int64_t col = 0; col < p.cols; col += kBlock) {
             pack_block<round>(slabs[col / kSlabCols * p.n_tokens + t], col % kSlabCols / kBlock,
-                              p.x + t * p.x_stride + col, p.order);
+                              p.x + t * p.x_stride + col);
         }
     }
 }
 
 int64_t integer_scratch_bytes(int64_t n_tokens, int64_t n_rows, int64_t) {
     const int64_t tiles = ((n_rows + kSideRows - 1) / kSideRows) *
-                          ((min64(n_tokens, kMostTokensAtOnce) + kIntegerTokens - 1) / kIntegerTokens);
+                          ((min64(n_tokens, kTokensAtOnce) + kIntegerTokens - 1) / kIntegerTokens);
     return kIntegerRows * static_cast<int64_t>(sizeof(WeightSlab)) +
            tiles * kTileSums * static_cast<int64_t>(sizeof(F));
 }
@@ -157,10 +136,7 @@ void multiply_integers(const PackedPiece& piece, std::byte* scratch, bool (*stop
         case WeightType::Q4_K: return with(typename Rows::Q4_K());
         case WeightType::Q5_K: return with(typename Rows::Q5_K());
         case WeightType::Q6_K: return with(typename Rows::Q6_K());
-        default: break;
-    }
-    if constexpr (kHalvesAsIntegers) {
-        piece.type == WeightType::F16 ? with(RowsHalves<Half>()) : with(RowsHalves<Bfloat>());
+        default: return;
     }
 }
 

@@ -96,8 +96,6 @@ YIVL_INLINE void prefetch_far(const std::byte* p) { __builtin_prefetch(p, 0, 2);
 typedef int32x4_t I;
 
 constexpr int kIntegerTokens = 4;
-// Four multiplications of 16 bits take as long as four of float32.
-constexpr bool kHalvesAsIntegers = false;
 constexpr bool kSumsOfPairs = false;
 
 inline int16x8_t halves_of(I v) { return vreinterpretq_s16_s32(v); }
@@ -181,13 +179,6 @@ inline F half_of_lane(I v) {
     return vcvt_f32_f16(vreinterpret_f16_s16(half<n>(v)));
 }
 
-template <int n>
-inline F bfloat_of_lane(I v) {
-    return vreinterpretq_f32_s32(vshll_n_s16(half<n>(v), 16));
-}
-inline I to_pairs(F a, F b) { return lanes_of(vmovn_high_s32(vmovn_s32(vcvtnq_s32_f32(a)), vcvtnq_s32_f32(b))); }
-inline F sqrt(F v) { return vsqrtq_f32(v); }
-
 // 16 bytes of each of four rows.
 struct FourRows {
     I a, b, c, d;
@@ -247,17 +238,6 @@ struct EightIntegers {
     I sum() const { return vaddq_s32(a, b); }
 };
 
-inline float squares_of_block(const float* x, float factor) {
-    F squares = zero();
-    for (int i = 0; i < 32; i += kLanes) {
-        const F v = mul(load(x + i), set1(factor));
-        squares = fma(v, v, squares);
-    }
-    return sum(squares);
-}
-inline void round_in_order(const float* x, float factor, int16_t* dst) {
-    for (int i = 0; i < 32; i += 8) vst1q_s16(dst + i, EightIntegers(x + i, factor).narrow());
-}
 inline void round_block(const float* x, float factor, int16_t* dst, int32_t* sums) {
     const uint8x16_t paired = {0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15};
     for (int part = 0; part < 2; ++part) {

@@ -254,10 +254,9 @@ private:
 
     Form form_for(const Weight& w) const {
         if (kernels_.packed != nullptr) {
-            const int order = kernels_.packed->order(w.type, w.cols);
-            if (order >= 0) return {*kernels_.packed, order, order};
+            if (const int order = kernels_.packed->order(w.type); order >= 0) return {*kernels_.packed, order, order};
         }
-        return {*kernels_.floats, kernels_.floats->order(w.type, w.cols), PackedKernels::kOrders};
+        return {*kernels_.floats, kernels_.floats->order(w.type), PackedKernels::kOrders};
     }
 
     // Packs x for w, unless it is already.
