@@ -244,7 +244,8 @@ void multiply_few(const PackedPiece& p, std::byte* scratch, bool (*stop)(const v
 
 template <class Rows>
 void multiply_many(const PackedPiece& p, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
-    if (p.n_tokens * p.cols <= kFewValues) return multiply_few<Rows>(p, scratch, stop, stop_arg);
+    const bool few = p.n_tokens <= kTokensAtOnce && p.n_tokens * p.cols <= kFewValues;
+    if (few) return multiply_few<Rows>(p, scratch, stop, stop_arg);
     for (int64_t token = 0; token < p.n_tokens; token += kTokensAtOnce) {
         multiply_some<Rows, false>(p, token, min64(kTokensAtOnce, p.n_tokens - token), scratch, stop, stop_arg);
     }
