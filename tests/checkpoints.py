@@ -1,4 +1,4 @@
-"""Random checkpoint folders in the published layout, at any size: the input of many tests."""
+"""Checkpoint folders in the published layout, the input of many tests: golden's, and random ones at any size."""
 
 from __future__ import annotations
 
@@ -11,12 +11,26 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "checkpoint"
+(GOLDEN_VIT,) = (GOLDEN / "vit").iterdir()
 VIT_NAME = "clip-vit-H-14-laion2B-s32B-b79K-yi-vl-test"
 
 FileFormat = Literal["safetensors", "bin"]
+
+
+def golden_decoder() -> dict[str, torch.Tensor]:
+    """Golden's tensors beside the vision tower, by published name."""
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in sorted(GOLDEN.glob("*.safetensors")):
+        tensors |= load_file(shard)
+    return tensors
+
+
+def golden_vit() -> dict[str, torch.Tensor]:
+    """The tensors of golden's vision tower, by published name."""
+    return torch.load(GOLDEN_VIT / "pytorch_model.bin", weights_only=True)
 
 
 def write_checkpoint(
@@ -109,8 +123,7 @@ def write_checkpoint(
         "torch_dtype": dtype,
     }
     _write_json(vit_folder / "config.json", vit_config)
-    (golden_preprocessor,) = GOLDEN.glob("vit/*/preprocessor_config.json")
-    preprocessor = json.loads(golden_preprocessor.read_text())
+    preprocessor = json.loads((GOLDEN_VIT / "preprocessor_config.json").read_text())
     preprocessor["crop_size"] = {"height": image_size, "width": image_size}
     preprocessor["size"] = {"shortest_edge": image_size}
     _write_json(vit_folder / "preprocessor_config.json", preprocessor)
@@ -154,6 +167,23 @@ def write_shards(
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_json(folder / f"{stem}.{file_format}.index.json", index)
+
+
+def remove_weights(folder: Path) -> None:
+    """Takes the weights of a folder away, not those of its vision tower."""
+    for path in [*folder.glob("*.safetensors*"), *folder.glob("pytorch_model*")]:
+        path.unlink()
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Sets keys of a JSON object, or takes those away that are `...`."""
+    values = json.loads(path.read_text())
+    for key, value in changes.items():
+        if value is ...:
+            del values[key]
+        else:
+            values[key] = value
+    path.write_text(json.dumps(values))
 
 
 class _Random:

@@ -42,6 +42,14 @@ def golden_f32(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def golden_q8_0(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden checkpoint as one Q8_0 file."""
+    path = tmp_path_factory.mktemp("golden-q8_0") / "golden-q8_0.gguf"
+    convert(GOLDEN / "checkpoint", path, type="q8_0")
+    return path
+
+
+@pytest.fixture(scope="session")
 def golden_q4_0(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The golden checkpoint as one Q4_0 file."""
     path = tmp_path_factory.mktemp("golden-q4_0") / "golden-q4_0.gguf"
