@@ -8,12 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf_contents
 import numpy as np
 import pytest
-import torch
-from checkpoints import GOLDEN, write_shards
+from checkpoints import GOLDEN, GOLDEN_VIT, golden_decoder, golden_vit, write_shards
 from gguf import GGUFReader
-from safetensors.torch import load_file
 from test_foreign_files import as_old_scripts, with_block_count
 from weight_types import rewrite
 from yivl_edge import Model, ModelFileError
@@ -40,11 +39,8 @@ def port_name(name: str, flat: bool) -> str:
 def write_port(folder: Path, *, flat: bool = False, **changes: Any) -> Path:
     """The golden checkpoint as a transformers-format port."""
     shutil.copytree(GOLDEN, folder, ignore=shutil.ignore_patterns("*.safetensors*", "vit", "config.json"))
-    (vit,) = (GOLDEN / "vit").iterdir()
-    shutil.copyfile(vit / "preprocessor_config.json", folder / "preprocessor_config.json")
-    tensors = torch.load(vit / "pytorch_model.bin", weights_only=True)
-    for shard in GOLDEN.glob("*.safetensors"):
-        tensors |= load_file(shard)
+    shutil.copyfile(GOLDEN_VIT / "preprocessor_config.json", folder / "preprocessor_config.json")
+    tensors = golden_vit() | golden_decoder()
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.vision_tower.")}
     write_shards(
         folder,
@@ -62,7 +58,7 @@ def write_port(folder: Path, *, flat: bool = False, **changes: Any) -> Path:
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": published["rope_theta"]}
     else:
         text["rope_theta"] = published["rope_theta"]
-    vision = json.loads((vit / "config.json").read_text())
+    vision = json.loads((GOLDEN_VIT / "config.json").read_text())
     del vision["layer_norm_eps"]  # transformers leaves out what is its default
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -89,8 +85,8 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def contents(path: Path) -> tuple[dict[str, Any], dict[str, tuple[str, bytes]]]:
     reader = GGUFReader(path)
-    keys = {n: f.contents() for n, f in reader.fields.items() if not n.startswith("GGUF.")}
-    return keys, {t.name: (t.tensor_type.name, t.data.tobytes()) for t in reader.tensors}
+    tensors = {t.name: (t.tensor_type.name, t.data.tobytes()) for t in reader.tensors}
+    return gguf_contents.keys(reader), tensors
 
 
 def logits(path: Path, image: np.ndarray) -> np.ndarray:

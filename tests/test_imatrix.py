@@ -8,10 +8,12 @@ import struct
 from pathlib import Path
 
 import gguf
+import gguf_contents
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import write_gguf
 from twin import Twin
 from yivl_edge import Model, ModelFileError, _core, data
 from yivl_edge.cli import main
@@ -362,14 +364,13 @@ def test_the_command_writes_what_llama_cpp_and_we_read(golden_f32, golden_model,
     conversations = load_conversations(pictures, prompts, 3)
     columns, positions = record(golden_model, conversations, 3, Progress())
     reader = gguf.GGUFReader(out)
-    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    assert fields == {
+    assert gguf_contents.keys(reader) == {
         "general.type": "imatrix",
         "imatrix.datasets": [str(prompts)],
         "imatrix.chunk_count": 3,
         "imatrix.chunk_size": positions // 3,
     }
-    tensors = {t.name: t for t in reader.tensors}
+    tensors = gguf_contents.tensors(reader)
     assert tensors.keys() == {name + part for name in columns for part in (".in_sum2", ".counts")}
     assert {t.tensor_type for t in reader.tensors} == {gguf.GGMLQuantizationType.F32}
     found = read_imatrix(out)
@@ -477,33 +478,24 @@ def test_the_older_binary_format_is_read(tmp_path):
         assert found["output.weight"].dtype == np.float32
 
 
+def gguf_file(path: Path, kind: str | None, tensors: dict[str, np.ndarray]) -> Path:
+    keys = {} if kind is None else {"general.type": ("string", kind)}
+    types = {np.float32: "F32", np.float16: "F16"}
+    return write_gguf(path, keys, {name: (v, types[v.dtype.type]) for name, v in tensors.items()}, "none")
+
+
 def test_a_file_of_llama_cpp_is_read(tmp_path):
     """With what its versions add (sums of the activations), or leave without input."""
-    writer = gguf.GGUFWriter(tmp_path / "i.gguf", "none")
-    writer.add_string("general.type", "imatrix")
+    tensors = {}
     for name, count in (("blk.0.ffn_up.weight", 8.0), ("blk.1.ffn_up.weight", 0.0)):
-        writer.add_tensor(f"{name}.in_sum2", np.array([[8.0, 4.0]], np.float32))
-        writer.add_tensor(f"{name}.counts", np.array([[count]], np.float32))
-        writer.add_tensor(f"{name}.in_sum", np.array([[-8.0, 4.0]], np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        tensors |= {
+            f"{name}.in_sum2": np.array([[8.0, 4.0]], np.float32),
+            f"{name}.counts": np.array([[count]], np.float32),
+            f"{name}.in_sum": np.array([[-8.0, 4.0]], np.float32),
+        }
+    gguf_file(tmp_path / "i.gguf", "imatrix", tensors)
     found = read_imatrix(tmp_path / "i.gguf")
     assert {name: values.tolist() for name, values in found.items()} == {"blk.0.ffn_up.weight": [1.0, 0.5]}
-
-
-def write_gguf(path: Path, kind: str | None, tensors: dict[str, np.ndarray]) -> Path:
-    writer = gguf.GGUFWriter(path, "none")
-    if kind is not None:
-        writer.add_string("general.type", kind)
-    for name, values in tensors.items():
-        writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 ONE = np.ones((1, 1), np.float32)
@@ -533,7 +525,7 @@ ONE = np.ones((1, 1), np.float32)
     ],
 )
 def test_gguf_files_that_are_no_importance_matrix_are_refused(tmp_path, kind, tensors, expected):
-    path = write_gguf(tmp_path / "i.gguf", kind, tensors)
+    path = gguf_file(tmp_path / "i.gguf", kind, tensors)
     with pytest.raises(ModelFileError, match=expected):
         read_imatrix(path)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import write_checkpoint
+from checkpoints import GOLDEN, write_checkpoint
 from closeness import relative_l2
 from gguf import GGMLQuantizationType, GGUFReader
 from twin import Twin
@@ -22,7 +22,6 @@ from weight_types import rewrite
 from yivl_edge import Model, data
 from yivl_edge.convert import convert
 
-GOLDEN = Path(__file__).parent / "data" / "golden" / "checkpoint"
 RECORD = Path(__file__).parent / "data" / "interop.json"
 PRESETS = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q4_0", "iq4_xs", "q3_k_m", "q2_k")
 PYTHON = os.environ.get("YIVL_INTEROP_PYTHON")

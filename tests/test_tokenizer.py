@@ -6,7 +6,6 @@ import io
 import random
 import struct
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -19,6 +18,7 @@ import sentencepiece
 from gguf_bytes import Kind, array, build, key, scalar
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from protobuf import blob, fields, number, varint
 from yivl_edge import _core
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -32,50 +32,6 @@ class Type(IntEnum):
     USER_DEFINED = 4
     UNUSED = 5
     BYTE = 6
-
-
-# The fields of SentencePiece's protocol buffer that matter here; the package itself cannot edit a model.
-
-
-def varint(number: int) -> bytes:
-    out = bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*out, number])
-
-
-def blob(field: int, data: bytes) -> bytes:
-    return varint(field << 3 | 2) + varint(len(data)) + data
-
-
-def number(field: int, value: int) -> bytes:
-    return varint(field << 3) + varint(value)
-
-
-def fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(field, int or bytes) of each entry."""
-    at = 0
-
-    def read_varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while at < len(message):
-        tag = read_varint()
-        if tag & 7 == 0:
-            yield tag >> 3, read_varint()
-        else:
-            length = {1: 8, 5: 4}.get(tag & 7) or read_varint()
-            yield tag >> 3, message[at : at + length]
-            at += length
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
+from gguf_contents import weights_of
 from numpy.typing import NDArray
 from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
@@ -27,14 +28,7 @@ class _File:
     def __init__(self, path: Path) -> None:
         reader = gguf.GGUFReader(path)
         self.fields = {name: field.contents() for name, field in reader.fields.items()}
-        self.tensors = {
-            t.name: torch.from_numpy(
-                gguf.quants.dequantize(t.data, t.tensor_type)
-                .astype(np.float32)
-                .reshape(tuple(int(n) for n in reversed(t.shape)))
-            )
-            for t in reader.tensors
-        }
+        self.tensors = {t.name: torch.from_numpy(weights_of(t)) for t in reader.tensors}
 
 
 class Twin:

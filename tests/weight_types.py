@@ -9,6 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as T
+from gguf_contents import weights_of
 from numpy.typing import NDArray
 
 # What DESIGN calls "weight types read".
@@ -78,9 +79,7 @@ def rewrite(
         types = fields[name].types
         writer.add_key_value(name, value, types[0], sub_type=types[-1] if len(types) > 1 else None)
     for t in reader.tensors:
-        shape = tuple(int(n) for n in reversed(t.shape))
-        weights = gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32).reshape(shape)
-        if (new := tensor(t.name, weights)) is not None:
+        if (new := tensor(t.name, weights_of(t))) is not None:
             writer.add_tensor(new[0], new[1], raw_dtype=new[2])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
