@@ -45,7 +45,7 @@ def tolerance(isa: str, type_name: str) -> float:
     """Relative L2 error of logits that an instruction set may make with weights of a type."""
     # In float32 with the same weights, 1e-3 leaves room for other summation orders only. AMX rounds both operands of a
     # product of many tokens to bfloat16, whose 8 bits of significand put each off by up to 2^-9; over a sum these
-    # errors average out, and 4e-3 is what remains of them in these logits.
+    # errors average out, and 1.1e-2 at most is what remains of them in these logits.
     return 2e-2 if isa == "amx" and type_name.lower() != "f32" else 1e-3
 
 
@@ -146,14 +146,14 @@ def test_prefill_in_chunks_equals_prefill_at_once(golden_model, golden_f32, tmp_
     model = golden_model
     if kind != GGMLQuantizationType.F32:  # rounded to bfloat16 on some instruction sets
         model = Model(retype(golden_f32, tmp_path / "model.gguf", kind))
-    ids = model.prompt_ids(QUESTION)
+    # 278 positions, and the logits of 256 at once: neither that nor chunks of 48 or 64 leave fewer than 16 over.
+    ids = model.prompt_ids(2 * QUESTION)
     control = _core.Control()
     whole = _core.Session(model._model, 1024, 1024).logits(ids, pixels, control)
     chunked = _core.Session(model._model, 1024, chunk).logits(ids, pixels, control)
-    isa, positions = model._model.backend_name, model._model.n_positions(ids)
-    if isa == "amx" and kind != GGMLQuantizationType.F32 and min(chunk, positions % chunk or chunk) < 16:
+    if model._model.backend_name == "amx" and kind != GGMLQuantizationType.F32 and chunk < 16:
         # Fewer tokens than a tile has are multiplied as integers.
-        assert relative_l2(chunked, whole) <= tolerance(isa, kind.name)
+        assert relative_l2(chunked, whole) <= tolerance("amx", kind.name)
         return
     # Not only within 1e-5: each value is computed in an order that does not depend on its neighbours.
     np.testing.assert_array_equal(chunked, whole)

@@ -24,7 +24,7 @@ echo "== Building the package's core with emulated AMX tiles"
 rm -rf "$BUILD/package"
 mkdir "$BUILD/package"
 cp -r python/yivl_edge "$BUILD/package"
-cp -r convert "$BUILD/package/yivl_edge"
+ln -sfn "$PWD/convert" "$BUILD/package/yivl_edge/convert"
 cp "$BUILD"/_core*.so "$BUILD/package/yivl_edge"
 
 echo "== Running the tests of what AMX computes on it"
