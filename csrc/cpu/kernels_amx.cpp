@@ -1,5 +1,5 @@
-// Matrix products of many tokens on AMX tiles, in bfloat16 with float32 sums. Everything else is computed by the AVX-512
-// kernels: unpacking weights for few tokens takes longer than multiplying them as integers.
+// Matrix products of many tokens on AMX tiles, in bfloat16 with float32 sums. Everything else is computed by the
+// AVX-512 kernels: unpacking weights for few tokens takes longer than multiplying them as integers.
 //
 // A tile of weights is 16 rows of 32 columns, a tile of x is 16 pairs of columns of up to 16 tokens, and an accumulator
 // holds 16 weight rows by 16 tokens. Every output is summed over all columns, 32 at a time, in one such accumulator:
