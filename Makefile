@@ -10,7 +10,7 @@ GOLDEN := tests/data/golden
 # The checkpoint's ViT is a .bin file. A plain "torch" could fetch another build with gigabytes of GPU libraries.
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-neon test-interop test-cuda-emulator cuda-kernels lint format fuzz tsan clean
+.PHONY: demo test test-neon test-amx test-interop test-cuda-emulator cuda-kernels lint format fuzz tsan clean
 
 demo: out/golden-q8_0.gguf
 	@echo "== Asking the converted file about the photograph $(GOLDEN)/image.png (random weights: the answer is noise)"
@@ -27,17 +27,21 @@ test: $(VENV)/.test
 test-neon: $(VENV)/.test $(VENV)/.cmake
 	@PYTHON="$(CURDIR)/$(BIN)/python" tests/aarch64/run.sh
 
+# The kernels for AMX tiles, which few CPUs have, with the tiles emulated; on a CPU without the rest of it, it says so.
+test-amx: $(VENV)/.test $(VENV)/.cmake
+	@PYTHON="$(CURDIR)/$(BIN)/python" tests/amx_emulator/run.sh
+
 lint: $(VENV)/.test
 	@echo "== Checking format, lint and types"
 	@$(BIN)/python -m pip install --quiet 'mypy>=1.11' 'ruff>=0.9' 'clang-format==19.1.7'
-	@find csrc tests/cpp tests/cuda_emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | \
+	@find csrc tests/cpp tests/*_emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | \
 	  xargs $(BIN)/clang-format --dry-run --Werror
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
 format:
-	@find csrc tests/cpp tests/cuda_emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+	@find csrc tests/cpp tests/*_emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 

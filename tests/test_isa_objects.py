@@ -12,17 +12,22 @@ BUILD = Path(__file__).parents[1] / "build"
 
 def folder_of_module() -> Path | None:
     """Of the most recent build of the Python module; builds of test programs may carry sanitizers."""
-    modules = sorted(BUILD.glob("*/_core*.so"), key=lambda path: path.stat().st_mtime)
+    modules = [path for path in BUILD.glob("*/_core*.so") if path.parent.name != "amx"]
+    modules.sort(key=lambda path: path.stat().st_mtime)
     return modules[-1].parent if modules else None
 
 
 # Where objects are, the program that lists their symbols, and for which machine they are.
 BUILDS = {
     "this machine": (folder_of_module(), "nm", platform.machine()),
+    "make test-amx": (BUILD / "amx", "nm", platform.machine()),
     "make test-neon": (BUILD / "aarch64" / "cmake", "aarch64-linux-gnu-nm", "aarch64"),
 }
 ALWAYS = {"kernels_portable.cpp.o"}
-BY_MACHINE = {"x86_64": {"kernels_avx2.cpp.o", "kernels_avx512.cpp.o"}, "aarch64": {"kernels_neon.cpp.o"}}
+BY_MACHINE = {
+    "x86_64": {"kernels_avx2.cpp.o", "kernels_avx512.cpp.o", "kernels_amx.cpp.o"},
+    "aarch64": {"kernels_neon.cpp.o"},
+}
 
 
 def symbols(path: Path, nm: str) -> dict[str, str]:

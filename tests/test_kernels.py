@@ -134,8 +134,10 @@ def to_bfloat(values: Array) -> Array:
     return bits.astype(np.uint32).view(np.float32)
 
 
-INTEGER_ISAS = ("avx512", "avx2", "neon", "cuda")
+INTEGER_ISAS = ("amx", "avx512", "avx2", "neon", "cuda")
 INTEGER_TYPES = ("Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K")
+# From so many tokens on, AMX multiplies on tiles of bfloat16; fewer it leaves to the kernels of AVX-512.
+TILE_TOKENS = 16
 
 
 def to_integers(x: Array) -> Array:
@@ -149,10 +151,10 @@ def to_integers(x: Array) -> Array:
 def product(isa: str, x: Array, w: Array, qtype: GGMLQuantizationType) -> tuple[Array, Array]:
     """x w^T for weights that are not F32, and the sums of the products' sizes.
 
-    AMX multiplies bfloat16 numbers: both operands are rounded first, and their products are exact in float32. AVX-512,
-    AVX2, NEON and CUDA multiply the file's integers by rounded x.
+    AMX multiplies many tokens as bfloat16 numbers: both operands are rounded first, and their products are exact in
+    float32. Else AMX, AVX-512, AVX2, NEON and CUDA multiply the file's integers by rounded x.
     """
-    if isa == "amx":
+    if isa == "amx" and len(x) >= TILE_TOKENS:
         x, w = to_bfloat(x), to_bfloat(w)
     elif isa in INTEGER_ISAS and qtype.name in INTEGER_TYPES:
         x = to_integers(x)
@@ -234,9 +236,10 @@ def test_gated_linear_is_the_gated_product_of_two(isa: str) -> None:
 
 @pytest.mark.skipif("amx" not in ISAS, reason="this CPU has no AMX")
 class TestBfloatTiles:
-    """Linear on AMX against exact sums of rounded operands."""
+    """Linear on AMX: many tokens against exact sums of rounded operands, fewer against AVX-512."""
 
     def check(self, qtype: GGMLQuantizationType, rows: int, tokens: int, cols: int) -> None:
+        assert tokens >= TILE_TOKENS
         data, w = random_weights(qtype, rows, cols, rows)
         x, bias = normal(tokens, tokens, cols), normal(3, rows)
         y = strided(np.full((tokens, rows), np.nan, np.float32))
@@ -250,7 +253,7 @@ class TestBfloatTiles:
 
     @pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 31, 32, 33, 40, 300])
     def test_rows_and_tokens(self, rows: int) -> None:
-        for tokens in (1, 2, 3, 5, 15, 16, 17, 31, 32, 33, 47, 48, 49, 70):
+        for tokens in (16, 17, 31, 32, 33, 47, 48, 49, 70):
             self.check(GGMLQuantizationType.Q4_0, rows, tokens, 96)
 
     @pytest.mark.parametrize("cols", [1, 2, 20, 31, 32, 33, 100, 256, 257, 588, 2048, 2049, 2304])
@@ -258,14 +261,24 @@ class TestBfloatTiles:
         "qtype", [GGMLQuantizationType.F16, GGMLQuantizationType.BF16], ids=lambda t: t.name
     )
     def test_columns_of_half_precision(self, qtype: GGMLQuantizationType, cols: int) -> None:
-        for rows, tokens in ((1, 1), (17, 3), (40, 16), (33, 33)):
+        for rows, tokens in ((1, 16), (17, 19), (40, 16), (33, 33)):
             self.check(qtype, rows, tokens, cols)
 
     @pytest.mark.parametrize("blocks", [1, 2, 3, 7, 9, 10, 17])
     @pytest.mark.parametrize("qtype", QUANTISED[1:-1] + RANDOM_BYTES, ids=lambda t: t.name)
     def test_whole_blocks(self, qtype: GGMLQuantizationType, blocks: int) -> None:
-        for rows, tokens in ((1, 1), (35, 2), (33, 33)):
+        for rows, tokens in ((1, 16), (35, 18), (33, 33)):
             self.check(qtype, rows, tokens, blocks * GGML_QUANT_SIZES[qtype][0])
+
+    @pytest.mark.parametrize("qtype", QUANTISED + RANDOM_BYTES, ids=lambda t: t.name)
+    def test_few_tokens_give_the_bits_of_avx512(self, qtype: GGMLQuantizationType) -> None:
+        data, _ = random_weights(qtype, 45, 2304, 1)
+        for tokens in (1, 2, TILE_TOKENS - 1):
+            x, bias = normal(tokens, tokens, 2304), normal(3, 45)
+            found, expected = np.zeros((2, tokens, 45), np.float32)
+            for isa, y in (("amx", found), ("avx512", expected)):
+                _core.KernelOps(isa, 2).linear(y, x, data.reshape(-1), qtype.value, bias)
+            assert np.array_equal(found, expected), tokens
 
     def test_weights_at_an_odd_address(self) -> None:
         for qtype in QUANTISED + RANDOM_BYTES:
@@ -469,7 +482,7 @@ def test_attention_with_large_and_growing_scores(isa: str) -> None:
 # ---- the same bits for any number of threads and any company of rows ----
 
 
-CHUNKS = (1, 2, 3, 5, 6, 7, 64)
+CHUNKS = (1, 2, 3, 5, 6, 7, 16, 33, 64)
 
 
 # Those with a path of their own for one row, and one without.
@@ -486,13 +499,19 @@ def test_linear_does_not_depend_on_threads_or_chunks(isa: str, qtype: GGMLQuanti
     x, bias = normal(2, tokens, cols), normal(3, rows)
     whole = np.zeros((tokens, rows), np.float32)
     _core.KernelOps(isa, 1).linear(whole, x, data, qtype.value, bias)
+    few = whole
+    if isa == "amx":
+        few = np.zeros_like(whole)
+        _core.KernelOps("avx512", 1).linear(few, x, data, qtype.value, bias)
     for threads, chunks in ((1, (1,)), (2, CHUNKS), (3, (1, 7))):
         ops = _core.KernelOps(isa, threads)
         for chunk in chunks:
-            y = np.zeros_like(whole)
             for i in range(0, tokens, chunk):
-                ops.linear(y[i : i + chunk], x[i : i + chunk], data, qtype.value, bias)
-            assert np.array_equal(y, whole), (threads, chunk)
+                part = slice(i, min(i + chunk, tokens))
+                expected = (few if part.stop - i < TILE_TOKENS else whole)[part]
+                y = np.zeros_like(expected)
+                ops.linear(y, x[part], data, qtype.value, bias)
+                assert np.array_equal(y, expected), (threads, chunk)
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 40])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -441,5 +442,7 @@ def test_every_instruction_set_passes(files: dict[str, Path], isa: str) -> None:
         "import sys; from yivl_edge.verify import verify; r = verify(sys.argv[1]); print(r.backend, r.passed)"
     )
     command = [sys.executable, "-c", code, str(files["q4_k_m"])]
-    result = subprocess.run(command, env={"YIVL_ISA": isa}, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        command, env=os.environ | {"YIVL_ISA": isa}, capture_output=True, text=True, check=True
+    )
     assert result.stdout.split() == [isa, "True"]

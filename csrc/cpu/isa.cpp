@@ -7,9 +7,7 @@
 #include <string>
 
 #if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#include "cpu/tiles.h"
 #endif
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
@@ -44,28 +42,14 @@ const Kernels& neon_kernels() {
 #if defined(__x86_64__) && defined(__linux__)
 const Kernels& amx_kernels() {
     static const Kernels kernels = [] {
-        Kernels k = kAvx512Kernels;
+        Kernels k = kAvx512VnniKernels;
         k.name = "amx";
+        k.variant = "";
+        k.few = k.packed;
         k.packed = &kAmxPackedKernels;
         return k;
     }();
     return kernels;
-}
-
-// Whether the CPU has AMX tiles for bfloat16, the system saves them, and it lets this process use them: since they make
-// signal frames large, Linux wants to be asked.
-bool amx_permitted() {
-    unsigned a, b, c, d;
-    constexpr unsigned kTile = 1u << 24, kBfloat16 = 1u << 22;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTile) == 0 || (d & kBfloat16) == 0) return false;
-    constexpr unsigned kXsaveEnabled = 1u << 27;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & kXsaveEnabled) == 0) return false;
-    unsigned low, high;
-    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    constexpr unsigned kTileState = 3u << 17;
-    if ((low & kTileState) != kTileState) return false;
-    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #endif
 
@@ -97,8 +81,8 @@ bool usable(const Kernels& kernels) {
     if (&kernels == &avx512_kernels()) return avx512;
 #if defined(__linux__)
     if (&kernels == &amx_kernels()) {
-        return avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16") &&
-               amx_permitted();
+        return avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+               __builtin_cpu_supports("avx512bf16") && amx::permitted();
     }
 #endif
 #endif

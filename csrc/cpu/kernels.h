@@ -1,6 +1,7 @@
 // What one instruction set offers: a table of kernels, each the work of one thread on one piece of an operation.
 //
-// An output value is computed in the same order whatever the shape of the piece it stands in.
+// An output value is computed in the same order whatever the shape of the piece it stands in; only a table with kernels
+// of its own for few tokens has two ways, of which their number decides.
 #pragma once
 
 #include <cstddef>
@@ -100,6 +101,8 @@ struct Kernels {
     const PackedKernels* floats;
     // In place of those for the types that it takes; null: none.
     const PackedKernels* packed;
+    // In place of `packed` for fewer tokens than that packs together; null: none.
+    const PackedKernels* few;
 };
 
 }  // namespace yivl
@@ -121,4 +124,5 @@ struct Kernels {
         .read = space::read,                             \
         .floats = &space::kFloatKernels,                 \
         .packed = packed_kernels,                        \
+        .few = nullptr,                                  \
     }

@@ -1,18 +1,19 @@
-// Matrix products on AMX tiles, in bfloat16 with float32 sums. What is not a product with packed weights is computed by
-// the AVX-512 kernels.
+// Matrix products of many tokens on AMX tiles, in bfloat16 with float32 sums. Everything else is computed by the
+// AVX-512 kernels: unpacking weights for few tokens takes longer than multiplying them as integers.
 //
 // A tile of weights is 16 rows of 32 columns, a tile of x is 16 pairs of columns of up to 16 tokens, and an accumulator
 // holds 16 weight rows by 16 tokens. Every output is summed over all columns, 32 at a time, in one such accumulator:
 // storing it and loading it again changes nothing, so blocks may be cut to suit the caches.
 #include "cpu/isa.h"
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__linux__)
 
 #include <immintrin.h>
 
 #include "cpu/dequant.h"
 #include "cpu/kernels.h"
 #include "cpu/target_region.h"
+#include "cpu/tiles.h"
 
 #if !defined(__clang__)
 // The undefined lanes that GCC's own intrinsics start from (GCC bug 105593).
@@ -37,15 +38,11 @@ constexpr int64_t kTileCols = 32;
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kTileTokens = 16;
 
-// Columns that are unpacked at a time. Few tokens: both buffers stay in the first-level cache. Many: sums are stored
-// and loaded once for each such slab, and a slab of all rows of a piece stays in the second-level cache.
-constexpr int64_t kChunk = 256;
-constexpr int64_t kChunkSteps = kChunk / kTileCols;
+// Columns that are unpacked at a time: sums are stored and loaded once for each such slab, and a slab of all rows of a
+// piece stays in the second-level cache.
 constexpr int64_t kSlabSteps = 2048 / kTileCols;
 // Tiles that an unpacking function makes of one row, at most.
 constexpr int64_t kUnpackSteps = 16;
-// Weight rows that are unpacked at a time for few tokens: two accumulators, since one alone would wait for itself.
-constexpr int64_t kFewRows = 2 * kTileRows;
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -54,31 +51,13 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t slab_steps(int64_t cols) {
     const int64_t steps = divide_up(cols, kTileCols);
     const int64_t slabs = divide_up(steps, kSlabSteps);
-    return slabs <= 1 ? steps : divide_up(divide_up(steps, slabs), kChunkSteps) * kChunkSteps;
+    constexpr int64_t kBlockSteps = kSuperBlock / kTileCols;
+    return slabs <= 1 ? steps : divide_up(divide_up(steps, slabs), kBlockSteps) * kBlockSteps;
 }
 
-// ---- tiles: 0 to 3 accumulators, 4 and 5 weights, 6 and 7 tokens ----
+// ---- tiles: 0 to 3 accumulators, 4 and 5 weights, 6 and 7 tokens; all are whole ----
 
-// GCC 12's own intrinsics do not say which memory they read: stores to it could be left out.
-template <int tile>
-YIVL_INLINE void load_tile(const void* p, int64_t stride) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(tile) : "memory");
-}
-template <int tile>
-YIVL_INLINE void store_tile(void* p, int64_t stride) {
-    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "i"(tile) : "memory");
-}
-template <int tile>
-YIVL_INLINE void zero_tile() {
-    asm volatile("tilezero %%tmm%c0" : : "i"(tile));
-}
-template <int sums, int weights, int tokens>
-YIVL_INLINE void multiply_tiles() {
-    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(weights), "i"(tokens));
-}
-
-// Sets up the calling thread's tiles for `n_tokens` at a time.
-void begin_tiles(int64_t n_tokens) {
+void begin_tiles() {
     struct alignas(64) Config {
         uint8_t palette = 1;
         uint8_t start_row = 0;
@@ -87,14 +66,11 @@ void begin_tiles(int64_t n_tokens) {
         uint8_t rows[16] = {};
     } config;
     for (int tile = 0; tile < 8; ++tile) {
-        const bool weights = tile == 4 || tile == 5;
-        config.row_bytes[tile] = static_cast<uint16_t>(weights ? 64 : n_tokens * 4);
+        config.row_bytes[tile] = kTileBytes / kTileRows;
         config.rows[tile] = kTileRows;
     }
-    asm volatile("ldtilecfg %0" : : "m"(config));
+    configure_tiles(&config);
 }
-// Without live tiles the system has nothing to save, and the core runs other code faster.
-void end_tiles() { asm volatile("tilerelease"); }
 
 // ---- weights to bfloat16 ----
 
@@ -374,7 +350,7 @@ Unpack unpacker(WeightType type, const std::byte* src) {
     }
 }
 
-// ---- x, packed: a tile for each 16 tokens and 32 columns; with fewer than 16 tokens in all, narrower tiles ----
+// ---- x, packed: a tile for each 16 tokens and 32 columns, 0 where there are fewer tokens ----
 
 YIVL_INLINE void transpose(__m512i (&r)[16]) {
     __m512i t[16];
@@ -407,28 +383,10 @@ YIVL_INLINE void transpose(__m512i (&r)[16]) {
 }
 
 int64_t packed_bytes(int64_t n_tokens, int64_t cols) {
-    const int64_t steps = divide_up(cols, kTileCols);
-    if (n_tokens < kTileTokens) return steps * n_tokens * 64;
-    return divide_up(n_tokens, kTileTokens) * steps * kTileBytes;
-}
-
-void pack_few(std::byte* dst, const PackedInput& p) {
-    const int64_t n = p.n_tokens;
-    const __m512i order = evens_then_odds();
-    const __m512i places = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                              _mm512_set1_epi32(static_cast<int>(n)));
-    const bool reorder = p.order == 1;
-    for (int64_t col = 0; col < p.cols; col += kTileCols, dst += n * 64) {
-        for (int64_t t = 0; t < n; ++t) {
-            __m512i v = bfloats_of(p.x + t * p.x_stride + col, p.cols - col);
-            if (reorder) v = _mm512_permutexvar_epi16(order, v);
-            _mm512_i32scatter_epi32(dst + t * 4, places, v, 4);
-        }
-    }
+    return divide_up(n_tokens, kTileTokens) * divide_up(cols, kTileCols) * kTileBytes;
 }
 
 void pack(std::byte* dst, const PackedInput& p, int64_t group) {
-    if (p.n_tokens < kTileTokens) return pack_few(dst, p);
     const int64_t token = group * kTileTokens;
     const int64_t n = min64(kTileTokens, p.n_tokens - token);
     dst += group * divide_up(p.cols, kTileCols) * kTileBytes;
@@ -470,82 +428,6 @@ void put_sums(const PackedPiece& p, const std::byte* sums, int64_t row, int64_t 
     }
 }
 
-// Columns [col, col + n) of n_rows rows, as tiles: kChunkSteps tiles side by side, then the next 16 rows. Tile rows
-// beyond n_rows keep what they held: they only make sums that nobody reads.
-struct Weights {
-    WeightType type;
-    const std::byte* data;
-    int64_t row_bytes;
-    Unpack unpack;
-    int64_t block, block_bytes;
-
-    explicit Weights(const PackedPiece& p)
-        : type(p.type),
-          data(p.w),
-          row_bytes(p.row_bytes),
-          unpack(unpacker(p.type, p.w)),
-          block(type_info(p.type).block),
-          block_bytes(type_info(p.type).bytes) {}
-
-    YIVL_INLINE void prefetch_rows(int64_t row, int64_t n_rows, int64_t col, int64_t n) const {
-        const std::byte* src = data + row * row_bytes + col / block * block_bytes;
-        for (int64_t r = 0; r < n_rows; ++r, src += row_bytes) {
-            for (int64_t i = 0; i < n / block * block_bytes; i += 64) prefetch(src + i);
-        }
-    }
-    YIVL_INLINE void rows(int64_t row, int64_t n_rows, int64_t col, int64_t n, std::byte* dst) const {
-        const std::byte* src = data + row * row_bytes + col / block * block_bytes;
-        unpack({type, src, row_bytes, n_rows, n, dst});
-    }
-};
-
-// Few tokens: memory sets the pace. Weights are unpacked into one buffer while the tiles are fed from the other, which
-// has left the store queue by then.
-void linear_few(const PackedPiece& p, std::byte* scratch) {
-    const Weights weights(p);
-    constexpr int64_t kBuffer = 2 * kChunkSteps * kTileBytes;
-    constexpr int64_t kRowsPerStep = kFewRows / kChunkSteps;
-    const int64_t steps = divide_up(p.cols, kTileCols);
-    const int64_t n_chunks = divide_up(steps, kChunkSteps);
-    std::byte* const sums = scratch + 2 * kBuffer;
-    for (int64_t row = 0; row < p.n_rows; row += kFewRows) {
-        const int64_t n_rows = min64(kFewRows, p.n_rows - row);
-        zero_tile<0>();
-        zero_tile<1>();
-        for (int64_t chunk = 0; chunk <= n_chunks; ++chunk) {
-            std::byte* const filling = scratch + chunk % 2 * kBuffer;
-            const std::byte* const full = scratch + (chunk + 1) % 2 * kBuffer;
-            const int64_t col = chunk * kChunk;
-            for (int64_t i = 0; i < kChunkSteps; ++i) {
-                const int64_t r = i * kRowsPerStep;
-                if (chunk < n_chunks && r < n_rows) {
-                    // The hardware does not follow so many rows at once.
-                    const int64_t ahead = chunk + min64(2, n_chunks);
-                    const int64_t next = row + r + (ahead < n_chunks ? 0 : kFewRows);
-                    if (next < p.n_rows) {
-                        const int64_t n_next = min64(kRowsPerStep, p.n_rows - next);
-                        weights.prefetch_rows(next, n_next, ahead % n_chunks * kChunk, kChunk);
-                    }
-                    weights.rows(row + r, min64(kRowsPerStep, n_rows - r), col, min64(kChunk, p.cols - col),
-                                 filling + r / kTileRows * (kChunkSteps * kTileBytes) + r % kTileRows * 64);
-                }
-                const int64_t step = (chunk - 1) * kChunkSteps + i;
-                if (chunk > 0 && step < steps) {
-                    load_tile<6>(p.x + step * p.n_tokens * 64, p.n_tokens * 4);
-                    load_tile<4>(full + i * kTileBytes, 64);
-                    load_tile<5>(full + (kChunkSteps + i) * kTileBytes, 64);
-                    multiply_tiles<0, 4, 6>();
-                    multiply_tiles<1, 5, 6>();
-                }
-            }
-        }
-        store_tile<0>(sums, 64);
-        store_tile<1>(sums + kTileBytes, 64);
-        put_sums(p, sums, row, min64(kTileRows, n_rows), 0, p.n_tokens);
-        if (n_rows > kTileRows) put_sums(p, sums + kTileBytes, row + kTileRows, n_rows - kTileRows, 0, p.n_tokens);
-    }
-}
-
 // R x T tiles of sums (1 or 2 each) over `steps` tiles of weights and x.
 template <int R, int T>
 void multiply_block(std::byte* to, const std::byte* from, int64_t token_step, const std::byte* w, int64_t w_step,
@@ -582,9 +464,11 @@ void multiply_block(std::byte* to, const std::byte* from, int64_t token_step, co
     store_sums.template operator()<1, 1>();
 }
 
-// Many tokens: a slab of weights is unpacked once for all of them; with more than one slab the sums wait in memory.
-void linear_many(const PackedPiece& p, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
-    const Weights weights(p);
+// A slab of weights is unpacked once for all tokens; with more than one slab the sums wait in memory. Tile rows beyond
+// the last row of the weights keep what they held: they only make sums that nobody reads.
+void linear(const PackedPiece& p, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
+    const Unpack unpack = unpacker(p.type, p.w);
+    const TypeInfo& info = type_info(p.type);
     const int64_t steps = divide_up(p.cols, kTileCols);
     const int64_t slab = slab_steps(p.cols);
     const int64_t row_tiles = divide_up(p.n_rows, kTileRows), token_tiles = divide_up(p.n_tokens, kTileTokens);
@@ -593,16 +477,20 @@ void linear_many(const PackedPiece& p, std::byte* scratch, bool (*stop)(const vo
     const int64_t token_step = row_tiles * kTileBytes;
     std::byte* const complete = scratch + row_tiles * row_tile_bytes;
     std::byte* const waiting = complete + 2 * token_step;
+    begin_tiles();
     for (int64_t step = 0; step < steps; step += slab) {
-        if (stop(stop_arg)) return;
+        if (stop(stop_arg)) break;
         const int64_t n_steps = min64(slab, steps - step);
         const bool last = step + n_steps == steps;
         for (int64_t r = 0; r < row_tiles; ++r) {
             for (int64_t i = 0; i < n_steps; i += kUnpackSteps) {
                 const int64_t col = (step + i) * kTileCols;
-                weights.rows(r * kTileRows, min64(kTileRows, p.n_rows - r * kTileRows), col,
-                             min64(min64(kUnpackSteps, n_steps - i) * kTileCols, p.cols - col),
-                             scratch + r * row_tile_bytes + i * kTileBytes);
+                unpack({.type = p.type,
+                        .src = p.w + r * kTileRows * p.row_bytes + col / info.block * info.bytes,
+                        .row_bytes = p.row_bytes,
+                        .n_rows = min64(kTileRows, p.n_rows - r * kTileRows),
+                        .n = min64(min64(kUnpackSteps, n_steps - i) * kTileCols, p.cols - col),
+                        .dst = scratch + r * row_tile_bytes + i * kTileBytes});
             }
         }
         for (int64_t t = 0; t < token_tiles; t += 2) {
@@ -627,27 +515,17 @@ void linear_many(const PackedPiece& p, std::byte* scratch, bool (*stop)(const vo
             }
         }
     }
+    release_tiles();
 }
 
 int64_t scratch_bytes(int64_t n_tokens, int64_t n_rows, int64_t cols) {
-    if (n_tokens < kTileTokens) return (4 * kChunkSteps + 2) * kTileBytes;
     const int64_t slab = slab_steps(cols);
     const int64_t waiting = slab * kTileCols < cols ? divide_up(n_tokens, kTileTokens) : 0;
     return divide_up(n_rows, kTileRows) * (slab + 2 + waiting) * kTileBytes;
 }
 
-void linear(const PackedPiece& piece, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
-    begin_tiles(min64(piece.n_tokens, kTileTokens));
-    if (piece.n_tokens < kTileTokens) {
-        linear_few(piece, scratch);
-    } else {
-        linear_many(piece, scratch, stop, stop_arg);
-    }
-    end_tiles();
-}
-
 int64_t multiply_add(int64_t rounds) {
-    begin_tiles(kTileTokens);
+    begin_tiles();
     alignas(64) static constexpr std::byte kZeros[kTileBytes] = {};
     load_tile<4>(kZeros, 64);
     load_tile<5>(kZeros, 64);
@@ -663,7 +541,7 @@ int64_t multiply_add(int64_t rounds) {
         multiply_tiles<2, 5, 6>();
         multiply_tiles<3, 5, 7>();
     }
-    end_tiles();
+    release_tiles();
     return rounds * 4 * kTileRows * kTileTokens * kTileCols * 2;
 }
 
@@ -676,7 +554,7 @@ YIVL_TARGET_END
 namespace yivl {
 
 const PackedKernels kAmxPackedKernels = {
-    .tokens = 16,
+    .tokens = amx::kTileTokens,
     .order = amx::order,
     .packed_bytes = amx::packed_bytes,
     .pack = amx::pack,

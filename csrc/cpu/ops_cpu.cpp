@@ -246,15 +246,17 @@ private:
     };
     static constexpr int kForms = PackedKernels::kOrders + 1;
 
-    // x in the forms that some weights want.
+    // x in the forms that some weights want; all are for one number of tokens, so that those of `packed` and of `few`
+    // never meet.
     struct Input {
         ConstMat x;
         const std::byte* packed[kForms] = {};
     };
 
-    Form form_for(const Weight& w) const {
-        if (kernels_.packed != nullptr) {
-            if (const int order = kernels_.packed->order(w.type); order >= 0) return {*kernels_.packed, order, order};
+    Form form_for(const Weight& w, int64_t n_tokens) const {
+        const bool few = kernels_.few != nullptr && n_tokens < kernels_.packed->tokens;
+        if (const PackedKernels* const packed = few ? kernels_.few : kernels_.packed; packed != nullptr) {
+            if (const int order = packed->order(w.type); order >= 0) return {*packed, order, order};
         }
         return {*kernels_.floats, kernels_.floats->order(w.type), PackedKernels::kOrders};
     }
@@ -262,7 +264,7 @@ private:
     // Packs x for w, unless it is already.
     void prepare(Input& input, const Weight& w) {
         const ConstMat x = input.x;
-        const Form form = form_for(w);
+        const Form form = form_for(w, x.rows);
         if (input.packed[form.slot] != nullptr) return;
         const PackedInput from{x.data, x.stride, x.rows, x.cols, form.order};
         std::byte* to = packed_[form.slot].bytes(form.kernels.packed_bytes(x.rows, x.cols));
@@ -278,12 +280,12 @@ private:
     }
 
     int64_t piece_work(const Weight& w, int64_t n_tokens) const {
-        const int64_t uses = &form_for(w).kernels == kernels_.floats ? n_tokens : n_tokens / kPackedSpeed;
+        const int64_t uses = &form_for(w, n_tokens).kernels == kernels_.floats ? n_tokens : n_tokens / kPackedSpeed;
         return row_block(w) * w.cols * (kCopyWork + uses);
     }
 
     int64_t scratch_bytes(const Weight& w, int64_t n_tokens) const {
-        return form_for(w).kernels.scratch_bytes(n_tokens, row_block(w), w.cols);
+        return form_for(w, n_tokens).kernels.scratch_bytes(n_tokens, row_block(w), w.cols);
     }
 
     void linear_block(ConstMat x, std::span<const Product> products, int64_t first_token) {
@@ -337,7 +339,7 @@ private:
 
     // y (T, n) = or += the outputs [row, row + n) of a product.
     void linear_rows(Mat y, const Input& input, const Weight& w, int64_t row, Vec bias, bool add, std::byte* scratch) {
-        const Form form = form_for(w);
+        const Form form = form_for(w, y.rows);
         const PackedPiece piece{
             .y = y.data,
             .y_stride = y.stride,
