@@ -112,6 +112,8 @@ public:
     // Bytes of a mapped file where operations can read them: the same ones, or a copy that lives as long as the
     // backend.
     virtual const std::byte* place(std::span<const std::byte> bytes, Control& control) = 0;
+    // Floats from one row of a KV cache to the next.
+    virtual int64_t cache_stride(int64_t kv_width) const { return kv_width; }
 
     // Keeps a unit as busy as it gets; how many operations, or bytes, that was. 0: this backend has no way to.
     virtual int64_t exert(Unit, int64_t /*rounds*/) { return 0; }
@@ -123,6 +125,7 @@ public:
 // n_threads 0 means one per physical core. Throws std::invalid_argument when YIVL_ISA names an instruction set that is
 // unknown or that this CPU lacks.
 std::unique_ptr<Backend> make_cpu_backend(int n_threads);
+int64_t cpu_cache_stride(int64_t kv_width);
 
 struct DeviceMemory {
     std::string name;

@@ -49,7 +49,8 @@ struct DecoderState {
     Mat keys(int64_t layer) const { return k_cache.view().row_range((layer - layers.begin) * n_ctx, n_ctx); }
     Mat values(int64_t layer) const { return v_cache.view().row_range((layer - layers.begin) * n_ctx, n_ctx); }
 
-    static int64_t kv_bytes(const DecoderConfig& c, int64_t n_layers, int64_t n_ctx);
+    // `stride`: what the backend says of its cache.
+    static int64_t kv_bytes(int64_t stride, int64_t n_layers, int64_t n_ctx);
     static int64_t activation_bytes(const DecoderConfig& c, int64_t batch);
 };
 

@@ -146,13 +146,16 @@ constexpr int64_t kPanel = kTileVectors * kLanes;  // keys, or values of a head,
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+struct FetchNothing {
+    YIVL_INLINE void operator()(int64_t) const {}
+};
+
 // c[r][0..V lanes) (+)= sum over i of a[r * row_step + i * step] * b[i][..], in order of i. The steps are constants: R
 // addresses would not fit the registers. The next tile's `a` is fetched meanwhile, from where it lies if it is as
-// large. If `rows_ahead` is not 0, rows of b are, too, and to the second-level cache rows at `far`, as far apart as
-// b's.
-template <int R, int V, int row_step, int step, int rows_ahead = 0>
-inline void outer_tile(float* c, int64_t c_stride, const float* a, int64_t next, const float* b, int64_t b_stride,
-                       int64_t k, bool accumulate, const float* far = nullptr) {
+// large, and what fetch(i) fetches.
+template <int R, int V, int row_step, int step, class Fetch = FetchNothing>
+YIVL_INLINE void outer_tile(float* c, int64_t c_stride, const float* a, int64_t next, const float* b, int64_t b_stride,
+                            int64_t k, bool accumulate, Fetch fetch = {}) {
     F acc[R][V];
     YIVL_UNROLL
     for (int r = 0; r < R; ++r) {
@@ -161,13 +164,7 @@ inline void outer_tile(float* c, int64_t c_stride, const float* a, int64_t next,
     }
     for (int64_t i = 0; i < k; ++i) {
         prefetch(reinterpret_cast<const std::byte*>(a + next + i * step));
-        if constexpr (rows_ahead != 0) {
-            YIVL_UNROLL
-            for (int v = 0; v < V * kLanes; v += 16) {
-                prefetch(reinterpret_cast<const std::byte*>(b + (i + rows_ahead) * b_stride + v));
-                prefetch_far(reinterpret_cast<const std::byte*>(far + i * b_stride + v));
-            }
-        }
+        fetch(i);
         F bs[V];
         YIVL_UNROLL
         for (int v = 0; v < V; ++v) bs[v] = load(b + i * b_stride + v * kLanes);
@@ -223,14 +220,33 @@ YIVL_INLINE void each_tile(int64_t row, int64_t rows, Fn&& fn) {
     }
 }
 
+// Few rows use each key and value once, and memory sets the pace, if only it is always asked for what comes next. Lines
+// are fetched to the second-level cache evenly over all the work of a block: its values [kValuesEarly, kKeyBlock) while
+// keys are packed, the next block's keys [0, kKeysEarly) with the scores, its other keys and its first values while
+// values are added.
+constexpr int64_t kValuesEarly = kKeyBlock / 2;
+constexpr int64_t kKeysEarly = kKeyBlock / 4 * 3;
+constexpr int64_t kLine = 16;  // floats
+
 // Scores of all rows, a panel of keys at a time, which stays in the first-level cache.
 void score(const AttentionRows& a, int64_t key, int64_t n) {
     const int64_t head_dim = a.piece.head_dim;
+    const float* const next_keys = a.piece.k + (key + kKeyBlock) * a.piece.k_stride;
     for (int64_t j = 0; j < n; j += kPanel) {
+        // This panel's share of the keys, a part of one with each column of q.
+        constexpr int64_t kKeys = kPanel * kKeysEarly / kKeyBlock, kParts = 4;
+        const float* const far = next_keys + j / kPanel * kKeys * a.piece.k_stride;
+        const auto fetch = [&](int64_t i) YIVL_INLINE_LAMBDA {
+            if (!a.in_place || i >= kKeys * kParts) return;
+            const float* const part = far + i / kParts * a.piece.k_stride + i % kParts * (head_dim / kParts);
+            for (int64_t d = 0; d < head_dim / kParts; d += kLine) {
+                prefetch_far(reinterpret_cast<const std::byte*>(part + d));
+            }
+        };
         each_tile(0, a.rows, [&]<int R>(int64_t row) YIVL_TARGET_LAMBDA {
             if (visible_of(a, row + R - 1, key, n) <= j) return;
             outer_tile<R, kTileVectors, 1, R>(a.scores + row * kKeyBlock + j, kKeyBlock, a.q + row * head_dim,
-                                              R * head_dim, a.k + j * head_dim, kPanel, head_dim, false);
+                                              R * head_dim, a.k + j * head_dim, kPanel, head_dim, false, fetch);
         });
     }
 }
@@ -284,44 +300,71 @@ void softmax_rows(const AttentionRows& a, int64_t row, int64_t key, int64_t n) {
 // Rows between the values that are read where they are and those that are fetched.
 constexpr int kValuesAhead = 16;
 
-// out += scores . values for R rows and up to N vectors of columns.
-template <int R, int N, int rows_ahead>
+// out += scores . values for R rows and up to N vectors of columns. Values that are read where they are come to the
+// first-level cache a little ahead, and rows at `far` to the second-level cache, null: none.
+template <int R, int N, bool in_place>
 void value_tile(int64_t vectors, float* out, const float* p, const float* v, int64_t v_stride, int64_t width,
-                int64_t n_keys, const float* far) {
+                int64_t n_keys, const float* far, int64_t far_stride) {
     if (vectors >= N) {
-        outer_tile<R, N, kKeyBlock, 1, rows_ahead>(out, width, p, R * kKeyBlock, v, v_stride, n_keys, true, far);
+        const auto fetch = [&](int64_t i) YIVL_INLINE_LAMBDA {
+            if constexpr (in_place) {
+                YIVL_UNROLL
+                for (int64_t d = 0; d < N * kLanes; d += kLine) {
+                    prefetch(reinterpret_cast<const std::byte*>(v + (i + kValuesAhead) * v_stride + d));
+                    if (far != nullptr) prefetch_far(reinterpret_cast<const std::byte*>(far + i * far_stride + d));
+                }
+            }
+        };
+        outer_tile<R, N, kKeyBlock, 1>(out, width, p, R * kKeyBlock, v, v_stride, n_keys, true, fetch);
     } else if constexpr (N > 1) {
-        value_tile<R, N - 1, rows_ahead>(vectors, out, p, v, v_stride, width, n_keys, far);
+        value_tile<R, N - 1, in_place>(vectors, out, p, v, v_stride, width, n_keys, far, far_stride);
     }
 }
 
-void add_values(const AttentionRows& a, int64_t key, int64_t n) {
-    const float* const next_keys = a.piece.k + (key + kKeyBlock) * a.piece.k_stride;
+// out += scores . values [from, to) of a block.
+void add_some_values(const AttentionRows& a, int64_t key, int64_t n, int64_t from, int64_t to, const float* far,
+                     int64_t far_stride) {
     for (int64_t d = 0; d < a.width; d += kPanel) {
-        const float* const v = a.in_place ? a.piece.v + key * a.piece.v_stride + d : a.v + d * kKeyBlock;
+        const int64_t stride = a.in_place ? a.piece.v_stride : kPanel;
+        const float* const v = (a.in_place ? a.piece.v + key * stride + d : a.v + d * kKeyBlock) + from * stride;
         each_tile(0, a.rows, [&]<int R>(int64_t row) YIVL_TARGET_LAMBDA {
-            const int64_t visible = visible_of(a, row + R - 1, key, n);
+            const int64_t visible = min64(visible_of(a, row + R - 1, key, n), to) - from;
             if (visible <= 0) return;
-            const auto tile = a.in_place ? value_tile<R, kTileVectors, kValuesAhead> : value_tile<R, kTileVectors, 0>;
-            tile((a.width - d) / kLanes, a.out + row * a.width + d, a.scores + row * kKeyBlock, v,
-                 a.in_place ? a.piece.v_stride : kPanel, a.width, visible, next_keys + d);
+            const auto tile = a.in_place ? value_tile<R, kTileVectors, true> : value_tile<R, kTileVectors, false>;
+            tile((a.width - d) / kLanes, a.out + row * a.width + d, a.scores + row * kKeyBlock + from, v, stride,
+                 a.width, visible, far == nullptr ? nullptr : far + d, far_stride);
         });
     }
 }
 
+void add_values(const AttentionRows& a, int64_t key, int64_t n) {
+    if (!a.in_place) return add_some_values(a, key, n, 0, n, nullptr, 0);
+    const float* const next_keys = a.piece.k + (key + kKeyBlock) * a.piece.k_stride;
+    const float* const next_values = a.piece.v + (key + kKeyBlock) * a.piece.v_stride;
+    constexpr int64_t kLate = kKeyBlock - kKeysEarly;
+    add_some_values(a, key, n, 0, kLate, next_keys + kKeysEarly * a.piece.k_stride, a.piece.k_stride);
+    add_some_values(a, key, n, kLate, kLate + kValuesEarly, next_values, a.piece.v_stride);
+    add_some_values(a, key, n, kLate + kValuesEarly, kKeyBlock, nullptr, 0);
+}
+
 void pack_keys(const AttentionRows& a, int64_t key, int64_t n) {
     const int64_t head_dim = a.piece.head_dim;
+    const bool all_values = key == 0 || !a.in_place;  // or those that the last block did not fetch
     for (int64_t j = 0; j < round_up(n, kPanel); j += kLanes) {
         const float* const from = a.piece.k + (key + j) * a.piece.k_stride;
         float* const to = a.k + j / kPanel * kPanel * head_dim + j % kPanel;
         for (int64_t d = 0; d < head_dim; d += kLanes) {
+            YIVL_UNROLL
+            for (int i = 0; i < kLanes; ++i) {
+                prefetch(reinterpret_cast<const std::byte*>(from + (i + kLanes) * a.piece.k_stride + d));
+                if (!all_values && i % 2 != 0) continue;
+                const int64_t value = all_values ? j + i : kValuesEarly + (j + i) / 2;
+                prefetch_far(reinterpret_cast<const std::byte*>(a.piece.v + (key + value) * a.piece.v_stride + d));
+            }
             F lanes[kLanes];
             YIVL_UNROLL
             for (int i = 0; i < kLanes; ++i) {
-                const float* const key_i = from + i * a.piece.k_stride + d;
-                lanes[i] = j + i < n ? load_some(key_i, head_dim - d) : zero();
-                prefetch(reinterpret_cast<const std::byte*>(key_i + kLanes * a.piece.k_stride));
-                prefetch_far(reinterpret_cast<const std::byte*>(a.piece.v + (key + j + i) * a.piece.v_stride + d));
+                lanes[i] = j + i < n ? load_some(from + i * a.piece.k_stride + d, head_dim - d) : zero();
             }
             transpose(lanes);
             for (int64_t i = 0; i < min64(kLanes, head_dim - d); ++i) store(to + (d + i) * kPanel, lanes[i]);

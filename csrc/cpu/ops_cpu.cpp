@@ -400,12 +400,20 @@ public:
         return {static_cast<std::byte*>(memory), std::free};
     }
     const std::byte* place(std::span<const std::byte> bytes, Control&) override { return bytes.data(); }
+    int64_t cache_stride(int64_t kv_width) const override { return cpu_cache_stride(kv_width); }
 
 private:
     CpuState state_;
 };
 
 }  // namespace
+
+int64_t cpu_cache_stride(int64_t kv_width) {
+    // The same columns of keys that lie whole kilobytes apart share a few sets of the first-level cache, which has no
+    // room for a tile of them: a line more leads to all sets in turn.
+    constexpr int64_t kKilobyte = 256, kLine = 16;
+    return kv_width % kKilobyte == 0 ? kv_width + kLine : kv_width;
+}
 
 std::unique_ptr<Backend> make_cpu_backend(int n_threads, const Kernels& kernels) {
     return std::make_unique<CpuBackend>(n_threads, kernels);
