@@ -63,10 +63,37 @@ YIVL_INLINE I multiply_pairs_of_sums(I sums, const I* w, I x0, I x1) {
     return multiply_pairs(sums, plus(w[0], x1), plus(w[1], x0));
 }
 
+// What the next turn unpacks is fetched while this one multiplies, a little with each block of each tile: the loads of
+// the tiles would wait behind a burst.
+template <class Rows>
+struct NextTurn {
+    static constexpr int64_t kSlabBytes = kSlabBlocks / Rows::kBlocks * Rows::kBytes;
+    static constexpr int64_t kFarLines = (kSideRows * kSlabBytes + 63) / 64;
+
+    const std::byte* near;  // a slab of each of near_rows rows, to the first-level cache
+    int64_t row_bytes, near_rows;
+    const std::byte* far;  // lines one after the other, to the second-level cache
+    int64_t far_lines;
+    int64_t rows_at_once, lines_at_once;
+
+    // In so many steps.
+    YIVL_INLINE void spread(int64_t n_steps) {
+        rows_at_once = (near_rows + n_steps - 1) / n_steps;
+        lines_at_once = (far_lines + n_steps - 1) / n_steps;
+    }
+    YIVL_INLINE void fetch_some() {
+        for (int64_t n = min64(rows_at_once, near_rows); n > 0; --n, --near_rows, near += row_bytes) {
+            for (int64_t line = 0; line < kSlabBytes; line += 64) prefetch(near + line);
+        }
+        for (int64_t n = min64(lines_at_once, far_lines); n > 0; --n, --far_lines, far += 64) prefetch_far(far);
+    }
+};
+
 // `sums` (rows, tokens) += a tile of T tokens over a slab, or = if `first`. What the next tile takes is fetched
 // meanwhile.
 template <int T, class Rows>
-YIVL_INLINE void multiply_tile(Rows, F* sums, const WeightSlab* w, const InputSlab* x, int64_t n_blocks, bool first) {
+YIVL_INLINE void multiply_tile(NextTurn<Rows>& next_turn, F* sums, const WeightSlab* w, const InputSlab* x,
+                               int64_t n_blocks, bool first) {
     constexpr int R = kIntegerRows;
     F total[R][T];
     const auto begin = [&] YIVL_INLINE_LAMBDA {
@@ -98,6 +125,7 @@ YIVL_INLINE void multiply_tile(Rows, F* sums, const WeightSlab* w, const InputSl
                 }
             }
         }
+        next_turn.fetch_some();
         YIVL_UNROLL
         for (int t = 0; t < T; ++t) prefetch(reinterpret_cast<const std::byte*>(x[T + t].integers[b]));
         if (b < T) prefetch(reinterpret_cast<const std::byte*>(x[T + b].scale));
@@ -176,7 +204,7 @@ void multiply_some(const PackedPiece& p, int64_t token, int64_t n_tokens, std::b
     F* const sums = reinterpret_cast<F*>(scratch + kIntegerRows * sizeof(WeightSlab));
     const int64_t n_slabs = (p.cols + kSlabCols - 1) / kSlabCols;
     const int64_t n_tiles = (n_tokens + kIntegerTokens - 1) / kIntegerTokens;
-    constexpr int64_t kSlabBytes = kSlabBlocks / Rows::kBlocks * Rows::kBytes;
+    constexpr int64_t kSlabBytes = NextTurn<Rows>::kSlabBytes;
     for (int64_t s = 0; s < n_slabs; ++s) {
         if (stop(stop_arg)) return;
         const int64_t n_blocks = min64(kSlabCols, p.cols - s * kSlabCols) / kBlock;
@@ -188,19 +216,20 @@ void multiply_some(const PackedPiece& p, int64_t token, int64_t n_tokens, std::b
                 const int64_t n_rows = min64(kLanes, p.n_rows - row - r * kLanes);
                 if (n_rows > 0) unpack_slab<Rows>(w[r], from + r * kLanes * p.row_bytes, p.row_bytes, n_rows, n_blocks);
             }
-            // What the next turn unpacks, while this one multiplies.
             const bool more = row + kSideRows < p.n_rows;
-            const std::byte* const next = more ? from + kSideRows * p.row_bytes : p.w + (s + 1) * kSlabBytes;
-            for (int64_t r = 0; r < min64(kSideRows, p.n_rows - (more ? row + kSideRows : 0)); ++r) {
-                for (int64_t line = 0; line < kSlabBytes; line += 64) prefetch(next + r * p.row_bytes + line);
-            }
-            if constexpr (few) {
-                const std::byte* const far = p.w + kSideRows * (p.row_bytes + s * kSlabBytes);
-                for (int64_t line = 0; line < kSideRows * kSlabBytes; line += 64) prefetch_far(far + line);
-            }
+            NextTurn<Rows> next_turn{
+                .near = more ? from + kSideRows * p.row_bytes : p.w + (s + 1) * kSlabBytes,
+                .row_bytes = p.row_bytes,
+                .near_rows = min64(kSideRows, p.n_rows - (more ? row + kSideRows : 0)),
+                .far = p.w + kSideRows * (p.row_bytes + s * kSlabBytes),
+                .far_lines = (few && !getenv("NOFAR")) ? NextTurn<Rows>::kFarLines : 0,
+                .rows_at_once = 0,
+                .lines_at_once = 0,
+            };
+            next_turn.spread(n_tiles * n_blocks);
             F* const mine = sums + row / kSideRows * n_tiles * kTileSums;
             const auto multiply = [&]<int T>(int64_t tile) YIVL_TARGET_LAMBDA {
-                multiply_tile<T>(Rows(), mine + tile * kTileSums, w, x + tile * kIntegerTokens, n_blocks, s == 0);
+                multiply_tile<T>(next_turn, mine + tile * kTileSums, w, x + tile * kIntegerTokens, n_blocks, s == 0);
             };
             const int64_t full = few ? n_tokens / kIntegerTokens : n_tiles;
             for (int64_t tile = 0; tile < full; ++tile) multiply.template operator()<kIntegerTokens>(tile);
