@@ -6,6 +6,9 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(__x86_64__) && defined(__linux__)
 #include "cpu/tiles.h"
 #endif
@@ -20,6 +23,12 @@ namespace {
 constexpr std::array<std::string_view, 5> kNames{"amx", "avx512", "avx2", "neon", "portable"};
 
 #if defined(__x86_64__)
+const Kernels& avx2_kernels() {
+    constexpr unsigned kAvxVnni = 1u << 4;
+    unsigned a = 0, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvxVnni) != 0 ? kAvx2VnniKernels : kAvx2Kernels;
+}
+
 const Kernels& avx512_kernels() {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx512vnni")) return kAvx512Kernels;
@@ -60,7 +69,7 @@ std::vector<const Kernels*> built_kernels() {
         &amx_kernels(),
 #endif
 #if defined(__x86_64__)
-        &avx512_kernels(), &kAvx2Kernels,
+        &avx512_kernels(), &avx2_kernels(),
 #endif
 #if defined(__aarch64__)
         &neon_kernels(),
@@ -75,7 +84,7 @@ bool usable(const Kernels& kernels) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (&kernels == &kAvx2Kernels) return avx2;
+    if (&kernels == &avx2_kernels()) return avx2;
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (&kernels == &avx512_kernels()) return avx512;

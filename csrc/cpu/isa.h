@@ -10,12 +10,13 @@ namespace yivl {
 
 extern const Kernels kPortableKernels;
 extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx2VnniKernels;  // the same, quicker on quantised weights
 extern const Kernels kAvx512Kernels;
-extern const Kernels kAvx512VnniKernels;  // the same, quicker on quantised weights
+extern const Kernels kAvx512VnniKernels;  // quicker on quantised weights
 extern const Kernels kAvx512VnniSumsKernels;
 extern const PackedKernels kAmxPackedKernels;
 extern const Kernels kNeonKernels;
-extern const Kernels kNeonDotprodKernels;  // the same, quicker on quantised weights
+extern const Kernels kNeonDotprodKernels;  // quicker on quantised weights
 extern const Kernels kNeonI8mmKernels;     // quicker still
 
 // The kernel tables that this CPU can run, best first.

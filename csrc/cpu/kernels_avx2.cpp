@@ -95,8 +95,7 @@ inline F from_bfloat(const std::byte* p) {
 typedef __m256i I;
 
 constexpr bool kSumsOfPairs = false;
-
-constexpr int kIntegerTokens = 3;
+constexpr int kIntegerTokens = 6;
 
 inline I load_integers(const I* p) { return _mm256_load_si256(p); }
 inline void store_integers(I* p, I v) { _mm256_store_si256(p, v); }
@@ -119,8 +118,6 @@ inline I pair(const int16_t* p) {
     __builtin_memcpy(&both, p, sizeof(both));
     return _mm256_set1_epi32(both);
 }
-inline I multiply_pairs(I sums, I a, I b) { return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b)); }
-inline I multiply_pairs_at(I sums, I a, const int16_t* p) { return multiply_pairs(sums, a, pair(p)); }
 inline I low_bits(I v, int n) { return _mm256_and_si256(v, _mm256_set1_epi16(static_cast<int16_t>(n))); }
 inline I any_bits(I a, I b) { return _mm256_or_si256(a, b); }
 template <int n>
@@ -210,7 +207,36 @@ inline void round_block(const float* x, float factor, int16_t* dst, int32_t* sum
 
 #include "cpu/kernels_body.h"
 #include "cpu/kernels_floats.h"
+
+namespace plain {
+
+namespace {
+YIVL_INLINE I multiply_pairs(I sums, I a, I b) {
+    sums = _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
+    YIVL_SUMMED(sums);
+    return sums;
+}
+YIVL_INLINE I multiply_pairs_at(I sums, I a, const int16_t* p) { return multiply_pairs(sums, a, pair(p)); }
+}  // namespace
+
 #include "cpu/kernels_integer.h"
+
+}  // namespace plain
+
+// With the instruction that does both, AVX-VNNI's.
+namespace vnni {
+
+namespace {
+YIVL_INLINE I multiply_pairs(I sums, I a, I b) {
+    asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sums) : "x"(a), "x"(b));
+    return sums;
+}
+YIVL_INLINE I multiply_pairs_at(I sums, I a, const int16_t* p) { return multiply_pairs(sums, a, pair(p)); }
+}  // namespace
+
+#include "cpu/kernels_integer.h"
+
+}  // namespace vnni
 
 }  // namespace yivl::avx2
 
@@ -218,7 +244,8 @@ YIVL_TARGET_END
 
 namespace yivl {
 
-const Kernels kAvx2Kernels = YIVL_KERNELS("avx2", "", avx2, &avx2::kIntegerKernels);
+const Kernels kAvx2Kernels = YIVL_KERNELS("avx2", "", avx2, &avx2::plain::kIntegerKernels);
+const Kernels kAvx2VnniKernels = YIVL_KERNELS("avx2", "vnni", avx2, &avx2::vnni::kIntegerKernels);
 
 }  // namespace yivl
 

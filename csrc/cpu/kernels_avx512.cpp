@@ -209,8 +209,12 @@ namespace plain {
 namespace {
 constexpr bool kSumsOfPairs = false;
 
-inline I multiply_pairs(I sums, I a, I b) { return _mm512_add_epi32(sums, _mm512_madd_epi16(a, b)); }
-inline I multiply_pairs_at(I sums, I a, const int16_t* p) { return multiply_pairs(sums, a, pair(p)); }
+YIVL_INLINE I multiply_pairs(I sums, I a, I b) {
+    sums = _mm512_add_epi32(sums, _mm512_madd_epi16(a, b));
+    YIVL_SUMMED(sums);
+    return sums;
+}
+YIVL_INLINE I multiply_pairs_at(I sums, I a, const int16_t* p) { return multiply_pairs(sums, a, pair(p)); }
 }  // namespace
 
 #include "cpu/kernels_integer.h"

@@ -30,6 +30,10 @@
 // are what unpacking is short of. GCC would keep them in the register.
 #define YIVL_IN_MEMORY(object) asm("" : "+m"(object))
 
+// Sums of integers that grow one by one: GCC would add up products in another order, all at once, which takes more
+// registers than there are.
+#define YIVL_SUMMED(vector) asm("" : "+v"(vector))
+
 // An address that is worked out here, from others: GCC would keep the offsets of all rows for the whole loop, in
 // registers that it does not have.
 #define YIVL_IN_REGISTER(pointer) asm("" : "+r"(pointer))
