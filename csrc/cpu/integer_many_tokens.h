@@ -74,7 +74,7 @@ struct NextTurn {
     int64_t row_bytes, near_rows;
     const std::byte* far;  // lines one after the other, to the second-level cache
     int64_t far_lines;
-    int64_t rows_at_once, lines_at_once;
+    int64_t rows_at_once = 0, lines_at_once = 0;
 
     // In so many steps.
     YIVL_INLINE void spread(int64_t n_steps) {
@@ -222,9 +222,7 @@ void multiply_some(const PackedPiece& p, int64_t token, int64_t n_tokens, std::b
                 .row_bytes = p.row_bytes,
                 .near_rows = min64(kSideRows, p.n_rows - (more ? row + kSideRows : 0)),
                 .far = p.w + kSideRows * (p.row_bytes + s * kSlabBytes),
-                .far_lines = (few && !getenv("NOFAR")) ? NextTurn<Rows>::kFarLines : 0,
-                .rows_at_once = 0,
-                .lines_at_once = 0,
+                .far_lines = few ? NextTurn<Rows>::kFarLines : 0,
             };
             next_turn.spread(n_tiles * n_blocks);
             F* const mine = sums + row / kSideRows * n_tiles * kTileSums;
