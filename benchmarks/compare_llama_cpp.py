@@ -63,10 +63,14 @@ class Column:
 
 
 _AVX2 = tuple(f"-DGGML_{name}=ON" for name in ("SSE42", "AVX", "AVX2", "BMI2", "FMA", "F16C"))
-_AVX512_IF_PRESENT = {
-    "avx512_vnni": "-DGGML_AVX512_VNNI=ON",
-    "avx512_bf16": "-DGGML_AVX512_BF16=ON",
-    "avx512vbmi": "-DGGML_AVX512_VBMI=ON",
+_IF_PRESENT = {  # column -> the CPU's flag -> option
+    "amx": {},
+    "avx512": {
+        "avx512_vnni": "-DGGML_AVX512_VNNI=ON",
+        "avx512_bf16": "-DGGML_AVX512_BF16=ON",
+        "avx512vbmi": "-DGGML_AVX512_VBMI=ON",
+    },
+    "avx2": {"avx_vnni": "-DGGML_AVX_VNNI=ON"},
 }
 
 COLUMNS = {
@@ -108,8 +112,7 @@ def llama_environment(isa: str, work: Path) -> Path:
     if done.exists():
         return folder
     options = list(COLUMNS[isa].cmake)
-    if isa == "avx512":
-        options += [option for flag, option in _AVX512_IF_PRESENT.items() if flag in _cpu("flags").split()]
+    options += [option for flag, option in _IF_PRESENT[isa].items() if flag in _cpu("flags").split()]
     settings = shlex.join(options)
     say(f"building {LLAMA_CPP} with CMAKE_ARGS={settings!r}; log: {log}")
     # pip would otherwise take the wheel that it has built before, perhaps for another instruction set.

@@ -124,6 +124,7 @@ def test_a_build_for_another_instruction_set_is_refused(compare, monkeypatch, tm
     ("isa", "flags", "on", "off"),
     [
         ("avx2", "avx2 avx512_vnni", {"AVX2", "FMA"}, {"NATIVE"}),
+        ("avx2", "avx2 avx_vnni avx512_vnni", {"AVX2", "AVX_VNNI"}, {"NATIVE"}),
         ("avx512", "avx512_vnni", {"AVX512", "AVX512_VNNI"}, {"NATIVE"}),
         ("avx512", "avx512_vnni avx512_bf16 amx_int8", {"AVX512", "AVX512_VNNI", "AVX512_BF16"}, {"NATIVE"}),
         ("amx", "amx_int8", {"NATIVE"}, set()),
@@ -149,6 +150,7 @@ def test_llama_cpp_is_built_for_just_the_column(compare, monkeypatch, tmp_path, 
     assert on <= {name for name, value in said.items() if value == "ON"}
     assert not any(name.startswith("AVX512") for name in said) or isa == "avx512"
     assert ("AVX512_BF16" in said) == ("avx512_bf16" in flags)
+    assert ("AVX_VNNI" in said) == ("avx_vnni" in flags)
     assert ("CMAKE_CXX_FLAGS" in said) == (isa == "amx")
     # Built once.
     assert compare.llama_environment(isa, tmp_path) == folder
