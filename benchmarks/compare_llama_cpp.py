@@ -417,14 +417,15 @@ class Comparison:
 
     def _best_settings(self) -> dict[str, Any]:
         """Flash attention in vision tower and decoder, and the batch: what is fastest for llama.cpp here."""
-        # Fewer blocks of the same sizes would give the same order.
+        # Fewer blocks of the same sizes give the same order, in less time.
+        files = model_files(self.size, min(self.blocks, _QUICK_BLOCKS), "q4_0", self.work)
         path = self.work / f"llama-{self.isa}-{self.size}-{self.threads}-threads.json"
         tried: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
         for flash, ubatch in _SETTINGS[len(tried) :]:
             say(f"trying llama.cpp with flash attention {_on(flash)} and batches of {ubatch}")
             with self._theirs() as theirs:
                 settings = {"flash": flash, "image_flash": flash, "ubatch": ubatch}
-                self._open_theirs(theirs, "q4_0", settings)
+                theirs.ask("open", **files, n_threads=self.threads, **settings)
                 theirs.ask("warm_up", picture=None)
                 trial = Row("settings", "q4_0")
                 found = [self._calm(trial, lambda: self._their_answer(theirs), theirs) for _ in range(2)]
