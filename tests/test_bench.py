@@ -91,6 +91,14 @@ def test_quantised_products_are_held_to_the_unit_that_computes_them(golden_model
         assert ceilings.packed_per_second == 0
 
 
+def test_ceilings_are_of_the_instruction_set_in_use(monkeypatch):
+    monkeypatch.setenv("YIVL_ISA", "portable")
+    ceilings = measure_ceilings(1)
+    # It multiplies in float32 only.
+    assert ceilings.packed_unit == ""
+    assert ceilings.packed_per_second == 0
+
+
 def test_answer_computes_the_whole_prompt_again(golden_model, golden_f32, golden_image):
     stages = Stages(golden_model, str(golden_f32))
     picture = load_image(golden_image).copy()

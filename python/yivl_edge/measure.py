@@ -63,7 +63,7 @@ class Kernel:
 
 def measure_ceilings(n_threads: int) -> Ceilings:
     """The ceilings of so many threads with the instruction set in use. Takes some seconds and 256 MiB."""
-    machine = _core.Ceilings("", n_threads)
+    machine = _core.Ceilings(_core.isa_name(), n_threads)
     values = np.ones(_READ_BYTES // 4, np.float32)
 
     def read(times: int) -> int:
@@ -106,7 +106,7 @@ def _best_rate(work: Callable[[int], int]) -> float:
 
 
 def _packed_unit() -> str:
-    if _core.Ceilings("", 1).packed_multiply_add(1) == 0:
+    if _core.Ceilings(_core.isa_name(), 1).packed_multiply_add(1) == 0:
         return ""
     return "bfloat16" if _core.isa_name() == "amx" else "int16"
 
@@ -141,7 +141,7 @@ class Stages:
     def _unit(self, weight_type: str) -> str:
         if self.on_gpu:
             return "float32" if weight_type == "F32" else "float16"
-        return _packed_unit() if _core.Ceilings("", 1).packs(weight_type) else "float32"
+        return _packed_unit() if _core.Ceilings(_core.isa_name(), 1).packs(weight_type) else "float32"
 
     @property
     def on_gpu(self) -> bool:
