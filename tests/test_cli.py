@@ -18,9 +18,11 @@ from pathlib import Path
 
 import pytest
 import yivl_edge
+from checkpoints import write_checkpoint
 from yivl_edge import _core
 from yivl_edge.cli import main
 from yivl_edge.cli.terminal import visible
+from yivl_edge.convert import convert
 
 COMMAND = [sys.executable, "-m", "yivl_edge"]
 # With Python's UTF-8 mode, what the tests see does not depend on the locale they run in.
@@ -446,6 +448,14 @@ def test_inspect_computes_memory_for_a_context(golden_f32, capfd):
     parts = ("weights", "kv_cache", "activations", "vision_activations")
     assert memory["total"] == sum(memory[part] for part in parts)
     assert inspect_json(capfd, golden_f32)["memory"]["n_ctx"] == 4096
+
+
+def test_inspect_counts_what_lies_between_keys(tmp_path, capfd):
+    write_checkpoint(tmp_path / "c", heads=4, kv_heads=2, head_dim=128, mlp=96, decoder_layers=1)
+    convert(tmp_path / "c", tmp_path / "m.gguf", type="f32")
+    memory = inspect_json(capfd, tmp_path / "m.gguf", "--n-ctx", 100)["memory"]
+    # Keys of a whole kilobyte lie 64 bytes further apart.
+    assert memory["kv_cache"] == 2 * 100 * (1024 + 64)
 
 
 def test_inspect_prints_the_same_for_people(golden_pair, capfd):

@@ -97,6 +97,7 @@ def test_pair_and_single_layout_give_the_same_logits(golden_f32, golden_pair, go
         (8, 1, 80, 2, 64),
         (2, 1, 80, 1, 64),
         (2, 1, 128, 2, 128),
+        (4, 2, 128, 1, 64),  # keys of a whole kilobyte, which lie further apart in the cache
     ],
 )
 def test_grouped_query_attention_and_head_dims(
