@@ -241,7 +241,8 @@ YIVL_INLINE void multiply_blocks(Rows, F& total, const std::byte* p, int64_t row
 
 // As its namesake for pairs.
 template <int T, OfBytes Rows>
-YIVL_INLINE void multiply_tile(Rows, F* sums, const WeightSlab* w, const InputSlab* x, int64_t n_blocks, bool first) {
+YIVL_INLINE void multiply_tile(NextTurn<Rows>& next_turn, F* sums, const WeightSlab* w, const InputSlab* x,
+                               int64_t n_blocks, bool first) {
     constexpr int R = kIntegerRows;
     constexpr int kParts = Rows::kScales == 2 ? 2 : 1;
     F total[R][T];
@@ -252,6 +253,7 @@ YIVL_INLINE void multiply_tile(Rows, F* sums, const WeightSlab* w, const InputSl
         for (int t = 0; t < T; ++t) total[r][t] = first ? zero() : sums[r * kIntegerTokens + t];
     }
     for (int64_t b = 0; b < n_blocks; ++b) {
+        next_turn.fetch_some();
         YIVL_UNROLL
         for (int t = 0; t < T; ++t) prefetch(reinterpret_cast<const std::byte*>(x[T + t].integers[b]));
         I block[R][T];
