@@ -38,6 +38,11 @@ template <int tile>
 YIVL_INLINE void load_tile(const void* p, int64_t stride) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(tile) : "memory");
 }
+// The same, of what will not be read again soon: it does not drive other lines out of the first-level cache.
+template <int tile>
+YIVL_INLINE void load_passing_tile(const void* p, int64_t stride) {
+    asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(tile) : "memory");
+}
 template <int tile>
 YIVL_INLINE void store_tile(void* p, int64_t stride) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "i"(tile) : "memory");

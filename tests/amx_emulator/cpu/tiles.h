@@ -115,6 +115,10 @@ YIVL_INLINE void load_tile(const void* p, int64_t stride) {
     to.written = true;
 }
 template <int tile>
+YIVL_INLINE void load_passing_tile(const void* p, int64_t stride) {
+    load_tile<tile>(p, stride);
+}
+template <int tile>
 YIVL_INLINE void store_tile(void* p, int64_t stride) {
     const Tile& from = my_tiles.read(tile, "tilestored");
     const auto size = static_cast<size_t>(from.row_bytes);
