@@ -17,7 +17,11 @@ void self_attention(const DecoderLayerWeights& w, const DecoderConfig& c, Decode
                    {.y = k, .w = w.k, .row = first, .rotation = rope},
                    {.y = v, .w = w.v, .row = first}});
     ops.attention(s.attn.rows(T), q, k.row_range(0, first + T), v.row_range(0, first + T),
-                  {.n_heads = c.n_heads, .n_kv_heads = c.n_kv_heads, .head_dim = c.head_dim, .causal = true});
+                  {.n_heads = c.n_heads,
+                   .n_kv_heads = c.n_kv_heads,
+                   .head_dim = c.head_dim,
+                   .causal = true,
+                   .rounded = w.attn_output.type != WeightType::F32});
     ops.linear(s.attn.rows(T), {{.y = s.x.rows(T), .w = w.attn_output, .then = Then::add}});
 }
 

@@ -84,6 +84,7 @@ struct AttentionShape {
     int64_t n_kv_heads;  // K, divides H
     int64_t head_dim;    // hd
     bool causal;         // row i of q sits at position k.rows - q.rows + i and sees no later one
+    bool rounded;        // may round its operands as products with weights do; false: float32
 };
 
 }  // namespace yivl

@@ -43,7 +43,11 @@ void self_attention(const VitBlockWeights& w, const VitConfig& c, VitState& s, O
         h,
         {{s.q.view(), w.q.weight, w.q.bias}, {s.k.view(), w.k.weight, w.k.bias}, {s.v.view(), w.v.weight, w.v.bias}});
     ops.attention(s.attn.view(), s.q.view(), s.k.view(), s.v.view(),
-                  {.n_heads = c.n_heads, .n_kv_heads = c.n_heads, .head_dim = c.head_dim, .causal = false});
+                  {.n_heads = c.n_heads,
+                   .n_kv_heads = c.n_heads,
+                   .head_dim = c.head_dim,
+                   .causal = false,
+                   .rounded = w.out.weight.type != WeightType::F32});
     ops.linear(s.attn.view(), {{s.x.view(), w.out.weight, w.out.bias, Then::add}});
 }
 

@@ -434,10 +434,17 @@ def exact_attention(q: Array, k: Array, v: Array, heads: int, kv_heads: int, cau
 
 
 def attention(
-    ops: "_core.KernelOps", q: Array, k: Array, v: Array, heads: int, kv_heads: int, causal: bool
+    ops: "_core.KernelOps",
+    q: Array,
+    k: Array,
+    v: Array,
+    heads: int,
+    kv_heads: int,
+    causal: bool,
+    rounded: bool = False,
 ) -> Array:
     y = np.full_like(q, np.nan)
-    ops.attention(y, q, k, v, heads, kv_heads, causal)
+    ops.attention(y, q, k, v, heads, kv_heads, causal, rounded=rounded)
     return y
 
 
@@ -464,6 +471,41 @@ def test_attention(isa: str, head_dim: int, heads: int, kv_heads: int) -> None:
         # A score is a sum of head_dim products and about 1 in size; its error, sqrt(128) * EPS, becomes one
         # of the weights, and the sum over the keys adds its own.
         assert np.abs(y - exact).max() < 100 * EPS
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="this CPU has no AMX")
+@pytest.mark.parametrize("head_dim", [20, 64, 80, 128])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (7, 1), (16, 2)])
+def test_attention_on_tiles_rounds_to_bfloat16(head_dim: int, heads: int, kv_heads: int) -> None:
+    ops = _core.KernelOps("amx", 2)
+    for tokens, keys, causal in (
+        (16, 16, True),
+        (70, 70, True),
+        (70, 300, True),
+        (65, 65, False),
+        (20, 513, False),
+    ):
+        q, k = normal(1, tokens, heads * head_dim), normal(2, keys, kv_heads * head_dim)
+        v = normal(3, keys, kv_heads * head_dim)
+        y = strided(np.full_like(q, np.nan))
+        ops.attention(y, strided(q), strided(k), strided(v), heads, kv_heads, causal, rounded=True)
+        scale = np.float32(1) / np.sqrt(np.float32(head_dim))
+        rounded_q = to_bfloat(q * scale).astype(np.float64) * math.sqrt(head_dim)
+        rounded_k, rounded_v = to_bfloat(k), to_bfloat(v)
+        exact = exact_attention(rounded_q, rounded_k, rounded_v, heads, kv_heads, causal)
+        sizes = exact_attention(rounded_q, rounded_k, np.abs(rounded_v), heads, kv_heads, causal)
+        # What is left are the weights' own roundings, 2^-8 of each at most, and those of float32.
+        assert (np.abs(y - exact) <= sizes * 2.0**-8 + 200 * EPS).all()
+        assert np.abs(y - exact_attention(q, k, v, heads, kv_heads, causal)).max() > 200 * EPS
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="this CPU has no AMX")
+def test_few_tokens_have_attention_in_float32() -> None:
+    ops = _core.KernelOps("amx", 2)
+    q, k, v = normal(1, TILE_TOKENS - 1, 256), normal(2, 300, 128), normal(3, 300, 128)
+    y = np.full_like(q, np.nan)
+    ops.attention(y, q, k, v, 2, 1, True, rounded=True)
+    assert np.array_equal(y, attention(ops, q, k, v, 2, 1, True))
 
 
 def test_attention_with_large_and_growing_scores(isa: str) -> None:
@@ -538,21 +580,24 @@ def test_linear_does_not_depend_on_neighbouring_weight_rows(
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 1, 128), (4, 2, 80), (2, 2, 64)])
+@pytest.mark.parametrize("rounded", [False, True])
 def test_attention_does_not_depend_on_threads_or_chunks(
-    isa: str, heads: int, kv_heads: int, head_dim: int
+    isa: str, heads: int, kv_heads: int, head_dim: int, rounded: bool
 ) -> None:
     tokens, keys = 70, 300
     q = normal(1, tokens, heads * head_dim)
     k, v = normal(2, keys, kv_heads * head_dim), normal(3, keys, kv_heads * head_dim)
-    whole = attention(_core.KernelOps(isa, 1), q, k, v, heads, kv_heads, True)
+    whole = attention(_core.KernelOps(isa, 1), q, k, v, heads, kv_heads, True, rounded)
+    few = attention(_core.KernelOps(isa, 1), q, k, v, heads, kv_heads, True)
     for threads in (2, 3):
         ops = _core.KernelOps(isa, threads)
         for chunk in CHUNKS:
             for i in range(0, tokens, chunk):
                 end = min(i + chunk, tokens)
                 seen = keys - tokens + end
-                y = attention(ops, q[i:end], k[:seen], v[:seen], heads, kv_heads, True)
-                assert np.array_equal(y, whole[i:end]), (threads, chunk)
+                y = attention(ops, q[i:end], k[:seen], v[:seen], heads, kv_heads, True, rounded)
+                expected = few if end - i < TILE_TOKENS else whole
+                assert np.array_equal(y, expected[i:end]), (threads, chunk)
 
 
 def test_row_operations_do_not_depend_on_threads(isa: str) -> None:

@@ -250,7 +250,7 @@ void rope(KernelOps& self, Floats x, int64_t head_dim, int64_t first, float thet
 }
 
 void attention(KernelOps& self, Floats y, const Floats& q, const Floats& k, const Floats& v, int64_t n_heads,
-               int64_t n_kv_heads, bool causal, KernelControl* control) {
+               int64_t n_kv_heads, bool causal, KernelControl* control, bool rounded) {
     const Mat to = out(y, "y");
     const ConstMat qs = in(q, "q"), ks = in(k, "k"), vs = in(v, "v");
     require(n_kv_heads > 0 && n_heads > 0 && n_heads % n_kv_heads == 0 && qs.cols % n_heads == 0, "bad head counts");
@@ -259,7 +259,7 @@ void attention(KernelOps& self, Floats y, const Floats& q, const Floats& k, cons
                 vs.rows == ks.rows && ks.rows >= 1 && (!causal || ks.rows >= qs.rows),
             "shapes do not match");
     self.run(control, [&](Call& c) {
-        c.ops->attention(c.inout(to), c.in(qs), c.in(ks), c.in(vs), {n_heads, n_kv_heads, head_dim, causal});
+        c.ops->attention(c.inout(to), c.in(qs), c.in(ks), c.in(vs), {n_heads, n_kv_heads, head_dim, causal, rounded});
     });
 }
 
@@ -355,7 +355,7 @@ void bind_kernels(py::module_& m) {
         .def("add", &add, to("y"), to("x"))
         .def("rope", &rope, to("x"), py::arg("head_dim"), py::arg("first"), py::arg("theta"))
         .def("attention", &attention, to("y"), to("q"), to("k"), to("v"), py::arg("n_heads"), py::arg("n_kv_heads"),
-             py::arg("causal"), control)
+             py::arg("causal"), control, py::arg("rounded") = false)
         .def("draw", &draw, py::arg("x"), py::arg("sampler"), py::arg("previous_ids") = std::vector<int32_t>{})
         .def("embed", &embed, to("y"), py::arg("bytes"), py::arg("type"), py::arg("rows"), py::arg("ids"));
 }

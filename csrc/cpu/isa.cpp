@@ -56,6 +56,7 @@ const Kernels& amx_kernels() {
         k.variant = "";
         k.few = k.packed;
         k.packed = &kAmxPackedKernels;
+        k.tiles = &kAmxAttentionTiles;
         return k;
     }();
     return kernels;

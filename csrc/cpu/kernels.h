@@ -13,6 +13,7 @@ namespace yivl {
 
 // Attention of the query heads that share one KV head. Query row r of [0, T * group) is head r % group of token
 // r / group.
+struct AttentionTiles;
 struct AttentionPiece {
     const float* q;  // token 0, first head of the group; heads lie side by side
     int64_t q_stride;
@@ -27,7 +28,30 @@ struct AttentionPiece {
     int64_t n_keys;       // S
     int64_t first_limit;  // keys that token 0 sees; each later token sees one more. Not causal: n_keys
     bool causal;
-    int64_t row_begin, row_end;  // the query rows of this piece
+    int64_t row_begin, row_end;   // the query rows of this piece
+    const AttentionTiles* tiles;  // what multiplies; null: float32
+
+    int64_t visible_keys(int64_t row) const {
+        const int64_t seen = first_limit + row / group;
+        return causal && seen < n_keys ? seen : n_keys;
+    }
+};
+
+// Products of attention on a matrix unit that rounds its operands. Scores and weights of a block of at most `block`
+// keys, a multiple of kStep, lie in rows of `block` floats; rows and columns have room for whole steps.
+struct AttentionTiles {
+    static constexpr int64_t kStep = 32;
+
+    // Bytes of memory, aligned to 64, for `rows` query rows.
+    int64_t (*memory_bytes)(int64_t rows, int64_t head_dim, int64_t block);
+    // Takes over the piece's queries, times `scale`.
+    void (*queries)(const AttentionPiece& piece, float scale, int64_t block, std::byte* memory);
+    // Scores of keys [key, key + n), of each row at least those of the keys that it sees.
+    void (*scores)(const AttentionPiece& piece, int64_t key, int64_t n, float* scores, int64_t block,
+                   std::byte* memory);
+    // out (rows, width) += weights . values [key, key + n). Weights of keys that a row does not see are 0.
+    void (*values)(const AttentionPiece& piece, int64_t key, int64_t n, const float* weights, float* out, int64_t width,
+                   int64_t block, std::byte* memory);
 };
 
 // x of a product of packed operands.
@@ -89,8 +113,8 @@ struct Kernels {
     // Rotates the n / 2 adjacent pairs of x; cos_sin holds cos and sin of each pair side by side.
     void (*rotate)(float* x, const float* cos_sin, int64_t n);
 
-    // Floats of scratch that attention needs for `rows` query rows.
-    int64_t (*attention_scratch)(int64_t rows, int64_t head_dim);
+    // Floats of scratch, aligned to 64 bytes, that attention needs for `rows` query rows.
+    int64_t (*attention_scratch)(int64_t rows, int64_t head_dim, const AttentionTiles* tiles);
     // `stop` is polled between blocks of keys; the output is not complete if it said true.
     void (*attention)(const AttentionPiece& piece, float* scratch, bool (*stop)(const void*), const void* stop_arg);
 
@@ -103,6 +127,8 @@ struct Kernels {
     const PackedKernels* packed;
     // In place of `packed` for fewer tokens than that packs together; null: none.
     const PackedKernels* few;
+    // For attention of at least as many tokens, where it may be rounded; null: none.
+    const AttentionTiles* tiles;
 };
 
 }  // namespace yivl
@@ -125,4 +151,5 @@ struct Kernels {
         .floats = &space::kFloatKernels,                 \
         .packed = packed_kernels,                        \
         .few = nullptr,                                  \
+        .tiles = nullptr,                                \
     }

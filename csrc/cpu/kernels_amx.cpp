@@ -376,26 +376,30 @@ int64_t packed_bytes(int64_t n_tokens, int64_t cols) {
     return divide_up(n_tokens, kTileTokens) * divide_up(cols, kTileCols) * kTileBytes;
 }
 
+// A tile of n <= 16 rows of at most 32 floats each: pairs of neighbours, one row of the tile for each pair.
+YIVL_INLINE void pack_tile(std::byte* tile, const float* x, int64_t stride, int64_t n, int64_t cols, bool reorder) {
+    const __m512i order = evens_then_odds();
+    __m512i r[16];
+    YIVL_UNROLL
+    for (int t = 0; t < 16; ++t) {
+        r[t] = t < n ? bfloats_of(x + t * stride, cols) : _mm512_setzero_si512();
+        if (reorder) r[t] = _mm512_permutexvar_epi16(order, r[t]);
+    }
+    transpose(r);
+    YIVL_UNROLL
+    for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + i * 64, r[i]);
+}
+
 void pack(std::byte* dst, const PackedInput& p, int64_t group) {
     const int64_t token = group * kTileTokens;
     const int64_t n = min64(kTileTokens, p.n_tokens - token);
     const int64_t steps = divide_up(p.cols, kTileCols), token_tiles = divide_up(p.n_tokens, kTileTokens);
-    const __m512i order = evens_then_odds();
-    const bool reorder = p.order == 1;
     for (int64_t step = 0; step < steps; ++step) {
         const int64_t chunk = step / kChunkSteps * kChunkSteps;
         const int64_t n_steps = min64(kChunkSteps, steps - chunk);
-        std::byte* const tile = dst + (chunk * token_tiles + group * n_steps + step - chunk) * kTileBytes;
         const int64_t col = step * kTileCols;
-        __m512i r[16];
-        YIVL_UNROLL
-        for (int t = 0; t < 16; ++t) {
-            r[t] = t < n ? bfloats_of(p.x + (token + t) * p.x_stride + col, p.cols - col) : _mm512_setzero_si512();
-            if (reorder) r[t] = _mm512_permutexvar_epi16(order, r[t]);
-        }
-        transpose(r);
-        YIVL_UNROLL
-        for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + i * 64, r[i]);
+        pack_tile(dst + (chunk * token_tiles + group * n_steps + step - chunk) * kTileBytes,
+                  p.x + token * p.x_stride + col, p.x_stride, n, p.cols - col, p.order == 1);
     }
 }
 
@@ -585,6 +589,8 @@ void linear(const PackedPiece& p, std::byte* scratch, bool (*stop)(const void*),
     release_tiles();
 }
 
+#include "cpu/attention_amx.h"
+
 int64_t multiply_add(int64_t rounds) {
     begin_tiles();
     // Values as a model has them: zeros take less power, and the core runs faster.
@@ -628,6 +634,13 @@ const PackedKernels kAmxPackedKernels = {
     .scratch_bytes = amx::scratch_bytes,
     .linear = amx::linear,
     .multiply_add = amx::multiply_add,
+};
+
+const AttentionTiles kAmxAttentionTiles = {
+    .memory_bytes = amx::attention_memory_bytes,
+    .queries = amx::pack_queries,
+    .scores = amx::scores,
+    .values = amx::add_values,
 };
 
 }  // namespace yivl

@@ -196,13 +196,9 @@ struct AttentionRows {
     float* scores;  // (rows, kKeyBlock)
 };
 
-inline int64_t visible_keys(const AttentionPiece& piece, int64_t row) {
-    return piece.causal ? min64(piece.first_limit + row / piece.group, piece.n_keys) : piece.n_keys;
-}
-
 // Of keys [key, key + n), how many the rows up to `row` of a see.
 inline int64_t visible_of(const AttentionRows& a, int64_t row, int64_t key, int64_t n) {
-    return min64(n, visible_keys(a.piece, a.piece.row_begin + row) - key);
+    return min64(n, a.piece.visible_keys(a.piece.row_begin + row) - key);
 }
 
 constexpr int power_below(int n) {
@@ -347,6 +343,17 @@ void add_values(const AttentionRows& a, int64_t key, int64_t n) {
     add_some_values(a, key, n, kLate + kValuesEarly, kKeyBlock, nullptr, 0);
 }
 
+void pack_queries(const AttentionRows& a, float scale) {
+    const AttentionPiece& piece = a.piece;
+    each_tile(0, a.rows, [&]<int R>(int64_t first) YIVL_TARGET_LAMBDA {
+        for (int r = 0; r < R; ++r) {
+            const int64_t row = piece.row_begin + first + r;
+            const float* const from = piece.q + row / piece.group * piece.q_stride + row % piece.group * piece.head_dim;
+            for (int64_t d = 0; d < piece.head_dim; ++d) a.q[first * piece.head_dim + d * R + r] = from[d] * scale;
+        }
+    });
+}
+
 void pack_keys(const AttentionRows& a, int64_t key, int64_t n) {
     const int64_t head_dim = a.piece.head_dim;
     const bool all_values = key == 0 || !a.in_place;  // or those that the last block did not fetch
@@ -382,56 +389,78 @@ void pack_values(const AttentionRows& a, int64_t key, int64_t n) {
     }
 }
 
-int64_t attention_scratch(int64_t rows, int64_t head_dim) {
-    const int64_t width = round_up(head_dim, kLanes);
+// Columns of `out`, and rows of it and of the scores.
+int64_t padded_width(int64_t head_dim, const AttentionTiles* tiles) {
+    return round_up(head_dim, tiles == nullptr ? kLanes : AttentionTiles::kStep);
+}
+int64_t padded_rows(int64_t rows, const AttentionTiles* tiles) {
+    return tiles == nullptr ? rows : round_up(rows, AttentionTiles::kStep);
+}
+
+int64_t attention_scratch(int64_t rows, int64_t head_dim, const AttentionTiles* tiles) {
+    const int64_t width = padded_width(head_dim, tiles);
+    if (tiles != nullptr) {
+        const int64_t bytes = tiles->memory_bytes(rows, head_dim, kKeyBlock);
+        return padded_rows(rows, tiles) * (width + kLanes + kKeyBlock) + round_up(rows, kLanes) +
+               bytes / static_cast<int64_t>(sizeof(float));
+    }
     return round_up(rows * head_dim, kLanes) + rows * (width + kLanes + kKeyBlock) + round_up(rows, kLanes) +
            kKeyBlock * (head_dim + round_up(head_dim, kPanel));
 }
 
 void attention(const AttentionPiece& piece, float* scratch, bool (*stop)(const void*), const void* stop_arg) {
+    const AttentionTiles* const tiles = piece.tiles;
     const int64_t rows = piece.row_end - piece.row_begin;
     const int64_t head_dim = piece.head_dim;
-    const int64_t width = round_up(head_dim, kLanes);
+    const int64_t width = padded_width(head_dim, tiles), out_rows = padded_rows(rows, tiles);
     const auto take = [&scratch](int64_t n) YIVL_TARGET_LAMBDA {
         float* p = scratch;
         scratch += n;
         return p;
     };
+    const auto take_operand = [&](int64_t n) YIVL_TARGET_LAMBDA { return take(tiles == nullptr ? n : 0); };
     const AttentionRows a{.piece = piece,
                           .rows = rows,
                           .width = width,
-                          .q = take(round_up(rows * head_dim, kLanes)),
-                          .out = take(rows * width),
+                          .q = take_operand(round_up(rows * head_dim, kLanes)),
+                          .out = take(out_rows * width),
                           .largest = take(round_up(rows, kLanes)),
                           .totals = take(rows * kLanes),
-                          .k = take(kKeyBlock * head_dim),
-                          .v = take(kKeyBlock * round_up(head_dim, kPanel)),
-                          .in_place = rows <= kFewQueryRows && width == head_dim,
-                          .scores = take(rows * kKeyBlock)};
+                          .k = take_operand(kKeyBlock * head_dim),
+                          .v = take_operand(kKeyBlock * round_up(head_dim, kPanel)),
+                          .in_place = tiles == nullptr && rows <= kFewQueryRows && width == head_dim,
+                          .scores = take(out_rows * kKeyBlock)};
+    std::byte* const memory = reinterpret_cast<std::byte*>(scratch);
 
     const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(head_dim));
-    each_tile(0, rows, [&]<int R>(int64_t first) YIVL_TARGET_LAMBDA {
-        for (int r = 0; r < R; ++r) {
-            const int64_t row = piece.row_begin + first + r;
-            const float* const from = piece.q + row / piece.group * piece.q_stride + row % piece.group * head_dim;
-            for (int64_t d = 0; d < head_dim; ++d) a.q[first * head_dim + d * R + r] = from[d] * scale;
-        }
-    });
+    if (tiles != nullptr) {
+        tiles->queries(piece, scale, kKeyBlock, memory);
+    } else {
+        pack_queries(a, scale);
+    }
+    for (int64_t i = 0; i < out_rows * width; ++i) a.out[i] = 0.0f;
     for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t d = 0; d < width; ++d) a.out[i * width + d] = 0.0f;
         a.largest[i] = -3.0e38f;
         store(a.totals + i * kLanes, zero());
     }
 
-    const int64_t n_keys = visible_keys(piece, piece.row_end - 1);
+    const int64_t n_keys = piece.visible_keys(piece.row_end - 1);
     for (int64_t key = 0; key < n_keys; key += kKeyBlock) {
         if (stop(stop_arg)) return;
         const int64_t n = min64(kKeyBlock, n_keys - key);
-        pack_keys(a, key, n);
-        if (!a.in_place) pack_values(a, key, n);
-        score(a, key, n);
+        if (tiles != nullptr) {
+            tiles->scores(piece, key, n, a.scores, kKeyBlock, memory);
+        } else {
+            pack_keys(a, key, n);
+            if (!a.in_place) pack_values(a, key, n);
+            score(a, key, n);
+        }
         each_tile(0, rows, [&]<int R>(int64_t row) YIVL_TARGET_LAMBDA { softmax_rows<R>(a, row, key, n); });
-        add_values(a, key, n);
+        if (tiles != nullptr) {
+            tiles->values(piece, key, n, a.scores, a.out, width, kKeyBlock, memory);
+        } else {
+            add_values(a, key, n);
+        }
     }
 
     for (int64_t i = 0; i < rows; ++i) {

@@ -142,7 +142,9 @@ public:
         const int64_t rows = q.rows * group;
         const int64_t blocks = divide_up(rows, kQueryRows);
         const int64_t block = divide_up(rows, std::max<int64_t>(blocks, 1));
-        const int64_t scratch_floats = kernels_.attention_scratch(block, shape.head_dim);
+        const bool rounded = shape.rounded && kernels_.tiles != nullptr && q.rows >= kernels_.packed->tokens;
+        const AttentionTiles* const tiles = rounded ? kernels_.tiles : nullptr;
+        const int64_t scratch_floats = kernels_.attention_scratch(block, shape.head_dim, tiles);
         // Packing a key costs about as much as using it four times.
         const int64_t work = k.rows * shape.head_dim * 2 * (block + 4);
         run(blocks * shape.n_kv_heads, work, [&](int64_t item, Scratch& scratch) {
@@ -165,6 +167,7 @@ public:
                 .causal = shape.causal,
                 .row_begin = row,
                 .row_end = std::min(row + block, rows),
+                .tiles = tiles,
             };
             const auto cancelled = [](const void* control) {
                 return static_cast<const Control*>(control)->cancelled();

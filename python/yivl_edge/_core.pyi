@@ -177,6 +177,7 @@ class KernelOps:
         n_kv_heads: int,
         causal: bool,
         control: KernelControl | None = None,
+        rounded: bool = False,
     ) -> None: ...
     def draw(self, x: NDArray[np.float32], sampler: Sampler, previous_ids: Sequence[int] = ...) -> int: ...
     def embed(
