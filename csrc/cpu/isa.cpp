@@ -56,7 +56,7 @@ const Kernels& amx_kernels() {
         k.variant = "";
         k.few = k.packed;
         k.packed = &kAmxPackedKernels;
-        k.tiles = &kAmxAttentionTiles;
+        k.tiles = &kAmxAttentionKernels;
         return k;
     }();
     return kernels;

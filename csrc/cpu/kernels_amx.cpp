@@ -636,7 +636,7 @@ const PackedKernels kAmxPackedKernels = {
     .multiply_add = amx::multiply_add,
 };
 
-const AttentionTiles kAmxAttentionTiles = {
+const AttentionTiles kAmxAttentionKernels = {
     .memory_bytes = amx::attention_memory_bytes,
     .queries = amx::pack_queries,
     .scores = amx::scores,
