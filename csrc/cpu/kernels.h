@@ -11,9 +11,10 @@
 
 namespace yivl {
 
+struct AttentionTiles;
+
 // Attention of the query heads that share one KV head. Query row r of [0, T * group) is head r % group of token
 // r / group.
-struct AttentionTiles;
 struct AttentionPiece {
     const float* q;  // token 0, first head of the group; heads lie side by side
     int64_t q_stride;

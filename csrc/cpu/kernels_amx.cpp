@@ -1,5 +1,6 @@
-// Matrix products of many tokens on AMX tiles, in bfloat16 with float32 sums. Everything else is computed by the
-// AVX-512 kernels: unpacking weights for few tokens takes longer than multiplying them as integers.
+// Matrix products of many tokens on AMX tiles, in bfloat16 with float32 sums, those of attention among them. Everything
+// else is computed by the AVX-512 kernels: unpacking weights for few tokens takes longer than multiplying them as
+// integers.
 //
 // A tile of weights is 16 rows of 32 columns, a tile of x is 16 pairs of columns of up to 16 tokens, and an accumulator
 // holds 16 weight rows by 16 tokens. Every output is summed over all columns, 32 at a time, in one such accumulator:
@@ -450,8 +451,7 @@ private:
     static constexpr int64_t kFewTokenTiles = 8;
 };
 
-// What is brought nearer while the tiles multiply, a few lines at a time: tile instructions wait for their operands in
-// order, and nothing behind them hides how long memory takes.
+// What is brought nearer while the tiles multiply, a few lines at a time. Products take a sixth longer if x is not.
 class Ahead {
 public:
     Ahead(const std::byte* rows, int64_t row_bytes, int64_t n_bytes, int64_t n_rows, int64_t n_blocks)
@@ -570,7 +570,7 @@ void linear(const PackedPiece& p, std::byte* scratch, bool (*stop)(const void*),
                     const auto multiply = two_rows ? (two_tokens ? multiply_block<2, 2> : multiply_block<2, 1>)
                                                    : (two_tokens ? multiply_block<1, 2> : multiply_block<1, 1>);
                     ahead.begin_block(sums + (r + 1) * kSumBytes, x + x_bytes + r * divide_up(x_bytes, row_pairs),
-                                      divide_up(2 * kTileBytes / 64, row_pairs));
+                                      row_pairs == 1 ? 0 : divide_up(2 * kTileBytes / 64, row_pairs));
                     multiply(sums + r * kSumBytes, step == 0, unpacked(r * 2), x, n_steps, ahead);
                 }
                 if (!complete) continue;

@@ -398,14 +398,11 @@ int64_t padded_rows(int64_t rows, const AttentionTiles* tiles) {
 }
 
 int64_t attention_scratch(int64_t rows, int64_t head_dim, const AttentionTiles* tiles) {
-    const int64_t width = padded_width(head_dim, tiles);
-    if (tiles != nullptr) {
-        const int64_t bytes = tiles->memory_bytes(rows, head_dim, kKeyBlock);
-        return padded_rows(rows, tiles) * (width + kLanes + kKeyBlock) + round_up(rows, kLanes) +
-               bytes / static_cast<int64_t>(sizeof(float));
-    }
-    return round_up(rows * head_dim, kLanes) + rows * (width + kLanes + kKeyBlock) + round_up(rows, kLanes) +
-           kKeyBlock * (head_dim + round_up(head_dim, kPanel));
+    const int64_t operands =
+        tiles == nullptr ? round_up(rows * head_dim, kLanes) + kKeyBlock * (head_dim + round_up(head_dim, kPanel))
+                         : tiles->memory_bytes(rows, head_dim, kKeyBlock) / static_cast<int64_t>(sizeof(float));
+    return operands + padded_rows(rows, tiles) * (padded_width(head_dim, tiles) + kKeyBlock) + rows * kLanes +
+           round_up(rows, kLanes);
 }
 
 void attention(const AttentionPiece& piece, float* scratch, bool (*stop)(const void*), const void* stop_arg) {
