@@ -36,19 +36,13 @@ struct StoreSink {
     }
 };
 
-// Columns [col, col + n_blocks * 32) of n rows from p, the first of a slab.
+// The n_rows rows from p, n_blocks of a slab.
 template <class Rows>
 void unpack_slab(WeightSlab& slab, const std::byte* p, int64_t row_bytes, int64_t n_rows, int64_t n_blocks) {
-    RestOfRows rest;
-    if (n_rows < kLanes) {
-        rest.copy(p, row_bytes, n_rows, n_blocks / Rows::kBlocks * Rows::kBytes);
-        p = rest.bytes;
-        row_bytes = RestOfRows::kStride;
-    }
-    for (int64_t b = 0; b < n_blocks; b += Rows::kBlocks, p += Rows::kBytes) {
-        StoreSink<Rows> sink{slab.blocks + b};
-        Rows::unpack(p, row_bytes, sink);
-    }
+    RestOfSlab rest;
+    rest.replace<Rows>(p, row_bytes, n_rows, n_blocks);
+    StoreSink<Rows> sink{slab.blocks};
+    Rows::unpack(p, row_bytes, sink);
 }
 
 // A tile: so many vectors of rows by kIntegerTokens tokens.
@@ -67,8 +61,7 @@ YIVL_INLINE I multiply_pairs_of_sums(I sums, const I* w, I x0, I x1) {
 // the tiles would wait behind a burst.
 template <class Rows>
 struct NextTurn {
-    static constexpr int64_t kSlabBytes = kSlabBlocks / Rows::kBlocks * Rows::kBytes;
-    static constexpr int64_t kFarLines = (kSideRows * kSlabBytes + 63) / 64;
+    static constexpr int64_t kFarLines = (kSideRows * Rows::kBytes + 63) / 64;
 
     const std::byte* near;  // a slab of each of near_rows rows, to the first-level cache
     int64_t row_bytes, near_rows;
@@ -83,7 +76,7 @@ struct NextTurn {
     }
     YIVL_INLINE void fetch_some() {
         for (int64_t n = min64(rows_at_once, near_rows); n > 0; --n, --near_rows, near += row_bytes) {
-            for (int64_t line = 0; line < kSlabBytes; line += 64) prefetch(near + line);
+            for (int64_t line = 0; line < Rows::kBytes; line += 64) prefetch(near + line);
         }
         for (int64_t n = min64(lines_at_once, far_lines); n > 0; --n, --far_lines, far += 64) prefetch_far(far);
     }
@@ -204,24 +197,23 @@ void multiply_some(const PackedPiece& p, int64_t token, int64_t n_tokens, std::b
     F* const sums = reinterpret_cast<F*>(scratch + kIntegerRows * sizeof(WeightSlab));
     const int64_t n_slabs = (p.cols + kSlabCols - 1) / kSlabCols;
     const int64_t n_tiles = (n_tokens + kIntegerTokens - 1) / kIntegerTokens;
-    constexpr int64_t kSlabBytes = NextTurn<Rows>::kSlabBytes;
     for (int64_t s = 0; s < n_slabs; ++s) {
         if (stop(stop_arg)) return;
         const int64_t n_blocks = min64(kSlabCols, p.cols - s * kSlabCols) / kBlock;
         // A slab's tokens lie side by side.
         const InputSlab* const x = reinterpret_cast<const InputSlab*>(p.x) + s * p.n_tokens + token;
         for (int64_t row = 0; row < p.n_rows; row += kSideRows) {
-            const std::byte* const from = p.w + row * p.row_bytes + s * kSlabBytes;
+            const std::byte* const from = p.w + row * p.row_bytes + s * Rows::kBytes;
             for (int r = 0; r < kIntegerRows; ++r) {
                 const int64_t n_rows = min64(kLanes, p.n_rows - row - r * kLanes);
                 if (n_rows > 0) unpack_slab<Rows>(w[r], from + r * kLanes * p.row_bytes, p.row_bytes, n_rows, n_blocks);
             }
             const bool more = row + kSideRows < p.n_rows;
             NextTurn<Rows> next_turn{
-                .near = more ? from + kSideRows * p.row_bytes : p.w + (s + 1) * kSlabBytes,
+                .near = more ? from + kSideRows * p.row_bytes : p.w + (s + 1) * Rows::kBytes,
                 .row_bytes = p.row_bytes,
                 .near_rows = min64(kSideRows, p.n_rows - (more ? row + kSideRows : 0)),
-                .far = p.w + kSideRows * (p.row_bytes + s * kSlabBytes),
+                .far = p.w + kSideRows * (p.row_bytes + s * Rows::kBytes),
                 .far_lines = few ? NextTurn<Rows>::kFarLines : 0,
             };
             next_turn.spread(n_tiles * n_blocks);

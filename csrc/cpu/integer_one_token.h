@@ -13,10 +13,9 @@ constexpr int64_t kGroupsAhead = 2;
 
 template <class Rows>
 struct Ahead {
-    static constexpr int64_t kSlabBytes = kSlabBlocks / Rows::kBlocks * Rows::kBytes;
     // The last bytes of a slab may share a line with the next.
-    static constexpr int kRowLines = (kSlabBytes + 63) / 64, kNear = kLanes * kRowLines;
-    static constexpr int kFar = (kLanes * kSlabBytes + 63) / 64;
+    static constexpr int kRowLines = (Rows::kBytes + 63) / 64, kNear = kLanes * kRowLines;
+    static constexpr int kFar = (kLanes * Rows::kBytes + 63) / 64;
 
     const std::byte* near;
     int64_t row_bytes;
@@ -33,57 +32,93 @@ struct Ahead {
         repeat<(step + 1) * kFar / n_steps - step * kFar / n_steps>(
             [&]<int i>() YIVL_INLINE_LAMBDA { prefetch_far(far + (step * kFar / n_steps + i) * 64); });
     }
-    // The share of a block of 32 columns.
-    YIVL_INLINE void fetch_some(int64_t block) {
-        for (int64_t n = kLanes * (block + 1) / kSlabBlocks - kLanes * block / kSlabBlocks; n > 0; --n) {
-            YIVL_UNROLL
-            for (int line = 0; line < kRowLines; ++line) prefetch(near + line * 64);
-            near += row_bytes;
-        }
-        for (int64_t n = kFar * (block + 1) / kSlabBlocks - kFar * block / kSlabBlocks; n > 0; --n, far += 64) {
-            prefetch_far(far);
-        }
+};
+
+// What is summed here are products of four bytes of each lane with four columns of x, which are either two pairs of
+// integers, those of bytes 0 and 2 and of bytes 1 and 3, or (kFours) their high and then their low bytes.
+struct FourSum {
+    I first, second;
+
+    // `offset` counts once.
+    explicit YIVL_INLINE FourSum(I offset)
+        : first(kFours ? no_integers() : offset), second(kFours ? offset : no_integers()) {}
+
+    YIVL_INLINE void add(I to_first, I to_second, const int16_t* x) {
+        first = multiply_at(first, to_first, x);
+        second = multiply_at(second, to_second, x + 2);
+    }
+    // `second` counts for 1 / 2^down if the bytes were multiplied where they stand.
+    template <int down>
+    YIVL_INLINE I total() const {
+        return kFours ? add_integers(up32<kLowBits>(first), second) : add_integers(first, down32<down>(second));
     }
 };
 
-// The low or the high nibbles of bytes times x. `offset` counts as often as a nibble of byte 0 does.
+// The low or the high nibbles of bytes times x.
 template <bool high>
-struct NibbleSum {
-    I even, odd;
+struct NibbleSum : FourSum {
+    YIVL_INLINE NibbleSum() : FourSum(no_integers()) {}
 
-    explicit YIVL_INLINE NibbleSum(I offset) : even(offset), odd(no_integers()) {}
-
-    // x begins with the columns of bytes 0 and 2; those of bytes 1 and 3 follow.
     YIVL_INLINE void add(I bytes, const int16_t* x) {
-        even = multiply_pairs_at(even, low_bits(bytes, high ? 0x00f0 : 0x000f), x);
-        odd = multiply_pairs_at(odd, high ? down<12>(bytes) : low_bits(bytes, 0x0f00), x + 2);
-    }
-    YIVL_INLINE I total() const {
-        return high ? add_integers(down32<4>(even), odd) : add_integers(even, down32<8>(odd));
-    }
-};
-
-// Bits [first, first + n) of bytes, times x and `factor`.
-template <int first, int n, int factor>
-struct BitSum {
-    I sum;
-
-    YIVL_INLINE BitSum() : sum(no_integers()) {}
-    // `odd` holds bytes 1 and 3 in place of 0 and 2.
-    YIVL_INLINE void add(I bytes, I odd, const int16_t* x) {
-        constexpr int kMask = ((1 << n) - 1) << first;
-        sum = multiply_pairs_at(sum, low_bits(bytes, kMask), x);
-        sum = multiply_pairs_at(sum, low_bits(odd, kMask), x + 2);
-    }
-    YIVL_INLINE I total() const {
-        constexpr int kFactor = __builtin_ctz(factor);
-        if constexpr (kFactor >= first) {
-            return up32<kFactor - first>(sum);
+        if constexpr (kFours) {
+            const I nibbles = low_bits(bytes, high ? 0xf0f0 : 0x0f0f);
+            FourSum::add(nibbles, nibbles, x);
         } else {
-            return down32<first - kFactor>(sum);
+            FourSum::add(low_bits(bytes, high ? 0x00f0 : 0x000f), high ? down<12>(bytes) : low_bits(bytes, 0x0f00), x);
         }
     }
+    YIVL_INLINE I total() const {
+        if constexpr (!high) return FourSum::total<8>();
+        if constexpr (kFours) return down32<4>(FourSum::total<0>());
+        return add_integers(down32<4>(first), second);
+    }
 };
+
+// Bytes below 128 times x.
+struct ByteSum : FourSum {
+    explicit YIVL_INLINE ByteSum(I offset) : FourSum(offset) {}
+
+    YIVL_INLINE void add(I bytes, const int16_t* x) {
+        if constexpr (kFours) {
+            FourSum::add(bytes, bytes, x);
+        } else {
+            FourSum::add(low_bits(bytes, 0x00ff), low_bits(bytes, 0x7f00), x);
+        }
+    }
+    YIVL_INLINE I total() const { return FourSum::total<8>(); }
+};
+
+// Signed bytes times x.
+struct SignedByteSum : FourSum {
+    YIVL_INLINE SignedByteSum() : FourSum(no_integers()) {}
+
+    YIVL_INLINE void add(I bytes, const int16_t* x) {
+        if constexpr (kFours) {
+            const I more = flip_bits(bytes, 0x8080);  // by 128
+            FourSum::add(more, more, x);
+        } else {
+            FourSum::add(signed_down<8>(up<8>(bytes)), signed_down<8>(bytes), x);
+        }
+    }
+    // With the sum of x.
+    YIVL_INLINE I total(int32_t sum) const {
+        const I all = FourSum::total<0>();
+        return kFours ? add_integers(all, integers(-128 * sum)) : all;
+    }
+};
+
+// Nibbles of bytes, and bits [from, from + n) of others above them.
+template <bool high, int from, int n>
+YIVL_INLINE I nibbles_and_bits(I nibbles, I bits) {
+    constexpr int kMask = ((1 << n) - 1) * 0x1010;
+    if constexpr (high) nibbles = down<4>(nibbles);
+    if constexpr (from < 4) {
+        bits = up<4 - from>(bits);
+    } else {
+        bits = down<from - 4>(bits);
+    }
+    return any_bits(low_bits(nibbles, 0x0f0f), low_bits(bits, kMask));
+}
 
 // total += weights of a block times x, from the sum of the integers.
 YIVL_INLINE void add_block(F& total, I sum, F scale, const InputSlab& x, int64_t block) {
@@ -107,49 +142,49 @@ struct SlabSum {
     }
 };
 
-// total += a row's blocks from p, times blocks [block, block + Rows::kBlocks) of x, in every lane
-YIVL_INLINE void multiply_blocks(RowsQ8_0, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x,
-                                 int64_t block, Ahead<RowsQ8_0>& ahead) {
-    I q[8], sums[4];
-    ahead.fetch_some(block);
-    dwords(p + 2, row_bytes, q);
-    dwords(p + 18, row_bytes, q + 4);
-    YIVL_UNROLL
-    for (int i = 0; i < 4; ++i) sums[i] = no_integers();
-    repeat<8>([&]<int j>() YIVL_INLINE_LAMBDA {
-        const int16_t* const from = x.integers[block] + j * 4;
-        I &even = sums[j % 2 * 2], &odd = sums[j % 2 * 2 + 1];
-        even = multiply_pairs_at(even, signed_down<8>(up<8>(q[j])), from);
-        odd = multiply_pairs_at(odd, signed_down<8>(q[j]), from + 2);
+// total += a slab from p times x, n_blocks of it, in every lane
+
+YIVL_INLINE void multiply_slab(RowsQ8_0, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x,
+                               int64_t n_blocks, Ahead<RowsQ8_0>& ahead) {
+    SignedByteSum sum;
+    const auto dword = [&]<int b, int i>(I bytes) YIVL_INLINE_LAMBDA {
+        ahead.template fetch<b * 8 + i, 64>();
+        sum.add(bytes, x.integers[b] + i * 4);
+    };
+    blocks_with_scales<8>(p, row_bytes, dword, [&]<int b>(F scale) YIVL_INLINE_LAMBDA {
+        if (b < n_blocks) add_block(total, sum.total(x.sums[b][0] + x.sums[b][1]), scale, x, b);
+        sum = SignedByteSum();
     });
-    const I sum = add_integers(add_integers(sums[0], sums[1]), add_integers(sums[2], sums[3]));
-    add_block(total, sum, halves(p, row_bytes), x, block);
 }
 
-YIVL_INLINE void multiply_blocks(RowsQ4_0, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x,
-                                 int64_t block, Ahead<RowsQ4_0>& ahead) {
-    I q[4];
-    ahead.fetch_some(block);
-    dwords(p + 2, row_bytes, q);
-    NibbleSum<false> low(integers(-8 * (x.sums[block][0] + x.sums[block][1])));
-    NibbleSum<true> high(no_integers());
-    repeat<4>([&]<int j>() YIVL_INLINE_LAMBDA {
-        low.add(q[j], x.integers[block] + j * 4);
-        high.add(q[j], x.integers[block] + kBlock / 2 + j * 4);
+YIVL_INLINE void multiply_slab(RowsQ4_0, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x,
+                               int64_t n_blocks, Ahead<RowsQ4_0>& ahead) {
+    NibbleSum<false> low;
+    NibbleSum<true> high;
+    const auto dword = [&]<int b, int i>(I bytes) YIVL_INLINE_LAMBDA {
+        ahead.template fetch<b * 4 + i, 32>();
+        low.add(bytes, x.integers[b] + i * 4);
+        high.add(bytes, x.integers[b] + kBlock / 2 + i * 4);
+    };
+    blocks_with_scales<4>(p, row_bytes, dword, [&]<int b>(F scale) YIVL_INLINE_LAMBDA {
+        const I sum = add_integers(low.total(), high.total());
+        const int32_t offset = -8 * (x.sums[b][0] + x.sums[b][1]);
+        if (b < n_blocks) add_block(total, add_integers(sum, integers(offset)), scale, x, b);
+        low = NibbleSum<false>();
+        high = NibbleSum<true>();
     });
-    add_block(total, add_integers(low.total(), high.total()), halves(p, row_bytes), x, block);
 }
 
-YIVL_INLINE void multiply_blocks(RowsQ4_K, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x, int64_t,
-                                 Ahead<RowsQ4_K>& ahead) {
+YIVL_INLINE void multiply_slab(RowsQ4_K, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x, int64_t,
+                               Ahead<RowsQ4_K>& ahead) {
     const SixBits six_bits(p, row_bytes);
     SlabSum slab;
     repeat<4>([&]<int two>() YIVL_INLINE_LAMBDA {
         I q[8];
         dwords(p + 16 + two * 32, row_bytes, q);
         dwords(p + 32 + two * 32, row_bytes, q + 4);
-        NibbleSum<false> low(no_integers());
-        NibbleSum<true> high(no_integers());
+        NibbleSum<false> low;
+        NibbleSum<true> high;
         repeat<8>([&]<int j>() YIVL_INLINE_LAMBDA {
             ahead.template fetch<two * 8 + j, 32>();
             low.add(q[j], x.integers[two * 2] + j * 4);
@@ -161,40 +196,31 @@ YIVL_INLINE void multiply_blocks(RowsQ4_K, F& total, const std::byte* p, int64_t
     slab.add_to(total, six_bits, x);
 }
 
-YIVL_INLINE void multiply_blocks(RowsQ5_K, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x, int64_t,
-                                 Ahead<RowsQ5_K>& ahead) {
+YIVL_INLINE void multiply_slab(RowsQ5_K, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x, int64_t,
+                               Ahead<RowsQ5_K>& ahead) {
     const SixBits six_bits(p, row_bytes);
     SlabSum slab;
-    I fifth[8], odd_fifth[8];
+    I fifth[8];
     dwords(p + 16, row_bytes, fifth);
     dwords(p + 32, row_bytes, fifth + 4);
-    YIVL_UNROLL
-    for (int j = 0; j < 8; ++j) odd_fifth[j] = down<8>(fifth[j]);
     repeat<4>([&]<int two>() YIVL_INLINE_LAMBDA {
         I q[8];
         dwords(p + 48 + two * 32, row_bytes, q);
         dwords(p + 64 + two * 32, row_bytes, q + 4);
-        NibbleSum<false> low(no_integers());
-        NibbleSum<true> high(no_integers());
-        BitSum<two * 2, 1, 16> low_fifth;
-        BitSum<two * 2 + 1, 1, 16> high_fifth;
+        ByteSum low(no_integers()), high(no_integers());
         repeat<8>([&]<int j>() YIVL_INLINE_LAMBDA {
             ahead.template fetch<two * 8 + j, 32>();
-            low.add(q[j], x.integers[two * 2] + j * 4);
-            low_fifth.add(fifth[j], odd_fifth[j], x.integers[two * 2] + j * 4);
-            high.add(q[j], x.integers[two * 2 + 1] + j * 4);
-            high_fifth.add(fifth[j], odd_fifth[j], x.integers[two * 2 + 1] + j * 4);
+            low.add(nibbles_and_bits<false, two * 2, 1>(q[j], fifth[j]), x.integers[two * 2] + j * 4);
+            high.add(nibbles_and_bits<true, two * 2 + 1, 1>(q[j], fifth[j]), x.integers[two * 2 + 1] + j * 4);
         });
-        const I first = add_integers(low.total(), low_fifth.total());
-        const I second = add_integers(high.total(), high_fifth.total());
-        slab.add_block(times_integers(first, six_bits.template scale<two * 2>()), x, two * 2);
-        slab.add_block(times_integers(second, six_bits.template scale<two * 2 + 1>()), x, two * 2 + 1);
+        slab.add_block(times_integers(low.total(), six_bits.template scale<two * 2>()), x, two * 2);
+        slab.add_block(times_integers(high.total(), six_bits.template scale<two * 2 + 1>()), x, two * 2 + 1);
     });
     slab.add_to(total, six_bits, x);
 }
 
-YIVL_INLINE void multiply_blocks(RowsQ6_K, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x, int64_t,
-                                 Ahead<RowsQ6_K>& ahead) {
+YIVL_INLINE void multiply_slab(RowsQ6_K, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x, int64_t,
+                               Ahead<RowsQ6_K>& ahead) {
     I scales[4];
     dwords(p + 192, row_bytes, scales);
     SlabSum slab;
@@ -202,24 +228,20 @@ YIVL_INLINE void multiply_blocks(RowsQ6_K, F& total, const std::byte* p, int64_t
         I sums[4];
         // Columns [c, c + 16) of four blocks at a time.
         repeat<2>([&]<int part>() YIVL_INLINE_LAMBDA {
-            I low[4], next[4], high[4], odd_high[4];
+            I low[4], next[4], high[4];
             dwords(p + half * 64 + part * 16, row_bytes, low);
             dwords(p + half * 64 + part * 16 + 32, row_bytes, next);
             dwords(p + 128 + half * 32 + part * 16, row_bytes, high);
-            YIVL_UNROLL
-            for (int j = 0; j < 4; ++j) odd_high[j] = down<8>(high[j]);
             repeat<4>([&]<int b>() YIVL_INLINE_LAMBDA {
-                NibbleSum<b / 2 == 1> four(integers(-32 * x.sums[half * 4 + b][part] * (b / 2 == 1 ? 16 : 1)));
-                BitSum<b * 2, 2, 16> two;
+                ByteSum bytes(integers(-32 * x.sums[half * 4 + b][part]));
                 repeat<4>([&]<int j>() YIVL_INLINE_LAMBDA {
                     ahead.template fetch<((half * 2 + part) * 4 + b) * 4 + j, 64>();
-                    const int16_t* const from = x.integers[half * 4 + b] + part * (kBlock / 2) + j * 4;
-                    four.add((b % 2 == 0 ? low : next)[j], from);
-                    two.add(high[j], odd_high[j], from);
+                    bytes.add(nibbles_and_bits<b / 2 == 1, b * 2, 2>((b % 2 == 0 ? low : next)[j], high[j]),
+                              x.integers[half * 4 + b] + part * (kBlock / 2) + j * 4);
                 });
                 constexpr int kGroup = half * 8 + b * 2 + part;  // of 16 columns
                 const I scale = signed_byte<kGroup % 4>(scales[kGroup / 4]);
-                const I sum = times_integers(add_integers(four.total(), two.total()), scale);
+                const I sum = times_integers(bytes.total(), scale);
                 sums[b] = part == 0 ? sum : add_integers(sums[b], sum);
             });
         });
@@ -228,15 +250,20 @@ YIVL_INLINE void multiply_blocks(RowsQ6_K, F& total, const std::byte* p, int64_t
     slab.add_to(total, halves(p + 208, row_bytes));
 }
 
-// Rows that a vector has no lanes for are few: they are copied to where all lanes may read.
-struct RestOfRows {
-    static constexpr int64_t kStride = 288;  // of a slab of the widest type and more
+// A slab of fewer rows than lanes or fewer blocks than others: it is copied to where a whole one may be read.
+struct RestOfSlab {
+    static constexpr int64_t kStride = 288;  // the widest type and more
     alignas(64) std::byte bytes[kLanes * kStride];
 
-    YIVL_INLINE void copy(const std::byte* p, int64_t row_bytes, int64_t n_rows, int64_t n_bytes) {
+    template <class Rows>
+    YIVL_INLINE void replace(const std::byte*& p, int64_t& row_bytes, int64_t n_rows, int64_t n_blocks) {
+        if (n_rows >= kLanes && n_blocks == kSlabBlocks) return;
         for (int64_t r = 0; r < kLanes; ++r) {
-            __builtin_memcpy(bytes + r * kStride, p + (r < n_rows ? r : 0) * row_bytes, static_cast<size_t>(n_bytes));
+            __builtin_memcpy(bytes + r * kStride, p + (r < n_rows ? r : 0) * row_bytes,
+                             static_cast<size_t>(n_blocks * Rows::kBytes / kSlabBlocks));
         }
+        p = bytes;
+        row_bytes = kStride;
     }
 };
 
@@ -252,7 +279,7 @@ template <class Rows>
 void multiply_one(const PackedPiece& p) {
     const InputSlab* const x = reinterpret_cast<const InputSlab*>(p.x);
     const int64_t n_slabs = (p.cols + kSlabCols - 1) / kSlabCols;
-    RestOfRows rest;
+    RestOfSlab rest;
     for (int64_t row = 0; row < p.n_rows; row += kLanes) {
         const std::byte* const w = p.w + row * p.row_bytes;
         const int64_t n = min64(kLanes, p.n_rows - row);
@@ -260,20 +287,14 @@ void multiply_one(const PackedPiece& p) {
         for (int64_t slab = 0; slab < n_slabs; ++slab) {
             // Beyond the end of these rows the next begin.
             const std::byte* const near =
-                slab + 1 < n_slabs ? w + (slab + 1) * Ahead<Rows>::kSlabBytes : w + kLanes * p.row_bytes;
+                slab + 1 < n_slabs ? w + (slab + 1) * Rows::kBytes : w + kLanes * p.row_bytes;
             Ahead<Rows> ahead{near, p.row_bytes,
-                              w + kLanes * (kGroupsAhead * p.row_bytes + slab * Ahead<Rows>::kSlabBytes)};
+                              w + kLanes * (kGroupsAhead * p.row_bytes + slab * Rows::kBytes)};
             const int64_t n_blocks = min64(kSlabBlocks, p.cols / kBlock - slab * kSlabBlocks);
-            for (int64_t block = 0; block < n_blocks; block += Rows::kBlocks) {
-                const std::byte* from = w + (slab * kSlabBlocks + block) / Rows::kBlocks * Rows::kBytes;
-                int64_t stride = p.row_bytes;
-                if (n < kLanes) {
-                    rest.copy(from, stride, n, Rows::kBytes);
-                    from = rest.bytes;
-                    stride = RestOfRows::kStride;
-                }
-                multiply_blocks(Rows(), total, from, stride, x[slab], block, ahead);
-            }
+            const std::byte* from = w + slab * Rows::kBytes;
+            int64_t stride = p.row_bytes;
+            rest.replace<Rows>(from, stride, n, n_blocks);
+            multiply_slab(Rows(), total, from, stride, x[slab], n_blocks, ahead);
         }
         put_outputs(p, 0, row, total, n);
     }

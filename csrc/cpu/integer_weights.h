@@ -1,9 +1,9 @@
 // Part of kernels_integer.h: weights of each type as integers.
 //
-// unpack(p, row_bytes, sink) takes kBlocks blocks of kLanes rows. The sink gets vector<b, i>(v) with the integers of
-// the i-th pair of columns of block b, kOffset too large, then finish<b>(scale, minimum): weight = scale * integer -
-// minimum. With kOneScale the blocks of a slab have one scale: integers that the file has for smaller groups of columns
-// are in the integers.
+// unpack(p, row_bytes, sink) takes a slab of kLanes rows, kBytes of each. The sink gets vector<b, i>(v) with the
+// integers of the i-th pair of columns of block b, kOffset too large, then finish<b>(scale, minimum): weight = scale *
+// integer - minimum. With kOneScale the blocks of a slab have one scale: integers that the file has for smaller groups of columns
+// are in the integers. kOrder is the order of columns in which x is packed.
 
 namespace {
 
@@ -15,34 +15,62 @@ YIVL_INLINE void repeat(Fn&& fn) {
     }
 }
 
+// A slab of blocks of a half-precision scale and 4 n bytes. Two blocks are an odd number of dwords long, so that all is
+// brought together in whole dwords, scales too. In the first of two blocks the columns are then out of step by the
+// scale: of each 16 bytes the last two come first (kTurnedOrder). Calls dword<block, i>(bytes) for each of the n dwords,
+// then scale<block>(scale).
+template <int n, class Dword, class Scale>
+YIVL_INLINE void blocks_with_scales(const std::byte* p, int64_t row_bytes, Dword&& dword, Scale&& scale) {
+    constexpr int kTwo = 2 * n + 1;
+    I four[4], first = no_integers(), split = no_integers();
+    repeat<kSlabBlocks / 2 * kTwo>([&]<int at>() YIVL_INLINE_LAMBDA {
+        if constexpr (at % 4 == 0) dwords(p + at * 4, row_bytes, four);
+        const I bytes = four[at % 4];
+        constexpr int b = at / kTwo * 2, i = at % kTwo;
+        if constexpr (i > n) {
+            dword.template operator()<b + 1, i - n - 1>(bytes);
+            if constexpr (i == 2 * n) scale.template operator()<b + 1>(half_of_lane<1>(split));
+        } else if constexpr (i % 4 != 0) {
+            dword.template operator()<b, i>(bytes);
+        } else {
+            if constexpr (i > 0) dword.template operator()<b, i - 4>(low_and_high(bytes, split));
+            if constexpr (i == n) scale.template operator()<b>(half_of_lane<0>(first));
+            if constexpr (i == 0) first = bytes;
+            split = bytes;
+        }
+    });
+}
+
 struct RowsQ8_0 {
-    static constexpr int kBlocks = 1, kOffset = 0;
-    static constexpr int64_t kBytes = sizeof(BlockQ8_0);
+    static constexpr int kOffset = 0, kOrder = kTurnedOrder;
+    static constexpr int64_t kBytes = kSlabBlocks * sizeof(BlockQ8_0);
     static constexpr bool kMinimum = false, kOneScale = false;
     template <class Sink>
     static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
-        I q[8];
-        dwords(p + 2, row_bytes, q);
-        dwords(p + 18, row_bytes, q + 4);
-        repeat<kPairs>([&]<int i>() YIVL_INLINE_LAMBDA {
-            sink.template vector<0, i>(signed_down<8>(i % 2 == 0 ? up<8>(q[i / 2]) : q[i / 2]));
+        const auto dword = [&]<int b, int i>(I bytes) YIVL_INLINE_LAMBDA {
+            sink.template vector<b, i * 2>(signed_down<8>(up<8>(bytes)));
+            sink.template vector<b, i * 2 + 1>(signed_down<8>(bytes));
+        };
+        blocks_with_scales<8>(p, row_bytes, dword, [&]<int b>(F scale) YIVL_INLINE_LAMBDA {
+            sink.template finish<b>(scale, zero());
         });
-        sink.template finish<0>(halves(p, row_bytes), zero());
     }
 };
 
 struct RowsQ4_0 {
-    static constexpr int kBlocks = 1, kOffset = 8;
-    static constexpr int64_t kBytes = sizeof(BlockQ4_0);
+    static constexpr int kOffset = 8, kOrder = kTurnedOrder;
+    static constexpr int64_t kBytes = kSlabBlocks * sizeof(BlockQ4_0);
     static constexpr bool kMinimum = false, kOneScale = false;
     template <class Sink>
     static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
-        I q[4];
-        dwords(p + 2, row_bytes, q);
-        repeat<kPairs>([&]<int i>() YIVL_INLINE_LAMBDA {
-            sink.template vector<0, i>(low_bits(down<i / 8 * 4 + i % 2 * 8>(q[i / 2 % 4]), 15));
+        const auto dword = [&]<int b, int i>(I bytes) YIVL_INLINE_LAMBDA {
+            repeat<4>([&]<int n>() YIVL_INLINE_LAMBDA {
+                sink.template vector<b, n / 2 * 8 + i * 2 + n % 2>(low_bits(down<n / 2 * 4 + n % 2 * 8>(bytes), 15));
+            });
+        };
+        blocks_with_scales<4>(p, row_bytes, dword, [&]<int b>(F scale) YIVL_INLINE_LAMBDA {
+            sink.template finish<b>(scale, zero());
         });
-        sink.template finish<0>(halves(p, row_bytes), zero());
     }
 };
 
@@ -77,7 +105,7 @@ struct SixBits {
 };
 
 struct RowsQ4_K {
-    static constexpr int kBlocks = kSlabBlocks, kOffset = 0;
+    static constexpr int kOffset = 0, kOrder = kPlainOrder;
     static constexpr int64_t kBytes = sizeof(BlockQ4_K);
     static constexpr bool kMinimum = true, kOneScale = true;
     template <class Sink>
@@ -101,7 +129,7 @@ struct RowsQ4_K {
 };
 
 struct RowsQ5_K {
-    static constexpr int kBlocks = kSlabBlocks, kOffset = 0;
+    static constexpr int kOffset = 0, kOrder = kPlainOrder;
     static constexpr int64_t kBytes = sizeof(BlockQ5_K);
     static constexpr bool kMinimum = true, kOneScale = true;
     template <class Sink>
@@ -137,7 +165,7 @@ struct RowsQ5_K {
 };
 
 struct RowsQ6_K {
-    static constexpr int kBlocks = kSlabBlocks, kOffset = 0;
+    static constexpr int kOffset = 0, kOrder = kPlainOrder;
     static constexpr int64_t kBytes = sizeof(BlockQ6_K);
     static constexpr bool kMinimum = false, kOneScale = true;
     template <class Sink>

@@ -119,6 +119,7 @@ inline I pair(const int16_t* p) {
     return _mm256_set1_epi32(both);
 }
 inline I low_bits(I v, int n) { return _mm256_and_si256(v, _mm256_set1_epi16(static_cast<int16_t>(n))); }
+inline I flip_bits(I v, int n) { return _mm256_xor_si256(v, _mm256_set1_epi16(static_cast<int16_t>(n))); }
 inline I any_bits(I a, I b) { return _mm256_or_si256(a, b); }
 template <int n>
 inline I down(I v) {
@@ -155,6 +156,7 @@ inline F half_of_lane(I v) {
     const I packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
     return _mm256_cvtph_ps(_mm256_castsi256_si128(packed));
 }
+inline I low_and_high(I a, I b) { return _mm256_blend_epi16(a, b, 0xaa); }
 
 // 16 bytes of two rows side by side, four rows apart, then a transposition of each four by four.
 YIVL_INLINE void dwords(const std::byte* p, int64_t stride, I* out) {
@@ -211,12 +213,14 @@ inline void round_block(const float* x, float factor, int16_t* dst, int32_t* sum
 namespace plain {
 
 namespace {
+constexpr bool kFours = false;
+
 YIVL_INLINE I multiply_pairs(I sums, I a, I b) {
     sums = _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
     YIVL_SUMMED(sums);
     return sums;
 }
-YIVL_INLINE I multiply_pairs_at(I sums, I a, const int16_t* p) { return multiply_pairs(sums, a, pair(p)); }
+YIVL_INLINE I multiply_at(I sums, I a, const int16_t* p) { return multiply_pairs(sums, a, pair(p)); }
 }  // namespace
 
 #include "cpu/kernels_integer.h"
@@ -227,11 +231,16 @@ YIVL_INLINE I multiply_pairs_at(I sums, I a, const int16_t* p) { return multiply
 namespace vnni {
 
 namespace {
+constexpr bool kFours = true;
+
 YIVL_INLINE I multiply_pairs(I sums, I a, I b) {
     asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sums) : "x"(a), "x"(b));
     return sums;
 }
-YIVL_INLINE I multiply_pairs_at(I sums, I a, const int16_t* p) { return multiply_pairs(sums, a, pair(p)); }
+YIVL_INLINE I multiply_at(I sums, I a, const int16_t* p) {
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(a), "x"(pair(p)));
+    return sums;
+}
 }  // namespace
 
 #include "cpu/kernels_integer.h"

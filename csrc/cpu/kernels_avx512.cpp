@@ -120,6 +120,7 @@ inline I pair(const int16_t* p) {
     return _mm512_set1_epi32(both);
 }
 inline I low_bits(I v, int n) { return _mm512_and_si512(v, _mm512_set1_epi16(static_cast<int16_t>(n))); }
+inline I flip_bits(I v, int n) { return _mm512_xor_si512(v, _mm512_set1_epi16(static_cast<int16_t>(n))); }
 inline I any_bits(I a, I b) { return _mm512_or_si512(a, b); }
 template <int n>
 inline I down(I v) {
@@ -154,6 +155,7 @@ template <int n>
 inline F half_of_lane(I v) {
     return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(v, n * 16)));
 }
+inline I low_and_high(I a, I b) { return _mm512_mask_blend_epi16(0x55555555, b, a); }
 
 // 16 bytes of four rows side by side, four rows apart, then a transposition of each four by four.
 YIVL_INLINE void dwords(const std::byte* p, int64_t stride, I* out) {
@@ -208,13 +210,14 @@ namespace plain {
 
 namespace {
 constexpr bool kSumsOfPairs = false;
+constexpr bool kFours = false;
 
 YIVL_INLINE I multiply_pairs(I sums, I a, I b) {
     sums = _mm512_add_epi32(sums, _mm512_madd_epi16(a, b));
     YIVL_SUMMED(sums);
     return sums;
 }
-YIVL_INLINE I multiply_pairs_at(I sums, I a, const int16_t* p) { return multiply_pairs(sums, a, pair(p)); }
+YIVL_INLINE I multiply_at(I sums, I a, const int16_t* p) { return multiply_pairs(sums, a, pair(p)); }
 }  // namespace
 
 #include "cpu/kernels_integer.h"
@@ -225,15 +228,17 @@ YIVL_INLINE I multiply_pairs_at(I sums, I a, const int16_t* p) { return multiply
 namespace vnni {
 
 namespace {
+constexpr bool kFours = true;
+
 YIVL_INLINE I multiply_pairs(I sums, I a, I b) {
     asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
     return sums;
 }
-YIVL_INLINE I multiply_pairs_at(I sums, I a, const int16_t* p) {
+YIVL_INLINE I multiply_at(I sums, I a, const int16_t* p) {
     struct Pair {
         int16_t n[2];
     };
-    asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(a), "m"(*reinterpret_cast<const Pair*>(p)));
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(a), "m"(*reinterpret_cast<const Pair*>(p)));
     return sums;
 }
 }  // namespace

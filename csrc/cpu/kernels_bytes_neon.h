@@ -39,6 +39,7 @@ inline I nibbles(I v) {
 // integer for a scale, that is vector 8, or 8 and 9, each as soon as its columns are there.
 
 struct Bytes {
+    static constexpr int kOrder = kPlainOrder;
     static constexpr int kOffset = 0;  // none is left
     static constexpr bool kOneScale = false;
     static constexpr int kScales = 0;  // of a block
@@ -47,35 +48,39 @@ template <class Rows>
 concept OfBytes = __is_base_of(Bytes, Rows);
 
 struct BytesQ8_0 : Bytes {
-    static constexpr int kBlocks = 1;
-    static constexpr int64_t kBytes = sizeof(BlockQ8_0);
+    static constexpr int64_t kBytes = kSlabBlocks * sizeof(BlockQ8_0);
     static constexpr bool kMinimum = false;
     template <class Sink>
     static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
-        I q[8];
-        columns(p + 2, row_bytes, q);
-        columns(p + 18, row_bytes, q + 4);
-        repeat<8>([&]<int i>() YIVL_INLINE_LAMBDA { sink.template vector<0, i>(q[i]); });
-        sink.template finish<0>(halves(p, row_bytes), zero());
+        repeat<kSlabBlocks>([&]<int b>() YIVL_INLINE_LAMBDA {
+            const std::byte* const from = p + b * sizeof(BlockQ8_0);
+            I q[8];
+            columns(from + 2, row_bytes, q);
+            columns(from + 18, row_bytes, q + 4);
+            repeat<8>([&]<int i>() YIVL_INLINE_LAMBDA { sink.template vector<b, i>(q[i]); });
+            sink.template finish<b>(halves(from, row_bytes), zero());
+        });
     }
 };
 
 struct BytesQ4_0 : Bytes {
-    static constexpr int kBlocks = 1;
-    static constexpr int64_t kBytes = sizeof(BlockQ4_0);
+    static constexpr int64_t kBytes = kSlabBlocks * sizeof(BlockQ4_0);
     static constexpr bool kMinimum = false;
     template <class Sink>
     static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
-        I q[4];
-        columns(p + 2, row_bytes, q);
-        repeat<8>([&]<int i>()
-                      YIVL_INLINE_LAMBDA { sink.template vector<0, i>(less_bytes(nibbles<(i >= 4)>(q[i % 4]), 8)); });
-        sink.template finish<0>(halves(p, row_bytes), zero());
+        repeat<kSlabBlocks>([&]<int b>() YIVL_INLINE_LAMBDA {
+            const std::byte* const from = p + b * sizeof(BlockQ4_0);
+            I q[4];
+            columns(from + 2, row_bytes, q);
+            repeat<8>([&]<int i>() YIVL_INLINE_LAMBDA {
+                sink.template vector<b, i>(less_bytes(nibbles<(i >= 4)>(q[i % 4]), 8));
+            });
+            sink.template finish<b>(halves(from, row_bytes), zero());
+        });
     }
 };
 
 struct BytesQ4_K : Bytes {
-    static constexpr int kBlocks = kSlabBlocks;
     static constexpr int64_t kBytes = sizeof(BlockQ4_K);
     static constexpr bool kMinimum = true, kOneScale = true;
     static constexpr int kScales = 1;
@@ -99,7 +104,6 @@ struct BytesQ4_K : Bytes {
 };
 
 struct BytesQ5_K : Bytes {
-    static constexpr int kBlocks = kSlabBlocks;
     static constexpr int64_t kBytes = sizeof(BlockQ5_K);
     static constexpr bool kMinimum = true, kOneScale = true;
     static constexpr int kScales = 1;
@@ -128,7 +132,6 @@ struct BytesQ5_K : Bytes {
 };
 
 struct BytesQ6_K : Bytes {
-    static constexpr int kBlocks = kSlabBlocks;
     static constexpr int64_t kBytes = sizeof(BlockQ6_K);
     static constexpr bool kMinimum = false, kOneScale = true;
     static constexpr int kScales = 2;
@@ -196,11 +199,11 @@ template <class Rows>
 struct OneToken {
     F& total;
     const InputSlab& x;
-    const int64_t block;  // of x, at which the weights begin
+    const int64_t n_blocks;
     Ahead<Rows>& ahead;
     I first;  // of two vectors that go together
     Sum sum;
-    I scaled[Rows::kBlocks];
+    I scaled[kSlabBlocks];
     SlabSum slab;
 
     template <int b, int i>
@@ -212,8 +215,8 @@ struct OneToken {
         } else if constexpr (i % 2 == 0) {
             first = v;
         } else {
-            if constexpr (Rows::kBlocks > 1) ahead.template fetch<b * kEights + i / 2, Rows::kBlocks * kEights>();
-            sum.multiply(first, v, eight_columns(x, block + b, i / 2));
+            ahead.template fetch<b * kEights + i / 2, kSlabBlocks * kEights>();
+            sum.multiply(first, v, eight_columns(x, b, i / 2));
         }
     }
     template <int b>
@@ -221,19 +224,18 @@ struct OneToken {
         if constexpr (Rows::kOneScale) {
             slab.add_block(scaled[b], x, b);
             if constexpr (Rows::kMinimum) total = fma(minimum, set1(x.minus_sum[b]), total);
-            if constexpr (b == Rows::kBlocks - 1) slab.add_to(total, scale);
+            if constexpr (b == kSlabBlocks - 1) slab.add_to(total, scale);
         } else {
-            add_block(total, sum.total(), scale, x, block + b);
+            if (b < n_blocks) add_block(total, sum.total(), scale, x, b);
             sum = Sum();
         }
     }
 };
 
 template <OfBytes Rows>
-YIVL_INLINE void multiply_blocks(Rows, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x,
-                                 int64_t block, Ahead<Rows>& ahead) {
-    if constexpr (Rows::kBlocks == 1) ahead.fetch_some(block);
-    OneToken<Rows> sink{total, x, block, ahead, {}, {}, {}, {}};
+YIVL_INLINE void multiply_slab(Rows, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x,
+                               int64_t n_blocks, Ahead<Rows>& ahead) {
+    OneToken<Rows> sink{total, x, n_blocks, ahead, {}, {}, {}, {}};
     Rows::unpack(p, row_bytes, sink);
 }
 
@@ -329,7 +331,7 @@ int64_t multiply_add_bytes(int64_t rounds) {
 
 const PackedKernels kByteKernels = {
     .tokens = 16,
-    .order = order_of_integers,
+    .order = order_of_integers<ByteRows>,
     .packed_bytes = packed_integer_bytes,
     .pack = pack_integers<round_to_bytes>,
     .scratch_bytes = integer_scratch_bytes,

@@ -16,13 +16,16 @@
 //   up32<n>(v) down32<n>(v) to_floats(v)    of int32: shifts (down32 with the sign)
 //   pair(p)                        the two int16 at p, in every lane
 //   multiply_pairs(sums, a, b)     sums + a[2l] * b[2l] + a[2l + 1] * b[2l + 1] in every lane l
-//   multiply_pairs_at(sums, a, p)  the same with pair(p) for b
-//   low_bits(v, n) any_bits(a, b) down<n>(v) up<n>(v) signed_down<n>(v) less(v, n) plus(a, b) times(a, b)    of int16:
-//                                  v & n, a | b, shifts, v - n, a + b, the low half of a product
+//   kFours                         whether one token is multiplied by bytes, each with the high and the low byte of x
+//   multiply_at(sums, a, p)        multiply_pairs(sums, a, pair(p)); with kFours sums + the four products of bytes of a,
+//                                  without a sign, with those at p in every lane, with a sign
+//   low_bits(v, n) flip_bits(v, n) any_bits(a, b) down<n>(v) up<n>(v) signed_down<n>(v) less(v, n) plus(a, b) times(a, b)    of int16:
+//                                  v & n, v ^ n, a | b, shifts, v - n, a + b, the low half of a product
 //   byte<n>(v)                     byte n of each lane, as int32
 //   signed_byte<n>(v)              byte n of each lane with its sign, as int32
 //   spread_byte<n>(v)              the same as two int16
 //   half_of_lane<n>(v)             half n of each lane, a half-precision number, as a float
+//   low_and_high(a, b)             the low half of each lane of a, the high one of b
 //   dwords(p, stride, out)         out[j] = bytes [4j, 4j + 4) at p + l * stride in lane l, j in [0, 4)
 //   halves(p, stride)              the half-precision number at p + l * stride in lane l, as a float
 //   largest_magnitude(x)           of 32 numbers; a NaN is larger than all
@@ -37,10 +40,15 @@ constexpr int kSlabBlocks = kSuperBlock / kBlock;
 constexpr int64_t kSlabCols = kSuperBlock;
 // Sixteen bits less two: 32 products of a row of Q6_K, integers up to 32 * 128, must not overflow 32 bits.
 constexpr float kLargestInteger = 16383.0f;
+// Of an integer in two bytes, without a sign in the low one.
+constexpr int kLowBits = 7;
+
+// Orders of the columns of x. Turned: in every other block the last two of each 16 columns come first.
+constexpr int kPlainOrder = 0, kTurnedOrder = 1;
 
 // A slab of one row of x.
 struct alignas(64) InputSlab {
-    int16_t integers[kSlabBlocks][kBlock];
+    int16_t integers[kSlabBlocks][kBlock];  // with kFours and one token: bytes, as cut_in_bytes leaves them
     float scale[kSlabBlocks];
     float minus_sum[kSlabBlocks];         // of the rounded values
     int32_t sums[kSlabBlocks][2];         // of the integers of half a block
@@ -60,13 +68,14 @@ namespace {
 
 // ---- the table ----
 
+template <class Rows = PairRows>
 int order_of_integers(WeightType type) {
     switch (type) {
-        case WeightType::Q8_0:
-        case WeightType::Q4_0:
-        case WeightType::Q4_K:
-        case WeightType::Q5_K:
-        case WeightType::Q6_K: return 0;
+        case WeightType::Q8_0: return Rows::Q8_0::kOrder;
+        case WeightType::Q4_0: return Rows::Q4_0::kOrder;
+        case WeightType::Q4_K: return Rows::Q4_K::kOrder;
+        case WeightType::Q5_K: return Rows::Q5_K::kOrder;
+        case WeightType::Q6_K: return Rows::Q6_K::kOrder;
         default: return -1;
     }
 }
@@ -76,8 +85,20 @@ int64_t packed_integer_bytes(int64_t n_tokens, int64_t cols) {
     return (slabs + kIntegerTokens) * static_cast<int64_t>(sizeof(InputSlab));  // with room for the last tile
 }
 
+// Paired columns, four by four: their high bytes, then their low bytes.
+inline void cut_in_bytes(int16_t* integers) {
+    int8_t bytes[2 * kBlock];
+    for (int i = 0; i < kBlock; ++i) {
+        const int n = integers[i / 4 * 4 + i % 2 * 2 + i % 4 / 2];
+        int8_t* const to = bytes + i / 4 * 8 + i % 4;
+        to[0] = static_cast<int8_t>(n >> kLowBits);
+        to[4] = static_cast<int8_t>(n & ((1 << kLowBits) - 1));
+    }
+    __builtin_memcpy(integers, bytes, sizeof(bytes));
+}
+
 template <auto round>
-void pack_block(InputSlab& slab, int64_t b, const float* x) {
+void pack_block(InputSlab& slab, int64_t b, const float* x, bool fours) {
     const float most = largest_magnitude(x);
     if (!(most <= 3.4028234e38f)) {  // an infinity or no number: neither may get lost
         for (int16_t& n : slab.integers[b]) n = 0;
@@ -91,7 +112,9 @@ void pack_block(InputSlab& slab, int64_t b, const float* x) {
     const float factor = some ? kLargestInteger / most : 0.0f;
     round(x, factor, slab.integers[b], slab.sums[b]);
     slab.scale[b] = scale;
-    if constexpr (kSumsOfPairs) {
+    if (fours) {
+        cut_in_bytes(slab.integers[b]);
+    } else if constexpr (kSumsOfPairs) {
         uint32_t products = 0;
         for (int i = 0; i < kBlock; i += 4) {
             const int16_t* const x0 = slab.integers[b] + i;
@@ -108,8 +131,14 @@ void pack_integers(std::byte* dst, const PackedInput& p, int64_t group) {
     const int64_t end = min64(group * 16 + 16, p.n_tokens);
     for (int64_t t = group * 16; t < end; ++t) {
         for (int64_t col = 0; col < p.cols; col += kBlock) {
-            pack_block<round>(slabs[col / kSlabCols * p.n_tokens + t], col % kSlabCols / kBlock,
-                              p.x + t * p.x_stride + col);
+            const float* x = p.x + t * p.x_stride + col;
+            const int64_t b = col % kSlabCols / kBlock;
+            float turned[kBlock];
+            if (p.order == kTurnedOrder && b % 2 == 0) {
+                for (int i = 0; i < kBlock; ++i) turned[i] = x[i / 16 * 16 + (i + 14) % 16];
+                x = turned;
+            }
+            pack_block<round>(slabs[col / kSlabCols * p.n_tokens + t], b, x, kFours && p.n_tokens == 1);
         }
     }
 }
@@ -157,7 +186,7 @@ int64_t multiply_add_integers(int64_t rounds) {
 
 const PackedKernels kIntegerKernels = {
     .tokens = 16,
-    .order = order_of_integers,
+    .order = order_of_integers<>,
     .packed_bytes = packed_integer_bytes,
     .pack = pack_integers<>,
     .scratch_bytes = integer_scratch_bytes,

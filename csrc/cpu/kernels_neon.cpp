@@ -134,8 +134,10 @@ inline I multiply_pairs(I sums, I a, I b) {
     sums = vmlal_laneq_s16(sums, vget_low_s16(halves_of(a)), halves_of(b), 0);
     return vmlal_high_laneq_s16(sums, halves_of(a), halves_of(b), 1);
 }
-inline I multiply_pairs_at(I sums, I a, const int16_t* p) { return multiply_pairs(sums, a, pair(p)); }
+constexpr bool kFours = false;
+inline I multiply_at(I sums, I a, const int16_t* p) { return multiply_pairs(sums, a, pair(p)); }
 inline I low_bits(I v, int n) { return lanes_of(vandq_s16(halves_of(v), vdupq_n_s16(static_cast<int16_t>(n)))); }
+inline I flip_bits(I v, int n) { return lanes_of(veorq_s16(halves_of(v), vdupq_n_s16(static_cast<int16_t>(n)))); }
 inline I any_bits(I a, I b) { return vorrq_s32(a, b); }
 template <int n>
 inline I down(I v) {
@@ -178,6 +180,7 @@ template <int n>
 inline F half_of_lane(I v) {
     return vcvt_f32_f16(vreinterpret_f16_s16(half<n>(v)));
 }
+inline I low_and_high(I a, I b) { return lanes_of(vcombine_s16(vget_low_s16(halves_of(a)), vget_high_s16(halves_of(b)))); }
 
 // 16 bytes of each of four rows.
 struct FourRows {
