@@ -6,7 +6,7 @@ namespace {
 struct WeightBlock {
     I pairs[kPairs];
     F scale, minimum;
-    I minus_products;  // as those of x
+    I missing;  // as that of x
 };
 // A slab of kLanes rows.
 struct WeightSlab {
@@ -19,7 +19,7 @@ struct StoreSink {
 
     template <int b, int i>
     YIVL_INLINE void vector(I v) {
-        if constexpr (Rows::kOffset != 0) v = less(v, Rows::kOffset);
+        if constexpr (!kSumsOfPairs && Rows::kOffset != 0) v = less(v, Rows::kOffset);
         store_integers(&blocks[b].pairs[i], v);
     }
     template <int b>
@@ -29,9 +29,11 @@ struct StoreSink {
         if constexpr (kSumsOfPairs) {
             I products = no_integers();
             repeat<kPairs / 2>([&]<int i>() YIVL_INLINE_LAMBDA {
-                products = multiply_pairs(products, blocks[b].pairs[i * 2], blocks[b].pairs[i * 2 + 1]);
+                if constexpr (multiplied_as_sums(i)) {
+                    products = multiply_pairs(products, blocks[b].pairs[i * 2], blocks[b].pairs[i * 2 + 1]);
+                }
             });
-            blocks[b].minus_products = negative(products);
+            blocks[b].missing = negative(products);
         }
     }
 };
@@ -50,11 +52,18 @@ constexpr int kIntegerRows = 2;
 constexpr int64_t kSideRows = kIntegerRows * kLanes;
 constexpr int kTileSums = kIntegerRows * kIntegerTokens;
 
-// Half of the multiplications, and additions in their place, for a unit of their own (Winograd, "A New Algorithm for
-// Inner Product", 1968): (w0 + x1) (w1 + x0) = w0 x0 + w1 x1 + w0 w1 + x0 x1. The last two depend on one operand only,
-// and the sums begin without them. All is exact modulo 2^32.
-YIVL_INLINE I multiply_pairs_of_sums(I sums, const I* w, I x0, I x1) {
-    return multiply_pairs(sums, plus(w[0], x1), plus(w[1], x0));
+// Pairs of columns that are multiplied at once.
+constexpr int kStep = kSumsOfPairs ? 2 : 1;
+
+template <int step>
+YIVL_INLINE I multiply_step(I sums, const I (&w)[kStep], const I (&x)[kStep]) {
+    if constexpr (!kSumsOfPairs) {
+        return multiply_pairs(sums, w[0], x[0]);
+    } else if constexpr (multiplied_as_sums(step)) {
+        return multiply_pairs(sums, plus(w[0], x[1]), plus(w[1], x[0]));
+    } else {
+        return multiply_pairs(multiply_pairs(sums, w[0], x[0]), w[1], x[1]);
+    }
 }
 
 // What the next turn unpacks is fetched while this one multiplies, a little with each block of each tile: the loads of
@@ -114,7 +123,7 @@ YIVL_INLINE void multiply_tile(NextTurn<Rows>& next_turn, F* sums, const WeightS
             for (int t = 0; t < T; ++t) {
                 acc[r][t] = no_integers();
                 if constexpr (kSumsOfPairs) {
-                    acc[r][t] = add_integers(w[r].blocks[b].minus_products, integers(x[t].minus_products[b]));
+                    acc[r][t] = add_integers(w[r].blocks[b].missing, integers(x[t].missing[b]));
                 }
             }
         }
@@ -124,28 +133,21 @@ YIVL_INLINE void multiply_tile(NextTurn<Rows>& next_turn, F* sums, const WeightS
         if (b < T) prefetch(reinterpret_cast<const std::byte*>(x[T + b].scale));
         prefetch(reinterpret_cast<const std::byte*>(sums + kTileSums) + b * 2 * 64);
         prefetch(reinterpret_cast<const std::byte*>(sums + kTileSums) + (b * 2 + 1) * 64);
-        constexpr int kStep = kSumsOfPairs ? 2 : 1;
-        YIVL_UNROLL
-        for (int i = 0; i < kPairs; i += kStep) {
-            I ws[R][kStep];
+        repeat<kPairs / kStep>([&]<int step>() YIVL_INLINE_LAMBDA {
+            I ws[R][kStep], xs[kStep];
             YIVL_UNROLL
             for (int r = 0; r < R; ++r) {
                 YIVL_UNROLL
-                for (int j = 0; j < kStep; ++j) ws[r][j] = load_integers(&w[r].blocks[b].pairs[i + j]);
+                for (int j = 0; j < kStep; ++j) ws[r][j] = load_integers(&w[r].blocks[b].pairs[step * kStep + j]);
             }
             YIVL_UNROLL
             for (int t = 0; t < T; ++t) {
-                const I xs = pair(x[t].integers[b] + i * 2);
-                if constexpr (kSumsOfPairs) {
-                    const I next = pair(x[t].integers[b] + i * 2 + 2);
-                    YIVL_UNROLL
-                    for (int r = 0; r < R; ++r) acc[r][t] = multiply_pairs_of_sums(acc[r][t], ws[r], xs, next);
-                } else {
-                    YIVL_UNROLL
-                    for (int r = 0; r < R; ++r) acc[r][t] = multiply_pairs(acc[r][t], ws[r][0], xs);
-                }
+                YIVL_UNROLL
+                for (int j = 0; j < kStep; ++j) xs[j] = pair(x[t].integers[b] + (step * kStep + j) * 2);
+                YIVL_UNROLL
+                for (int r = 0; r < R; ++r) acc[r][t] = multiply_step<step>(acc[r][t], ws[r], xs);
             }
-        }
+        });
         YIVL_UNROLL
         for (int t = 0; t < T; ++t) {
             const F scale = set1(x[t].scale[b]);

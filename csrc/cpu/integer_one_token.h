@@ -94,17 +94,14 @@ struct SignedByteSum : FourSum {
 
     YIVL_INLINE void add(I bytes, const int16_t* x) {
         if constexpr (kFours) {
-            const I more = flip_bits(bytes, 0x8080);  // by 128
+            const I more = flip_bits(bytes, 0x8080);
             FourSum::add(more, more, x);
         } else {
             FourSum::add(signed_down<8>(up<8>(bytes)), signed_down<8>(bytes), x);
         }
     }
-    // With the sum of x.
-    YIVL_INLINE I total(int32_t sum) const {
-        const I all = FourSum::total<0>();
-        return kFours ? add_integers(all, integers(-128 * sum)) : all;
-    }
+    // With kFours 128 times x too large.
+    YIVL_INLINE I total() const { return FourSum::total<0>(); }
 };
 
 // Nibbles of bytes, and bits [from, from + n) of others above them.
@@ -152,7 +149,7 @@ YIVL_INLINE void multiply_slab(RowsQ8_0, F& total, const std::byte* p, int64_t r
         sum.add(bytes, x.integers[b] + i * 4);
     };
     blocks_with_scales<8>(p, row_bytes, dword, [&]<int b>(F scale) YIVL_INLINE_LAMBDA {
-        if (b < n_blocks) add_block(total, sum.total(x.sums[b][0] + x.sums[b][1]), scale, x, b);
+        if (b < n_blocks) add_block(total, add_integers(sum.total(), integers(x.missing[b])), scale, x, b);
         sum = SignedByteSum();
     });
 }
@@ -167,9 +164,8 @@ YIVL_INLINE void multiply_slab(RowsQ4_0, F& total, const std::byte* p, int64_t r
         high.add(bytes, x.integers[b] + kBlock / 2 + i * 4);
     };
     blocks_with_scales<4>(p, row_bytes, dword, [&]<int b>(F scale) YIVL_INLINE_LAMBDA {
-        const I sum = add_integers(low.total(), high.total());
-        const int32_t offset = -8 * (x.sums[b][0] + x.sums[b][1]);
-        if (b < n_blocks) add_block(total, add_integers(sum, integers(offset)), scale, x, b);
+        const I sum = add_integers(add_integers(low.total(), high.total()), integers(x.missing[b]));
+        if (b < n_blocks) add_block(total, sum, scale, x, b);
         low = NibbleSum<false>();
         high = NibbleSum<true>();
     });

@@ -17,7 +17,7 @@ YIVL_INLINE void repeat(Fn&& fn) {
 
 // A slab of blocks of a half-precision scale and 4 n bytes. Two blocks are an odd number of dwords long, so that all is
 // brought together in whole dwords, scales too. In the first of two blocks the columns are then out of step by the
-// scale: of each 16 bytes the last two come first (kTurnedOrder). Calls dword<block, i>(bytes) for each of the n dwords,
+// scale: of each 16 bytes the last two come first (kOrderQ4_0 and kOrderQ8_0). Calls dword<block, i>(bytes) for each of the n dwords,
 // then scale<block>(scale).
 template <int n, class Dword, class Scale>
 YIVL_INLINE void blocks_with_scales(const std::byte* p, int64_t row_bytes, Dword&& dword, Scale&& scale) {
@@ -42,7 +42,7 @@ YIVL_INLINE void blocks_with_scales(const std::byte* p, int64_t row_bytes, Dword
 }
 
 struct RowsQ8_0 {
-    static constexpr int kOffset = 0, kOrder = kTurnedOrder;
+    static constexpr int kOffset = 0, kOrder = kOrderQ8_0;
     static constexpr int64_t kBytes = kSlabBlocks * sizeof(BlockQ8_0);
     static constexpr bool kMinimum = false, kOneScale = false;
     template <class Sink>
@@ -58,7 +58,7 @@ struct RowsQ8_0 {
 };
 
 struct RowsQ4_0 {
-    static constexpr int kOffset = 8, kOrder = kTurnedOrder;
+    static constexpr int kOffset = 8, kOrder = kOrderQ4_0;
     static constexpr int64_t kBytes = kSlabBlocks * sizeof(BlockQ4_0);
     static constexpr bool kMinimum = false, kOneScale = false;
     template <class Sink>

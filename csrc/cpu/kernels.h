@@ -81,7 +81,7 @@ struct PackedPiece {
 
 // Products, whose operands are brought into another form first.
 struct PackedKernels {
-    static constexpr int kOrders = 2;
+    static constexpr int kOrders = 3;
 
     // Tokens that are packed together.
     int64_t tokens;

@@ -39,8 +39,7 @@ inline I nibbles(I v) {
 // integer for a scale, that is vector 8, or 8 and 9, each as soon as its columns are there.
 
 struct Bytes {
-    static constexpr int kOrder = kPlainOrder;
-    static constexpr int kOffset = 0;  // none is left
+    static constexpr int kOffset = 0, kOrder = kPlainOrder;  // no offset is left
     static constexpr bool kOneScale = false;
     static constexpr int kScales = 0;  // of a block
 };

@@ -10,7 +10,7 @@
 //
 //   I                              a vector of kLanes int32, or of 2 * kLanes int16
 //   kIntegerTokens                 tokens of a tile, which is two vectors of rows high
-//   kSumsOfPairs                   whether many tokens are multiplied as sums: see multiply_pairs_of_sums
+//   kSumsOfPairs                   whether many tokens are multiplied as sums: see multiplied_as_sums
 //   load_integers(p) store_integers(p, v) integers(n) no_integers() add_integers(a, b) times_integers(a, b)
 //   negative(v)                    of int32
 //   up32<n>(v) down32<n>(v) to_floats(v)    of int32: shifts (down32 with the sign)
@@ -43,16 +43,24 @@ constexpr float kLargestInteger = 16383.0f;
 // Of an integer in two bytes, without a sign in the low one.
 constexpr int kLowBits = 7;
 
-// Orders of the columns of x. Turned: in every other block the last two of each 16 columns come first.
-constexpr int kPlainOrder = 0, kTurnedOrder = 1;
+// Orders of the columns of x. In those of a type the last two of each 16 columns come first in every other block.
+constexpr int kPlainOrder = 0, kOrderQ4_0 = 1, kOrderQ8_0 = 2;
+
+// Half of the multiplications, and additions in their place (Winograd, "A New Algorithm for Inner Product", 1968):
+// (w0 + x1) (w1 + x0) = w0 x0 + w1 x1 + w0 w1 + x0 x1. The last two depend on one operand only, and the sums begin
+// without them. All is exact modulo 2^32. Of every four steps, four columns of a block each, one is left as it is: a CPU
+// with two units that multiply and add, and two more that add, is then busy in all.
+constexpr bool multiplied_as_sums(int step) { return step % 4 != 3; }
 
 // A slab of one row of x.
 struct alignas(64) InputSlab {
     int16_t integers[kSlabBlocks][kBlock];  // with kFours and one token: bytes, as cut_in_bytes leaves them
     float scale[kSlabBlocks];
-    float minus_sum[kSlabBlocks];         // of the rounded values
-    int32_t sums[kSlabBlocks][2];         // of the integers of half a block
-    int32_t minus_products[kSlabBlocks];  // of the integers of columns that are multiplied as sums, modulo 2^32
+    float minus_sum[kSlabBlocks];  // of the rounded values
+    int32_t sums[kSlabBlocks][2];  // of the integers of half a block
+    // For one token, and with kSumsOfPairs: what has to be added to the sum of a block, modulo 2^32. What the integers of
+    // the order's type are too large by, and the products of columns that are multiplied as sums.
+    int32_t missing[kSlabBlocks];
 };
 
 }  // namespace
@@ -98,12 +106,12 @@ inline void cut_in_bytes(int16_t* integers) {
 }
 
 template <auto round>
-void pack_block(InputSlab& slab, int64_t b, const float* x, bool fours) {
+void pack_block(InputSlab& slab, int64_t b, const float* x, int order, bool fours) {
     const float most = largest_magnitude(x);
     if (!(most <= 3.4028234e38f)) {  // an infinity or no number: neither may get lost
         for (int16_t& n : slab.integers[b]) n = 0;
         slab.scale[b] = slab.minus_sum[b] = __builtin_nanf("");
-        slab.sums[b][0] = slab.sums[b][1] = slab.minus_products[b] = 0;
+        slab.sums[b][0] = slab.sums[b][1] = slab.missing[b] = 0;
         return;
     }
     // What is smaller has no reciprocal, and counts as nothing.
@@ -112,17 +120,20 @@ void pack_block(InputSlab& slab, int64_t b, const float* x, bool fours) {
     const float factor = some ? kLargestInteger / most : 0.0f;
     round(x, factor, slab.integers[b], slab.sums[b]);
     slab.scale[b] = scale;
+    const int32_t sum = slab.sums[b][0] + slab.sums[b][1];
+    slab.minus_sum[b] = -scale * static_cast<float>(sum);
+    slab.missing[b] = order == kOrderQ4_0 ? -8 * sum : order == kOrderQ8_0 && fours ? -128 * sum : 0;
     if (fours) {
         cut_in_bytes(slab.integers[b]);
     } else if constexpr (kSumsOfPairs) {
         uint32_t products = 0;
         for (int i = 0; i < kBlock; i += 4) {
+            if (!multiplied_as_sums(i / 4)) continue;
             const int16_t* const x0 = slab.integers[b] + i;
             products += static_cast<uint32_t>(x0[0] * x0[2]) + static_cast<uint32_t>(x0[1] * x0[3]);
         }
-        slab.minus_products[b] = static_cast<int32_t>(-products);
+        slab.missing[b] = static_cast<int32_t>(static_cast<uint32_t>(slab.missing[b]) - products);
     }
-    slab.minus_sum[b] = -scale * static_cast<float>(slab.sums[b][0] + slab.sums[b][1]);
 }
 
 template <auto round = round_block>
@@ -134,11 +145,11 @@ void pack_integers(std::byte* dst, const PackedInput& p, int64_t group) {
             const float* x = p.x + t * p.x_stride + col;
             const int64_t b = col % kSlabCols / kBlock;
             float turned[kBlock];
-            if (p.order == kTurnedOrder && b % 2 == 0) {
+            if (p.order != kPlainOrder && b % 2 == 0) {
                 for (int i = 0; i < kBlock; ++i) turned[i] = x[i / 16 * 16 + (i + 14) % 16];
                 x = turned;
             }
-            pack_block<round>(slabs[col / kSlabCols * p.n_tokens + t], b, x, kFours && p.n_tokens == 1);
+            pack_block<round>(slabs[col / kSlabCols * p.n_tokens + t], b, x, p.order, kFours && p.n_tokens == 1);
         }
     }
 }
