@@ -223,13 +223,15 @@ void Session::embed(std::span<const int32_t> positions, int64_t first_image_row,
 }
 
 // T rows of x through the layers that stay on the CPU, and on to where the next one is.
-void Session::run_cpu_layers(int64_t T, int64_t first, Work& work, const std::function<void(int64_t)>& on_layer) {
-    decoder_forward(model_->weights().decoder, model_->config().decoder, *cpu_decoder_, T, first, *work.cpu, on_layer);
+void Session::run_cpu_layers(int64_t T, int64_t first, int64_t n_wanted, Work& work,
+                             const std::function<void(int64_t)>& on_layer) {
+    decoder_forward(model_->weights().decoder, model_->config().decoder, *cpu_decoder_, T, first, n_wanted,
+                    *work.cpu, on_layer);
     work.ops->upload(decoder_.x.rows(T), cpu_decoder_->x.rows(T));
 }
 
-void Session::prefill(std::span<const int32_t> positions, int64_t first, const Pixels& pixels, Work& work,
-                      const OnBatch& on_batch, const OnBatch& before_batch) {
+void Session::prefill(std::span<const int32_t> positions, int64_t first, int64_t n_wanted, const Pixels& pixels,
+                      Work& work, const OnBatch& on_batch, const OnBatch& before_batch) {
     const DecoderConfig& c = model_->config().decoder;
     const int64_t total = static_cast<int64_t>(positions.size());
     const int64_t image_begin = std::ranges::find(positions, kImageId) - positions.begin();
@@ -245,8 +247,9 @@ void Session::prefill(std::span<const int32_t> positions, int64_t first, const P
             work.control.progress(Stage::prefill, done / static_cast<double>(total - first));
         };
         embed(batch, std::max<int64_t>(begin - image_begin, 0), work);
-        if (cpu_decoder_) run_cpu_layers(T, begin, work, on_layer);
-        decoder_forward(model_->weights().decoder, c, decoder_, T, begin, *work.ops, on_layer);
+        const int64_t wanted = std::clamp<int64_t>(n_wanted - (total - begin - T), 0, T);
+        if (cpu_decoder_) run_cpu_layers(T, begin, wanted, work, on_layer);
+        decoder_forward(model_->weights().decoder, c, decoder_, T, begin, wanted, *work.ops, on_layer);
         on_batch(T, begin);
         if (std::ranges::find(batch, kImageId) != batch.end()) cached_pixels_ = pixels;
         positions_.insert(positions_.end(), batch.begin(), batch.end());
@@ -281,7 +284,7 @@ int32_t Session::read_prompt(Control& control) {
         embed_image(r.pixels, work);
     }
     const Timer timer(r.timings.prefill);
-    prefill(r.prompt, cached, r.pixels, work, [&](int64_t T, int64_t first) {
+    prefill(r.prompt, cached, 1, r.pixels, work, [&](int64_t T, int64_t first) {
         if (first + T < r.usage.prompt_tokens) return;
         decoder_logits(model_->weights().decoder, model_->config().decoder, decoder_, T - 1, decoder_.logits.view(),
                        *work.ops);
@@ -298,11 +301,11 @@ int32_t Session::decode_step(Control& control) {
     const auto position = static_cast<int64_t>(positions_.size());
     if (cpu_decoder_) {
         embed({&id, 1}, 0, work);
-        run_cpu_layers(1, position, work);
+        run_cpu_layers(1, position, 1, work);
     }
     work.ops->step({.id = id, .position = position, .n_ctx = decoder_.n_ctx}, step_, [&] {
         if (!cpu_decoder_) embed({&id, 1}, 0, work);
-        decoder_forward(w, c, decoder_, 1, position, *work.ops);
+        decoder_forward(w, c, decoder_, 1, position, 1, *work.ops);
         decoder_logits(w, c, decoder_, 0, decoder_.logits.view(), *work.ops);
     });
     positions_.push_back(id);
@@ -421,7 +424,7 @@ std::vector<float> Session::logits(std::span<const int32_t> ids, const Pixels& p
             done += rows;
         }
     };
-    prefill(positions, 0, pixels, work, read_wanted, mark_wanted);
+    prefill(positions, 0, static_cast<int64_t>(positions.size()), pixels, work, read_wanted, mark_wanted);
     return result;
 }
 

@@ -154,12 +154,13 @@ private:
     int64_t matching_prefix(std::span<const int32_t> wanted, const Pixels& pixels) const;
     void embed_image(const Pixels& pixels, Work& work);
     void embed(std::span<const int32_t> positions, int64_t first_image_row, Work& work);
-    void run_cpu_layers(int64_t T, int64_t first, Work& work, const std::function<void(int64_t)>& on_layer = {});
+    void run_cpu_layers(int64_t T, int64_t first, int64_t n_wanted, Work& work,
+                        const std::function<void(int64_t)>& on_layer = {});
     void forget_from(int64_t position);
     using OnBatch = std::function<void(int64_t, int64_t)>;
     // Computes positions [first, end) of `positions` in batches; `on_batch` sees each (row count, first position), and
-    // `before_batch` sees it before.
-    void prefill(std::span<const int32_t> positions, int64_t first, const Pixels& pixels, Work& work,
+    // `before_batch` sees it before. Logits can be had of the last `n_wanted` positions.
+    void prefill(std::span<const int32_t> positions, int64_t first, int64_t n_wanted, const Pixels& pixels, Work& work,
                  const OnBatch& on_batch, const OnBatch& before_batch = {});
     // The next id.
     int32_t read_prompt(Control& control);

@@ -15,6 +15,13 @@ YIVL_INLINE void repeat(Fn&& fn) {
     }
 }
 
+// Four bits of each half of a lane.
+template <int first>
+YIVL_INLINE I nibble(I v) {
+    const I from = down<first>(v);
+    return first == 12 ? from : low_bits(from, 15);
+}
+
 // A slab of blocks of a half-precision scale and 4 n bytes. Two blocks are an odd number of dwords long, so that all is
 // brought together in whole dwords, scales too. In the first of two blocks the columns are then out of step by the
 // scale: of each 16 bytes the last two come first (kOrderQ4_0 and kOrderQ8_0). Calls dword<block, i>(bytes) for each of the n dwords,
@@ -65,7 +72,7 @@ struct RowsQ4_0 {
     static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
         const auto dword = [&]<int b, int i>(I bytes) YIVL_INLINE_LAMBDA {
             repeat<4>([&]<int n>() YIVL_INLINE_LAMBDA {
-                sink.template vector<b, n / 2 * 8 + i * 2 + n % 2>(low_bits(down<n / 2 * 4 + n % 2 * 8>(bytes), 15));
+                sink.template vector<b, n / 2 * 8 + i * 2 + n % 2>(nibble<n / 2 * 4 + n % 2 * 8>(bytes));
             });
         };
         blocks_with_scales<4>(p, row_bytes, dword, [&]<int b>(F scale) YIVL_INLINE_LAMBDA {
@@ -120,7 +127,7 @@ struct RowsQ4_K {
                 constexpr int g = two * 2 + half;
                 const I scale = six_bits.template scale_of_pairs<g>();
                 repeat<kPairs>([&]<int i>() YIVL_INLINE_LAMBDA {
-                    sink.template vector<g, i>(times(low_bits(down<half * 4 + i % 2 * 8>(q[i / 2]), 15), scale));
+                    sink.template vector<g, i>(times(nibble<half * 4 + i % 2 * 8>(q[i / 2]), scale));
                 });
                 sink.template finish<g>(six_bits.d, six_bits.template offset<g>());
             });
@@ -155,7 +162,7 @@ struct RowsQ5_K {
                     } else {
                         high = up<-by>(high);
                     }
-                    const I low = low_bits(down<half * 4 + i % 2 * 8>(q[i / 2]), 15);
+                    const I low = nibble<half * 4 + i % 2 * 8>(q[i / 2]);
                     sink.template vector<g, i>(times(any_bits(low, low_bits(high, 16)), scale));
                 });
                 sink.template finish<g>(six_bits.d, six_bits.template offset<g>());
@@ -184,7 +191,7 @@ struct RowsQ6_K {
                     constexpr int group = half * 8 + b * 2 + part;  // of 16 columns
                     const I scale = spread_byte<group % 4>(scales[group / 4]);
                     repeat<kPairs / 2>([&]<int i>() YIVL_INLINE_LAMBDA {
-                        const I four = low_bits(down<b / 2 * 4 + i % 2 * 8>((b % 2 == 0 ? low : next)[i / 2]), 15);
+                        const I four = nibble<b / 2 * 4 + i % 2 * 8>((b % 2 == 0 ? low : next)[i / 2]);
                         // Bits 2b and 2b + 1 of each byte become bits 4 and 5.
                         constexpr int by = b * 2 - 4 + i % 2 * 8;
                         I two = high[i / 2];
