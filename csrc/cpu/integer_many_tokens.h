@@ -189,16 +189,34 @@ YIVL_INLINE void multiply_tile(NextTurn<Rows>& next_turn, F* sums, const WeightS
 // Tokens whose slabs of x and sums stay in the second-level cache, while the weights are unpacked for each of them.
 constexpr int64_t kTokensAtOnce = 48 * kIntegerTokens;
 
+// How tokens are cut into tiles: as many full ones as there are, then narrow ones, of which two take the place of a full
+// one that would be followed by next to nothing.
+struct Tiles {
+    static constexpr int kNarrow = kIntegerTokens * 2 / 3;
+
+    int64_t n_full, n_narrow = 0;
+
+    YIVL_INLINE Tiles(int64_t n_tokens, bool few) : n_full((n_tokens + kIntegerTokens - 1) / kIntegerTokens) {
+        const int64_t rest = n_tokens - (n_full - 1) * kIntegerTokens;  // in the last
+        if (!few || rest > kNarrow) return;
+        n_narrow = n_full > 1 && rest <= 2 * kNarrow - kIntegerTokens ? 2 : 1;
+        n_full -= n_narrow;
+    }
+    YIVL_INLINE int64_t count() const { return n_full + n_narrow; }
+    YIVL_INLINE int64_t first_token(int64_t tile) const {
+        return tile * kIntegerTokens - (tile > n_full ? tile - n_full : 0) * (kIntegerTokens - kNarrow);
+    }
+};
+
 // Tokens [token, token + n_tokens) of the piece. The last tile may be wider and higher than what is left: what it
-// computes from memory that happens to lie there is not read. With `few` tokens it is narrower, and the next rows of
-// the file are fetched.
+// computes from memory that happens to lie there is not read. With `few` tokens the next rows of the file are fetched.
 template <class Rows, bool few>
 void multiply_some(const PackedPiece& p, int64_t token, int64_t n_tokens, std::byte* scratch, bool (*stop)(const void*),
                    const void* stop_arg) {
     WeightSlab* const w = reinterpret_cast<WeightSlab*>(scratch);
     F* const sums = reinterpret_cast<F*>(scratch + kIntegerRows * sizeof(WeightSlab));
     const int64_t n_slabs = (p.cols + kSlabCols - 1) / kSlabCols;
-    const int64_t n_tiles = (n_tokens + kIntegerTokens - 1) / kIntegerTokens;
+    const Tiles tiles(n_tokens, few);
     for (int64_t s = 0; s < n_slabs; ++s) {
         if (stop(stop_arg)) return;
         const int64_t n_blocks = min64(kSlabCols, p.cols - s * kSlabCols) / kBlock;
@@ -218,31 +236,26 @@ void multiply_some(const PackedPiece& p, int64_t token, int64_t n_tokens, std::b
                 .far = p.w + kSideRows * (p.row_bytes + s * Rows::kBytes),
                 .far_lines = few ? NextTurn<Rows>::kFarLines : 0,
             };
-            next_turn.spread(n_tiles * n_blocks);
-            F* const mine = sums + row / kSideRows * n_tiles * kTileSums;
+            next_turn.spread(tiles.count() * n_blocks);
+            F* const mine = sums + row / kSideRows * tiles.count() * kTileSums;
             const auto multiply = [&]<int T>(int64_t tile) YIVL_TARGET_LAMBDA {
-                multiply_tile<T>(next_turn, mine + tile * kTileSums, w, x + tile * kIntegerTokens, n_blocks, s == 0);
+                multiply_tile<T>(next_turn, mine + tile * kTileSums, w, x + tiles.first_token(tile), n_blocks, s == 0);
             };
-            const int64_t full = few ? n_tokens / kIntegerTokens : n_tiles;
-            for (int64_t tile = 0; tile < full; ++tile) multiply.template operator()<kIntegerTokens>(tile);
+            for (int64_t tile = 0; tile < tiles.n_full; ++tile) multiply.template operator()<kIntegerTokens>(tile);
             if constexpr (few) {
-                constexpr int kThird = kIntegerTokens / 3;
-                const int64_t rest = n_tokens - full * kIntegerTokens;
-                if (rest > 2 * kThird) {
-                    multiply.template operator()<kIntegerTokens>(full);
-                } else if (rest > kThird) {
-                    multiply.template operator()<2 * kThird>(full);
-                } else if (rest > 0) {
-                    multiply.template operator()<kThird>(full);
+                for (int64_t tile = tiles.n_full; tile < tiles.count(); ++tile) {
+                    multiply.template operator()<Tiles::kNarrow>(tile);
                 }
             }
         }
     }
     for (int64_t row = 0; row < p.n_rows; row += kLanes) {
-        const F* const mine = sums + row / kSideRows * n_tiles * kTileSums + row % kSideRows / kLanes * kIntegerTokens;
-        for (int64_t t = 0; t < n_tokens; ++t) {
-            put_outputs(p, token + t, row, mine[t / kIntegerTokens * kTileSums + t % kIntegerTokens],
-                        min64(kLanes, p.n_rows - row));
+        const F* mine = sums + row / kSideRows * tiles.count() * kTileSums + row % kSideRows / kLanes * kIntegerTokens;
+        for (int64_t tile = 0; tile < tiles.count(); ++tile, mine += kTileSums) {
+            const int64_t first = tiles.first_token(tile), end = min64(tiles.first_token(tile + 1), n_tokens);
+            for (int64_t t = first; t < end; ++t) {
+                put_outputs(p, token + t, row, mine[t - first], min64(kLanes, p.n_rows - row));
+            }
         }
     }
 }
