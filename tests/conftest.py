@@ -9,7 +9,7 @@ from pathlib import Path
 import emulated  # noqa: F401  before yivl_edge
 import numpy as np
 import pytest
-from yivl_edge import Model
+from yivl_edge import Model, _core
 from yivl_edge.convert import convert
 
 DATA = Path(__file__).parent / "data"
@@ -17,6 +17,12 @@ GOLDEN = DATA / "golden"
 
 # A shell that runs the tests in the background has Ctrl-C ignored, and so would every program that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(params=_core.available_isas())
+def isa(request: pytest.FixtureRequest) -> str:
+    """Every instruction set of this machine."""
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_attention_kernels
 import test_golden
 import test_kernels
 from emulated import EMULATOR, missing_device
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from test_attention_kernels import attention, exact_attention
 from test_golden import QUESTIONS
 from test_kernels import (
     EPS,
@@ -127,8 +129,10 @@ def test_a_read_before_its_barrier_is_found_in_any_order() -> None:
 
 # Every operation against exact results, with this file's `isa`.
 test_add = test_kernels.test_add
-test_attention = test_kernels.test_attention
-test_attention_with_large_and_growing_scores = test_kernels.test_attention_with_large_and_growing_scores
+test_attention = test_attention_kernels.test_attention
+test_attention_with_large_and_growing_scores = (
+    test_attention_kernels.test_attention_with_large_and_growing_scores
+)
 test_gated_linear_is_the_gated_product_of_two = test_kernels.test_gated_linear_is_the_gated_product_of_two
 test_gelu_is_the_erf_form_to_float32_accuracy = test_kernels.test_gelu_is_the_erf_form_to_float32_accuracy
 test_layer_norm = test_kernels.test_layer_norm
@@ -264,10 +268,10 @@ def test_attention_of_many_rows_does_not_depend_on_how_many(
     tokens, keys = 67, 140
     q = normal(1, tokens, heads * head_dim)
     k, v = normal(2, keys, kv_heads * head_dim), normal(3, keys, kv_heads * head_dim)
-    whole = test_kernels.attention(ops, q, k, v, heads, kv_heads, True)
+    whole = attention(ops, q, k, v, heads, kv_heads, True)
     for first, last in ((0, 9), (5, 15), (30, 67)):
         seen = keys - tokens + last
-        some = test_kernels.attention(ops, q[first:last], k[:seen], v[:seen], heads, kv_heads, True)
+        some = attention(ops, q[first:last], k[:seen], v[:seen], heads, kv_heads, True)
         assert np.array_equal(some, whole[first:last])
 
 
@@ -277,8 +281,8 @@ def test_attention_of_many_rows_with_large_and_growing_scores(isa: str) -> None:
     q = np.full((9, 80), 4, np.float32)
     k = np.linspace(-30, 30, keys, dtype=np.float32)[:, None] * np.ones((1, 80), np.float32)
     v = normal(1, keys, 80)
-    y = test_kernels.attention(ops, q, k, v, 1, 1, False)
-    exact = test_kernels.exact_attention(q, k, v, 1, 1, False)
+    y = attention(ops, q, k, v, 1, 1, False)
+    exact = exact_attention(q, k, v, 1, 1, False)
     # Scores reach 1073. q and k have 22 bits, and low * low is left out: three times 2^-22 of a score, which is the
     # relative error of a weight.
     assert np.abs(y - exact).max() < 3 * 2.0**-22 * 1073 * np.abs(v).max()
@@ -307,8 +311,8 @@ def test_attention_of_few_rows_shares_out_the_keys(
         )
         y = strided(np.full_like(q, np.nan))
         ops.attention(y, q, k, v, heads, kv_heads, causal)
-        exact = test_kernels.exact_attention(q, k, v, heads, kv_heads, causal)
-        # As in test_kernels.test_attention.
+        exact = exact_attention(q, k, v, heads, kv_heads, causal)
+        # As in test_attention_kernels.test_attention.
         assert np.abs(y - exact).max() < 100 * EPS
         # A row's keys alone decide which splits they are in, and so its bits.
         for i in range(rows):
