@@ -4,8 +4,8 @@ namespace yivl {
 
 namespace {
 
-// x = x + W_o attention(rope(W_q h), rope(W_k h), W_v h), keys and values going straight into the cache; of the T rows x
-// is the last ones
+// x = x + W_o attention(rope(W_q h), rope(W_k h), W_v h), keys and values going straight into the cache; of the T rows
+// x is the last ones
 void self_attention(const DecoderLayerWeights& w, const DecoderConfig& c, DecoderState& s, int64_t layer, int64_t T,
                     int64_t first, Mat x, Ops& ops) {
     const Mat h = s.h.rows(T);

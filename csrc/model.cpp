@@ -225,8 +225,8 @@ void Session::embed(std::span<const int32_t> positions, int64_t first_image_row,
 // T rows of x through the layers that stay on the CPU, and on to where the next one is.
 void Session::run_cpu_layers(int64_t T, int64_t first, int64_t n_wanted, Work& work,
                              const std::function<void(int64_t)>& on_layer) {
-    decoder_forward(model_->weights().decoder, model_->config().decoder, *cpu_decoder_, T, first, n_wanted,
-                    *work.cpu, on_layer);
+    decoder_forward(model_->weights().decoder, model_->config().decoder, *cpu_decoder_, T, first, n_wanted, *work.cpu,
+                    on_layer);
     work.ops->upload(decoder_.x.rows(T), cpu_decoder_->x.rows(T));
 }
 

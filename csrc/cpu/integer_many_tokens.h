@@ -189,8 +189,8 @@ YIVL_INLINE void multiply_tile(NextTurn<Rows>& next_turn, F* sums, const WeightS
 // Tokens whose slabs of x and sums stay in the second-level cache, while the weights are unpacked for each of them.
 constexpr int64_t kTokensAtOnce = 48 * kIntegerTokens;
 
-// How tokens are cut into tiles: as many full ones as there are, then narrow ones, of which two take the place of a full
-// one that would be followed by next to nothing.
+// How tokens are cut into tiles: as many full ones as there are, then narrow ones, of which two take the place of a
+// full one that would be followed by next to nothing.
 struct Tiles {
     static constexpr int kNarrow = kIntegerTokens * 2 / 3;
 

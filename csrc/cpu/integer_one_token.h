@@ -232,7 +232,7 @@ YIVL_INLINE void multiply_slab(RowsQ6_K, F& total, const std::byte* p, int64_t r
                 ByteSum bytes(integers(-32 * x.sums[half * 4 + b][part]));
                 repeat<4>([&]<int j>() YIVL_INLINE_LAMBDA {
                     ahead.template fetch<((half * 2 + part) * 4 + b) * 4 + j, 64>();
-                    bytes.add(nibbles_and_bits<b / 2 == 1, b * 2, 2>((b % 2 == 0 ? low : next)[j], high[j]),
+                    bytes.add(nibbles_and_bits < b / 2 == 1, b * 2, 2 > ((b % 2 == 0 ? low : next)[j], high[j]),
                               x.integers[half * 4 + b] + part * (kBlock / 2) + j * 4);
                 });
                 constexpr int kGroup = half * 8 + b * 2 + part;  // of 16 columns
@@ -282,10 +282,8 @@ void multiply_one(const PackedPiece& p) {
         F total = zero();
         for (int64_t slab = 0; slab < n_slabs; ++slab) {
             // Beyond the end of these rows the next begin.
-            const std::byte* const near =
-                slab + 1 < n_slabs ? w + (slab + 1) * Rows::kBytes : w + kLanes * p.row_bytes;
-            Ahead<Rows> ahead{near, p.row_bytes,
-                              w + kLanes * (kGroupsAhead * p.row_bytes + slab * Rows::kBytes)};
+            const std::byte* const near = slab + 1 < n_slabs ? w + (slab + 1) * Rows::kBytes : w + kLanes * p.row_bytes;
+            Ahead<Rows> ahead{near, p.row_bytes, w + kLanes * (kGroupsAhead * p.row_bytes + slab * Rows::kBytes)};
             const int64_t n_blocks = min64(kSlabBlocks, p.cols / kBlock - slab * kSlabBlocks);
             const std::byte* from = w + slab * Rows::kBytes;
             int64_t stride = p.row_bytes;

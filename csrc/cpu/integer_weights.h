@@ -2,8 +2,8 @@
 //
 // unpack(p, row_bytes, sink) takes a slab of kLanes rows, kBytes of each. The sink gets vector<b, i>(v) with the
 // integers of the i-th pair of columns of block b, kOffset too large, then finish<b>(scale, minimum): weight = scale *
-// integer - minimum. With kOneScale the blocks of a slab have one scale: integers that the file has for smaller groups of columns
-// are in the integers. kOrder is the order of columns in which x is packed.
+// integer - minimum. With kOneScale the blocks of a slab have one scale: integers that the file has for smaller groups
+// of columns are in the integers. kOrder is the order of columns in which x is packed.
 
 namespace {
 
@@ -24,8 +24,8 @@ YIVL_INLINE I nibble(I v) {
 
 // A slab of blocks of a half-precision scale and 4 n bytes. Two blocks are an odd number of dwords long, so that all is
 // brought together in whole dwords, scales too. In the first of two blocks the columns are then out of step by the
-// scale: of each 16 bytes the last two come first (kOrderQ4_0 and kOrderQ8_0). Calls dword<block, i>(bytes) for each of the n dwords,
-// then scale<block>(scale).
+// scale: of each 16 bytes the last two come first (kOrderQ4_0 and kOrderQ8_0). Calls dword<block, i>(bytes) for each of
+// the n dwords, then scale<block>(scale).
 template <int n, class Dword, class Scale>
 YIVL_INLINE void blocks_with_scales(const std::byte* p, int64_t row_bytes, Dword&& dword, Scale&& scale) {
     constexpr int kTwo = 2 * n + 1;
@@ -58,9 +58,8 @@ struct RowsQ8_0 {
             sink.template vector<b, i * 2>(signed_down<8>(up<8>(bytes)));
             sink.template vector<b, i * 2 + 1>(signed_down<8>(bytes));
         };
-        blocks_with_scales<8>(p, row_bytes, dword, [&]<int b>(F scale) YIVL_INLINE_LAMBDA {
-            sink.template finish<b>(scale, zero());
-        });
+        blocks_with_scales<8>(p, row_bytes, dword,
+                              [&]<int b>(F scale) YIVL_INLINE_LAMBDA { sink.template finish<b>(scale, zero()); });
     }
 };
 
@@ -75,9 +74,8 @@ struct RowsQ4_0 {
                 sink.template vector<b, n / 2 * 8 + i * 2 + n % 2>(nibble<n / 2 * 4 + n % 2 * 8>(bytes));
             });
         };
-        blocks_with_scales<4>(p, row_bytes, dword, [&]<int b>(F scale) YIVL_INLINE_LAMBDA {
-            sink.template finish<b>(scale, zero());
-        });
+        blocks_with_scales<4>(p, row_bytes, dword,
+                              [&]<int b>(F scale) YIVL_INLINE_LAMBDA { sink.template finish<b>(scale, zero()); });
     }
 };
 

@@ -17,10 +17,10 @@
 //   pair(p)                        the two int16 at p, in every lane
 //   multiply_pairs(sums, a, b)     sums + a[2l] * b[2l] + a[2l + 1] * b[2l + 1] in every lane l
 //   kFours                         whether one token is multiplied by bytes, each with the high and the low byte of x
-//   multiply_at(sums, a, p)        multiply_pairs(sums, a, pair(p)); with kFours sums + the four products of bytes of a,
-//                                  without a sign, with those at p in every lane, with a sign
-//   low_bits(v, n) flip_bits(v, n) any_bits(a, b) down<n>(v) up<n>(v) signed_down<n>(v) less(v, n) plus(a, b) times(a, b)    of int16:
-//                                  v & n, v ^ n, a | b, shifts, v - n, a + b, the low half of a product
+//   multiply_at(sums, a, p)        multiply_pairs(sums, a, pair(p)); with kFours sums + the products of the four bytes
+//                                  of each lane of a, without a sign, with the four at p, with a sign
+//   low_bits(v, n) flip_bits(v, n) any_bits(a, b) down<n>(v) up<n>(v)    of int16: v & n, v ^ n, a | b, shifts,
+//   signed_down<n>(v) less(v, n) plus(a, b) times(a, b)    of int16: shift, v - n, a + b, the low half of a product
 //   byte<n>(v)                     byte n of each lane, as int32
 //   signed_byte<n>(v)              byte n of each lane with its sign, as int32
 //   spread_byte<n>(v)              the same as two int16
@@ -48,8 +48,8 @@ constexpr int kPlainOrder = 0, kOrderQ4_0 = 1, kOrderQ8_0 = 2;
 
 // Half of the multiplications, and additions in their place (Winograd, "A New Algorithm for Inner Product", 1968):
 // (w0 + x1) (w1 + x0) = w0 x0 + w1 x1 + w0 w1 + x0 x1. The last two depend on one operand only, and the sums begin
-// without them. All is exact modulo 2^32. Of every four steps, four columns of a block each, one is left as it is: a CPU
-// with two units that multiply and add, and two more that add, is then busy in all.
+// without them. All is exact modulo 2^32. Of every four steps, four columns of a block each, one is left as it is: a
+// CPU with two units that multiply and add, and two more that add, is then busy in all.
 constexpr bool multiplied_as_sums(int step) { return step % 4 != 3; }
 
 // A slab of one row of x.
@@ -58,8 +58,8 @@ struct alignas(64) InputSlab {
     float scale[kSlabBlocks];
     float minus_sum[kSlabBlocks];  // of the rounded values
     int32_t sums[kSlabBlocks][2];  // of the integers of half a block
-    // For one token, and with kSumsOfPairs: what has to be added to the sum of a block, modulo 2^32. What the integers of
-    // the order's type are too large by, and the products of columns that are multiplied as sums.
+    // For one token, and with kSumsOfPairs: what has to be added to the sum of a block, modulo 2^32. What the integers
+    // of the order's type are too large by, and the products of columns that are multiplied as sums.
     int32_t missing[kSlabBlocks];
 };
 

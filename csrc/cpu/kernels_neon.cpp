@@ -180,7 +180,9 @@ template <int n>
 inline F half_of_lane(I v) {
     return vcvt_f32_f16(vreinterpret_f16_s16(half<n>(v)));
 }
-inline I low_and_high(I a, I b) { return lanes_of(vcombine_s16(vget_low_s16(halves_of(a)), vget_high_s16(halves_of(b)))); }
+inline I low_and_high(I a, I b) {
+    return lanes_of(vcombine_s16(vget_low_s16(halves_of(a)), vget_high_s16(halves_of(b))));
+}
 
 // 16 bytes of each of four rows.
 struct FourRows {
