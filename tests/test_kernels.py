@@ -190,6 +190,31 @@ def test_linear_in_integers_at_awkward_sizes(integer_isa: str, name: str) -> Non
                 assert np.all(np.abs(y - exact) <= (cols // 32 * 2 + 6) * EPS * sizes), (blocks, rows, tokens)
 
 
+@pytest.mark.parametrize("integer_isa", [isa for isa in ISAS if isa in INTEGER_ISAS])
+@pytest.mark.parametrize("name", INTEGER_TYPES)
+def test_the_largest_integers_do_not_overflow(integer_isa: str, name: str) -> None:
+    """Weights and x at the ends of their ranges, so that a block's sum is as large as it can be."""
+    ops = _core.KernelOps(integer_isa, 2)
+    qtype = GGMLQuantizationType[name]
+    block, size = GGML_QUANT_SIZES[qtype]
+    cols, ends = 512, np.array([0x00, 0x7F, 0x80, 0xFF], np.uint8)
+    data = np.repeat(ends, cols // block * size).reshape(-1, size)  # a row for each end
+    for offset in SCALE_OFFSETS.get(qtype.value, [0]):
+        data[:, offset : offset + 2] = np.array([0.01], np.float16).view(np.uint8)
+    data = data.reshape(len(ends), -1)
+    minimum = 0.63 if name in ("Q4_K", "Q5_K") else 0.0
+    w = np.abs(dequantize(data, qtype).T.astype(np.float64)) + 2 * minimum
+    for tokens in (1, 5, 13):
+        x = np.ones((tokens, cols), np.float32)
+        x[1::3] = -1
+        x[2::3, ::2] = -1
+        y = np.zeros((tokens, len(ends)), np.float32)
+        ops.linear(y, x, data.reshape(-1), qtype.value)
+        exact = x @ dequantize(data, qtype).T.astype(np.float64)
+        # As above.
+        assert np.all(np.abs(y - exact) <= (cols // 32 * 2 + 6) * EPS * (np.abs(x) @ w)), tokens
+
+
 @pytest.mark.parametrize("qtype", [GGMLQuantizationType.F16, GGMLQuantizationType.Q4_0], ids=lambda t: t.name)
 def test_linear_can_add_its_output_or_take_its_gelu(isa: str, qtype: GGMLQuantizationType) -> None:
     ops = _core.KernelOps(isa, 2)
