@@ -222,11 +222,17 @@ class Stages:
         return float(vision.n_blocks * per_block + 2 * n * (3 * vision.patch_size**2 * w + w * d + d * d))
 
     def prefill_flop(self, prompt_tokens: int) -> float:
-        """Operations of a prompt of that length and of the logits after it; each token sees those before it."""
+        """Operations of a prompt of that length and of the logits after it; each token sees those before it.
+
+        The last layer computes of all tokens but the last only keys and values.
+        """
         c, n = self._core.config.decoder, prompt_tokens
         q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-        per_layer = 2 * n * (2 * c.width * (q + kv) + 3 * c.width * c.mlp_width) + 2 * n**2 * q
-        return float(c.n_layers * per_layer + 2 * c.width * c.vocab_size)
+        keys_and_values = 4 * n * c.width * kv
+        per_token = 2 * (2 * c.width * q + 3 * c.width * c.mlp_width)
+        layer = keys_and_values + n * per_token + 2 * n**2 * q
+        last_layer = keys_and_values + per_token + 4 * n * q
+        return float((c.n_layers - 1) * layer + last_layer + 2 * c.width * c.vocab_size)
 
     def decode_bytes(self, context: int, tokens: int) -> float:
         """Bytes that one token of `decode` reads, on average: the decoder's weights, keys and values."""
