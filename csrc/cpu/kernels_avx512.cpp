@@ -235,10 +235,10 @@ YIVL_INLINE I multiply_pairs(I sums, I a, I b) {
     return sums;
 }
 YIVL_INLINE I multiply_at(I sums, I a, const int16_t* p) {
-    struct Pair {
-        int16_t n[2];
+    struct Four {
+        int8_t bytes[4];
     };
-    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(a), "m"(*reinterpret_cast<const Pair*>(p)));
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(a), "m"(*reinterpret_cast<const Four*>(p)));
     return sums;
 }
 }  // namespace
