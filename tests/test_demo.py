@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 from yivl_edge import Model
 from yivl_edge.cli import main
 from yivl_edge.data import MODEL, samples
@@ -39,3 +41,11 @@ def test_the_demo_asks_its_prepared_questions_and_ends(capfd):
 def test_the_demo_talks_about_a_picture_of_ones_own(capfd):
     assert main(["demo", "--once", "--image", str(samples()["stop"])]) == 0
     assert "STOP" in capfd.readouterr().out
+
+
+def test_the_demo_says_how_to_choose_a_picture_where_nobody_can_be_asked(capfd, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert main(["demo"]) == 1
+    error = capfd.readouterr().err
+    assert "found the end of the input: give it with --sample or --image" in error
+    assert "Traceback" not in error

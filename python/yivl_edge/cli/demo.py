@@ -88,7 +88,12 @@ def _picture(args: _Args) -> Path:
     for number, name in enumerate(names, 1):
         note(f"{number} {name}: {pictures[name]}")
     while True:
-        answer = input(f"Which picture, 1 to {len(names)}? ").strip() or "1"
+        try:
+            answer = input(f"Which picture, 1 to {len(names)}? ").strip() or "1"
+        except EOFError:
+            raise ValueError(
+                f"expected a picture, 1 to {len(names)}, found the end of the input: give it with --sample or --image"
+            ) from None
         if answer in names:
             return pictures[answer]
         if answer.isdecimal() and 1 <= int(answer) <= len(names):
