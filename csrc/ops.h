@@ -37,8 +37,8 @@ public:
 
 // Operations on float32 activations in the backend's memory. One object serves one caller at a time and throws
 // Cancelled when its Control says so. Each output value is computed in an order that depends neither on the number of
-// threads nor on how many rows stand beside it, so that replies do not change with either; but a GPU has one way for
-// few rows and another for many.
+// threads nor on how many rows stand beside it, so that replies do not change with either; but a GPU and AMX have one
+// way for few rows and another for many.
 class Ops {
 public:
     virtual ~Ops() = default;

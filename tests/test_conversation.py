@@ -286,11 +286,47 @@ def test_sampling_options_out_of_range_are_value_errors(model, option):
 
 
 @pytest.mark.parametrize(
-    "option", [{"temperature": "hot"}, {"seed": 1.5}, {"max_tokens": None}, {"stop": [1]}, {"system": 1}]
+    "option",
+    [
+        {"temperature": "hot"},
+        {"seed": 1.5},
+        {"max_tokens": None},
+        {"stop": [1]},
+        {"stop": 1},
+        {"system": 1},
+        {"on_progress": 1},
+        {"cancel": 1},
+    ],
 )
 def test_options_of_another_type_are_named(model, option):
     with pytest.raises(TypeError, match=rf"^{next(iter(option))}: expected"):
         ask(model, None, FIRST, **option)
+
+
+@pytest.mark.parametrize(
+    ("option", "error"),
+    [
+        ({"device": 0}, TypeError),
+        ({"max_image_pixels": "many"}, TypeError),
+        ({"max_image_pixels": 0}, ValueError),
+        ({"on_progress": 1}, TypeError),
+    ],
+)
+def test_wrong_options_of_a_model_are_named(golden_f32, option, error):
+    with pytest.raises(error, match=rf"^{next(iter(option))}: expected"):
+        Model(golden_f32, **option)
+
+
+def test_ids_that_are_no_ids_are_named(model):
+    with pytest.raises(TypeError, match=r"^ids\[0\]: expected an integer, found 'a'"):
+        model.detokenize("abc")
+    with pytest.raises(ValueError, match=r"^ids\[1\]: expected an integer from .*, found 1099511627776"):
+        model.detokenize([5, 2**40])
+
+
+def test_the_context_is_what_was_asked_for_or_the_models_own(golden_f32, model):
+    assert model.n_ctx == 1024
+    assert Model(golden_f32).n_ctx == model.config.decoder.context_length
 
 
 def test_sizes_of_a_session_are_checked_before_memory_is_asked_for(golden_f32, model):

@@ -1,11 +1,13 @@
 """The threads behind the operations: cancelling, errors, several callers, fork, idleness."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -150,6 +152,50 @@ assert os.waitstatus_to_exitcode(status) == 0
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True
     )
     assert "did not survive the fork" in result.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_model_in_a_forked_child_raises(golden_f32: Path) -> None:
+    code = """
+import os, sys
+from yivl_edge import Model
+model = Model(sys.argv[1], n_threads=2, n_ctx=256, device="cpu")
+model.chat(None, "Why?", max_tokens=1)
+pid = os.fork()
+if pid == 0:
+    try:
+        model.chat(None, "And then?", max_tokens=1)
+    except RuntimeError as error:
+        os.write(1, str(error).encode())
+        os._exit(0)
+    os._exit(3)
+_, status = os.waitpid(pid, 0)
+model.chat(None, "And then?", max_tokens=1)
+assert os.waitstatus_to_exitcode(status) == 0
+"""
+    command = [sys.executable, "-c", code, str(golden_f32)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "did not survive the fork" in result.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory counts stacks of threads on Linux")
+def test_threads_that_the_system_refuses_are_an_error() -> None:
+    code = """
+import resource
+from yivl_edge import _core
+with open("/proc/self/statm") as file:
+    in_use = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + (1 << 30), resource.RLIM_INFINITY))
+try:
+    _core.KernelOps("", 1000)
+except RuntimeError as error:
+    print(error)
+_core.KernelOps("", 2)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert re.match(r"cannot start thread \d+ of 1000: .+", result.stdout)
 
 
 def test_idle_workers_sleep() -> None:

@@ -133,12 +133,16 @@ const Kernels& choose_kernels(std::string_view name) {
     if (std::ranges::none_of(built, called)) {
         throw std::invalid_argument(quoted + " is not in this build, which has: " + list(built));
     }
-    throw std::invalid_argument("this CPU lacks " + quoted + "; it has: " + list(available));
+    throw std::invalid_argument("this CPU or its operating system lacks " + quoted + "; here are: " + list(available));
 }
 
 const Kernels& default_kernels() {
     const char* forced = std::getenv("YIVL_ISA");
-    return choose_kernels(forced == nullptr ? "" : forced);
+    try {
+        return choose_kernels(forced == nullptr ? "" : forced);
+    } catch (const std::invalid_argument& e) {
+        throw std::invalid_argument(std::string("YIVL_ISA: ") + e.what());
+    }
 }
 
 }  // namespace yivl

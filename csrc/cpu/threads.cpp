@@ -12,6 +12,7 @@
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -237,6 +238,15 @@ struct ThreadPool::Shared {
         }
     }
 
+    void end_workers() {
+        exit.store(true);
+        {
+            const std::lock_guard lock(sleep_mutex);
+        }
+        wake.notify_all();
+        for (std::thread& thread : threads) thread.join();
+    }
+
     void open() {
         const uint64_t now = gate.load(std::memory_order_relaxed);
         assert((now & (kInside | kOpen)) == 0);
@@ -332,8 +342,15 @@ ThreadPool::ThreadPool(int n_threads) : n_threads_(n_threads), shared_(std::make
         throw std::invalid_argument("n_threads must be from 1 to 1024, not " + std::to_string(n_threads));
     }
     shared_->shares = std::vector<Shared::Share>(static_cast<size_t>(n_threads));
+    shared_->threads.reserve(static_cast<size_t>(n_threads - 1));
     for (int i = 0; i < n_threads - 1; ++i) {
-        shared_->threads.emplace_back([shared = shared_.get(), i] { shared->worker(i); });
+        try {
+            shared_->threads.emplace_back([shared = shared_.get(), i] { shared->worker(i); });
+        } catch (const std::system_error& e) {
+            shared_->end_workers();
+            throw std::runtime_error("cannot start thread " + std::to_string(i + 2) + " of " +
+                                     std::to_string(n_threads) + ": " + e.code().message());
+        }
     }
 }
 
@@ -343,12 +360,7 @@ ThreadPool::~ThreadPool() {
         shared_.release();
         return;
     }
-    shared_->exit.store(true);
-    {
-        const std::lock_guard lock(shared_->sleep_mutex);
-    }
-    shared_->wake.notify_all();
-    for (std::thread& thread : shared_->threads) thread.join();
+    shared_->end_workers();
 }
 
 void ThreadPool::check_process() const {

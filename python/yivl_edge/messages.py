@@ -30,10 +30,12 @@ def normalise(
     Raises:
         ValueError: An unknown role or part, text with a lone surrogate, a picture in a later turn, two pictures, a
             system turn that is not the first, or a last turn of the wrong role.
-        TypeError: A message that is no mapping, or content that is no text.
+        TypeError: Messages that are no sequence, one that is no mapping, or content that is no text.
     """
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
+    if not isinstance(messages, Sequence):
+        raise TypeError(f"messages: expected a question or a list of turns, found {type(messages).__name__}")
     turns: list[tuple[str, str]] = []
     for i, message in enumerate(messages):
         where = f"messages[{i}]"

@@ -208,6 +208,19 @@ def _number(name: str, value: float) -> float:
     return float(value)
 
 
+def _stops(stop: str | Sequence[str] | None) -> list[str]:
+    if stop is None:
+        return []
+    if not isinstance(stop, Sequence):
+        raise TypeError(f"stop: expected a string or a list of strings, found {stop!r}")
+    return [checked_text("stop", text) for text in ([stop] if isinstance(stop, str) else stop)]
+
+
+def _check_progress(on_progress: Progress | None) -> None:
+    if on_progress is not None and not callable(on_progress):
+        raise TypeError(f"on_progress: expected a function, found {on_progress!r}")
+
+
 def _turns(messages: Messages, image: bool) -> list[tuple[str, str]]:
     picture, turns = normalise(None, messages)
     if picture is not None and not image:
@@ -240,6 +253,8 @@ class Model:
         DeviceError: The GPU asked for cannot be used; says what is missing.
         MemoryError: Weights or KV cache do not fit the memory; says what was needed, and on a GPU what is free.
         ValueError: An argument out of range, or ``YIVL_ISA`` names an instruction set that this CPU lacks.
+        TypeError: An argument of another type.
+        RuntimeError: The system has no more threads to give.
     """
 
     def __init__(
@@ -259,6 +274,8 @@ class Model:
         self._n_ctx = 0 if n_ctx is None else _integer("n_ctx", n_ctx, 1, 2**63 - 1)
         if n_gpu_layers is not None:
             n_gpu_layers = _integer("n_gpu_layers", n_gpu_layers, 0, 2**31 - 1)
+        max_image_pixels = _integer("max_image_pixels", max_image_pixels, 1, 2**63 - 1)
+        _check_progress(on_progress)
         if verify:
             for file in (path, mmproj):
                 if file is not None:
@@ -268,7 +285,7 @@ class Model:
             b"" if mmproj is None else os.fsencode(mmproj),
             n_threads,
             _core.Control(on_progress),
-            device,
+            checked_text("device", device),
             self._n_ctx,
             n_gpu_layers,
         )
@@ -318,6 +335,11 @@ class Model:
     def n_gpu_layers(self) -> int:
         """How many of the decoder's layers a GPU runs; 0 where the CPU does everything."""
         return self._model.n_gpu_layers
+
+    @property
+    def n_ctx(self) -> int:
+        """The context in tokens: what prompt and reply must fit together."""
+        return self._n_ctx or self.config.decoder.context_length
 
     @property
     def n_threads(self) -> int:
@@ -411,6 +433,7 @@ class Model:
             ValueError: A conversation or option outside what is described here; ImageError for a picture that cannot
                 be used; ContextOverflowError if prompt and max_tokens exceed the context (before any computing).
             TypeError: An argument of another type.
+            RuntimeError: The model was opened in the process that this one was forked from.
         """
         picture, turns = normalise(image, messages, system)
         ids = self._model.prompt_ids(turns, picture is not None)
@@ -423,7 +446,10 @@ class Model:
             seed=secrets.randbits(63) if seed is None else _integer("seed", seed, 0, 2**64 - 1),
         )
         max_tokens = _integer("max_tokens", max_tokens, 1, 2**63 - 1)
-        stops = [checked_text("stop", text) for text in ([stop] if isinstance(stop, str) else stop or [])]
+        stops = _stops(stop)
+        _check_progress(on_progress)
+        if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+            raise TypeError(f"cancel: expected an object with is_set(), found {cancel!r}")
         self._model.check(ids, max_tokens, sampling, stops, self._n_ctx)
         began = time.perf_counter()
         array = None if picture is None else load_image(picture, max_pixels=self._max_image_pixels)
@@ -470,7 +496,9 @@ class Model:
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids; special tokens are skipped."""
-        return self._model.detokenize(list(ids))
+        return self._model.detokenize(
+            [_integer(f"ids[{i}]", n, -(2**31), 2**31 - 1) for i, n in enumerate(ids)]
+        )
 
     def logits(self, image: ImageSource | None, messages: Messages) -> NDArray[np.float32]:
         """Logits of every position of a conversation's prompt: (T, V), image rows included."""

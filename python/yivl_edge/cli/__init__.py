@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return _INTERRUPTED
     except MemoryError as error:
-        return fail(f"not enough memory; a smaller --n-ctx needs less: {error}")
+        return fail(f"not enough memory: {error}")
     except (ValueError, OSError, DeviceError) as error:
         return fail(str(error))
     return code

@@ -75,8 +75,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_options(parser)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what every conversation can be told: how answers are chosen, memory and threads."""
+def add_options(parser: argparse.ArgumentParser, temperature: float | None = None) -> None:
+    """Adds what every conversation can be told: how answers are chosen, memory and threads.
+
+    Args:
+        parser: Where to.
+        temperature: The default; None for the file's.
+    """
+    default = "the file's, 0.2" if temperature is None else f"{temperature:g}"
     parser.add_argument("--system", metavar="TEXT", help="takes the place of the model's system text")
     parser.add_argument("--timings", action="store_true", help="after each answer, print how long it took")
 
@@ -87,8 +93,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--temperature",
         type=number(0, 100),
+        default=temperature,
         metavar="T",
-        help="0: always the likeliest token; higher: more varied (default: the file's, 0.2)",
+        help=f"0: always the likeliest token; higher: more varied (default: {default})",
     )
     sampling.add_argument(
         "--top-k",
@@ -205,7 +212,6 @@ class Conversation:
     def __init__(self, model: Model, args: Options) -> None:
         self._model = model
         self._args = args
-        self._n_ctx = args.n_ctx or model.config.decoder.context_length
         self._picture: NDArray[np.uint8] | None = None
         self._turns: list[dict[str, str]] = []
         self.reset()
@@ -233,11 +239,11 @@ class Conversation:
             Whether the answer came to its end; False after Ctrl-C.
         """
         turns = [*self._turns, {"role": "user", "content": question}]
-        room = self._n_ctx - self._positions(turns)
+        room = self._model.n_ctx - self._positions(turns)
         if room < 1:
             answered = any(turn["role"] == "assistant" for turn in turns)
             raise ValueError(
-                f"no room for an answer: the conversation takes {self._n_ctx - room} of {self._n_ctx} tokens; "
+                f"no room for an answer: the conversation takes {self._model.n_ctx - room} of {self._model.n_ctx} tokens; "
                 + ("/reset starts a new one" if answered else "ask a shorter question or raise --n-ctx")
             )
         wanted = self._args.max_tokens or self._model.config.max_tokens

@@ -47,7 +47,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="store_true",
         help="ask three prepared questions, print answers and timings, and exit",
     )
-    add_options(parser)
+    add_options(parser, temperature=0.0)  # its answers are short and certain
 
 
 def run(args: _Args) -> int:
@@ -61,7 +61,6 @@ def run(args: _Args) -> int:
         n_threads=args.threads,
         max_image_pixels=args.max_image_pixels,
     )
-    args.temperature = args.temperature or 0.0  # its answers are short and certain
     args.timings = args.timings or args.once
     conversation = Conversation(model, args)
     conversation.show(str(picture))
