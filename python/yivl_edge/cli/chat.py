@@ -239,11 +239,12 @@ class Conversation:
             Whether the answer came to its end; False after Ctrl-C.
         """
         turns = [*self._turns, {"role": "user", "content": question}]
-        room = self._model.n_ctx - self._positions(turns)
+        limit = self._model.n_ctx
+        room = limit - self._positions(turns)
         if room < 1:
             answered = any(turn["role"] == "assistant" for turn in turns)
             raise ValueError(
-                f"no room for an answer: the conversation takes {self._model.n_ctx - room} of {self._model.n_ctx} tokens; "
+                f"no room for an answer: the conversation takes {limit - room} of {limit} tokens; "
                 + ("/reset starts a new one" if answered else "ask a shorter question or raise --n-ctx")
             )
         wanted = self._args.max_tokens or self._model.config.max_tokens
