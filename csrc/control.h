@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <functional>
+#include <string>
 
 #include "errors.h"
 
@@ -19,6 +20,8 @@ public:
     std::function<void(Stage, double)> on_progress;
     // Called on the calling thread every few tens of milliseconds; may throw to end the work (Ctrl-C in Python).
     std::function<void()> poll;
+    // Called on the calling thread with what may be of interest when something is not as expected.
+    std::function<void(const std::string&)> on_log;
 
     // From any thread.
     void cancel() { cancelled_.store(true, std::memory_order_relaxed); }
@@ -28,6 +31,9 @@ public:
     void check();
     void progress(Stage stage, double fraction) {
         if (on_progress) on_progress(stage, fraction);
+    }
+    void log(const std::string& message) {
+        if (on_log) on_log(message);
     }
 
 private:

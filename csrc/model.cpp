@@ -78,10 +78,16 @@ std::shared_ptr<const Model> Model::open(const ModelOptions& options, Control& c
     Config config = read_config(*text, vision.get());
     Tokenizer tokenizer(Tokenizer::read_config(*text));
     Placement placement = place_model(options.device, options.n_gpu_layers, options.n_threads,
-                                      plan_memory(*text, vision.get(), config, options.n_ctx));
+                                      plan_memory(*text, vision.get(), config, options.n_ctx), control);
     Weights weights =
         bind_weights(text, vision, config, {*placement.backend, placement.cpu.get(), placement.n_cpu_layers}, control);
     control.progress(Stage::load, 1.0);
+    std::string opened = "opened " + options.path + " on " + placement.backend->name();
+    if (placement.cpu) {
+        opened += ", but " + std::to_string(placement.n_cpu_layers) + " of " + std::to_string(config.decoder.n_layers) +
+                  " layers on " + placement.cpu->name();
+    }
+    control.log(opened);
     return std::shared_ptr<const Model>(
         new Model(std::move(config), std::move(placement), std::move(weights), std::move(tokenizer)));
 }

@@ -20,13 +20,16 @@ Placement on_cuda(int device, int64_t n_gpu_layers, int n_threads, const MemoryP
     return placement;
 }
 
+std::string megabytes(int64_t bytes) { return std::to_string((bytes + 999'999) / 1'000'000) + " MB"; }
+
 // The first that so much fits; -1: none.
-int roomy_cuda_device(int64_t needed_bytes) {
+int roomy_cuda_device(int64_t needed_bytes, Control& control) {
     // No driver, or a card that cannot be used: nobody asked for one.
-    const auto or_else = [](auto&& ask, auto without) {
+    const auto or_else = [&](auto&& ask, auto without) {
         try {
             return ask();
-        } catch (const DeviceError&) {
+        } catch (const DeviceError& e) {
+            control.log(std::string("no GPU: ") + e.what());
             return without;
         }
     };
@@ -34,14 +37,16 @@ int roomy_cuda_device(int64_t needed_bytes) {
     for (int device = 0; device < count; ++device) {
         const auto has_room = [&] {
             const DeviceMemory memory = cuda_memory(device);
-            return !memory.emulated && needed_bytes <= memory.free_bytes;
+            if (memory.emulated) return false;
+            if (needed_bytes <= memory.free_bytes) return true;
+            control.log("not device cuda:" + std::to_string(device) + " (" + memory.name + "): the model needs " +
+                        megabytes(needed_bytes) + " of its memory, " + megabytes(memory.free_bytes) + " are free");
+            return false;
         };
         if (or_else(has_room, false)) return device;
     }
     return -1;
 }
-
-std::string megabytes(int64_t bytes) { return std::to_string((bytes + 999'999) / 1'000'000) + " MB"; }
 
 [[noreturn]] void does_not_fit(int device, const DeviceMemory& memory, int64_t n_gpu_layers, const MemoryPlan& plan) {
     throw AllocationError("device cuda:" + std::to_string(device) + " (" + memory.name + "): with " +
@@ -65,7 +70,7 @@ int cuda_number(std::string_view device) {
 }
 
 Placement place_model(std::string_view device, std::optional<int64_t> n_gpu_layers, int n_threads,
-                      const MemoryPlan& plan) {
+                      const MemoryPlan& plan, Control& control) {
     const int64_t most = device == "cpu" ? 0 : plan.n_layers();
     if (n_gpu_layers && (*n_gpu_layers < 0 || *n_gpu_layers > most)) {
         throw std::invalid_argument("n_gpu_layers: expected 0 to " + std::to_string(most) + " with device '" +
@@ -75,7 +80,7 @@ Placement place_model(std::string_view device, std::optional<int64_t> n_gpu_laye
     if (device == "auto") {
         const char* isa = std::getenv("YIVL_ISA");
         const int64_t n = n_gpu_layers.value_or(plan.n_layers());
-        const int chosen = isa == nullptr || *isa == 0 ? roomy_cuda_device(plan.on_device(n)) : -1;
+        const int chosen = isa == nullptr || *isa == 0 ? roomy_cuda_device(plan.on_device(n), control) : -1;
         return chosen < 0 ? on_cpu(n_threads) : on_cuda(chosen, n, n_threads, plan);
     }
     const int number = cuda_number(device);

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,16 @@ def test_auto_is_the_cpu_where_its_instruction_set_is_chosen(
     assert Model(golden_f32, device="auto").device == "portable"
 
 
+def test_what_was_opened_is_logged_whatever_its_name(
+    golden_f32: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = os.fsencode(tmp_path) + b"/\xff%s.gguf"  # no text, and no format
+    shutil.copy(os.fsencode(golden_f32), path)
+    with caplog.at_level(logging.INFO, "yivl_edge"):
+        model = Model(os.fsdecode(path), device="cpu")
+    assert caplog.messages == [f"opened {os.fsdecode(path)} on {model.device}"]
+
+
 def has_cuda() -> bool:
     try:
         _core.cuda_device()
@@ -37,7 +50,11 @@ def has_cuda() -> bool:
 
 @pytest.mark.skipif(has_cuda(), reason="this machine has a GPU")
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:1"])
-def test_without_a_gpu_cuda_says_what_is_missing(golden_f32: Path, name: str) -> None:
+def test_without_a_gpu_cuda_says_what_is_missing(
+    golden_f32: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(DeviceError, match=r"CUDA: this build of yivl-edge has none|driver|GPU"):
         Model(golden_f32, device=name)
-    assert Model(golden_f32, device="auto").device in _core.available_isas()
+    with caplog.at_level(logging.INFO, "yivl_edge"):
+        assert Model(golden_f32, device="auto").device in _core.available_isas()
+    assert caplog.messages[0].startswith("no GPU: ")

@@ -8,7 +8,8 @@ namespace {
 
 using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
 
-// A Control that watches Python: signals, an object with is_set(), and a progress callback.
+// A Control that watches Python: signals, an object with is_set(), and a progress callback. It logs to Python's
+// logging, as "yivl_edge".
 class PyControl : public Control {
 public:
     PyControl(py::object on_progress_callback, py::object cancel_flag)
@@ -19,6 +20,14 @@ public:
                 progress_callback_(stage_name(stage), fraction);
             };
         }
+        on_log = [](const std::string& message) {
+            const py::gil_scoped_acquire gil;
+            // Paths need not be text.
+            const auto text = py::reinterpret_steal<py::object>(
+                PyUnicode_DecodeFSDefaultAndSize(message.data(), static_cast<py::ssize_t>(message.size())));
+            if (!text) throw py::error_already_set();
+            py::module_::import("logging").attr("getLogger")("yivl_edge").attr("info")("%s", text);
+        };
         poll = [this] {
             const py::gil_scoped_acquire gil;
             if (PyErr_CheckSignals() != 0) throw py::error_already_set();
