@@ -233,6 +233,7 @@ namespace vnni {
 namespace {
 constexpr bool kFours = true;
 
+inline I shuffle_eights(I v) { return _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(eights())); }
 YIVL_INLINE I multiply_pairs(I sums, I a, I b) {
     asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sums) : "x"(a), "x"(b));
     return sums;

@@ -155,6 +155,7 @@ template <int n>
 inline F half_of_lane(I v) {
     return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(v, n * 16)));
 }
+inline I lanes_swapped(I v) { return _mm512_shuffle_epi32(v, _MM_PERM_CDAB); }
 inline I low_and_high(I a, I b) { return _mm512_mask_blend_epi16(0x55555555, b, a); }
 
 // 16 bytes of four rows side by side, four rows apart, then a transposition of each four by four.
@@ -230,6 +231,7 @@ namespace vnni {
 namespace {
 constexpr bool kFours = true;
 
+inline I shuffle_eights(I v) { return _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(eights())); }
 YIVL_INLINE I multiply_pairs(I sums, I a, I b) {
     asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
     return sums;

@@ -25,6 +25,9 @@ inline float half_to_float(half_bits h) { return _cvtsh_ss(h); }
 YIVL_INLINE void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 YIVL_INLINE void prefetch_far(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
+// Bytes 0, 4, 2, 6, 1, 5, 3, 7 of each eight.
+inline __m128i eights() { return _mm_setr_epi8(0, 4, 2, 6, 1, 5, 3, 7, 8, 12, 10, 14, 9, 13, 11, 15); }
+
 // The two bytes at each of eight places.
 YIVL_INLINE __m128i eight_halves(const std::byte* p, int64_t stride) {
     const std::byte* p4 = p + 4 * stride;

@@ -25,7 +25,9 @@
 //   signed_byte<n>(v)              byte n of each lane with its sign, as int32
 //   spread_byte<n>(v)              the same as two int16
 //   half_of_lane<n>(v)             half n of each lane, a half-precision number, as a float
+//   lanes_swapped(v)               with kSumsOfPairs: each two lanes in the other order
 //   low_and_high(a, b)             the low half of each lane of a, the high one of b
+//   shuffle_eights(v)              with kFours: bytes 0, 4, 2, 6, 1, 5, 3, 7 of each eight
 //   dwords(p, stride, out)         out[j] = bytes [4j, 4j + 4) at p + l * stride in lane l, j in [0, 4)
 //   halves(p, stride)              the half-precision number at p + l * stride in lane l, as a float
 //   largest_magnitude(x)           of 32 numbers; a NaN is larger than all
@@ -93,16 +95,30 @@ int64_t packed_integer_bytes(int64_t n_tokens, int64_t cols) {
     return (slabs + kIntegerTokens) * static_cast<int64_t>(sizeof(InputSlab));  // with room for the last tile
 }
 
+// Templates, so that only who calls them needs what they call.
+
 // Paired columns, four by four: their high bytes, then their low bytes.
-inline void cut_in_bytes(int16_t* integers) {
-    int8_t bytes[2 * kBlock];
-    for (int i = 0; i < kBlock; ++i) {
-        const int n = integers[i / 4 * 4 + i % 2 * 2 + i % 4 / 2];
-        int8_t* const to = bytes + i / 4 * 8 + i % 4;
-        to[0] = static_cast<int8_t>(n >> kLowBits);
-        to[4] = static_cast<int8_t>(n & ((1 << kLowBits) - 1));
+template <class Vector>
+YIVL_INLINE void cut_in_bytes(Vector* x) {
+    for (int i = 0; i < kPairs / kLanes; ++i) {
+        const Vector high = low_bits(signed_down<kLowBits>(x[i]), 0xff), low = low_bits(x[i], (1 << kLowBits) - 1);
+        store_integers(x + i, shuffle_eights(any_bits(high, up<8>(low))));
     }
-    __builtin_memcpy(integers, bytes, sizeof(bytes));
+}
+
+// The products of columns that are multiplied as sums, modulo 2^32.
+template <class Vector>
+YIVL_INLINE uint32_t products_of_columns(const Vector* x) {
+    alignas(Vector) uint32_t products[kPairs];  // of two neighbouring pairs, each twice
+    for (int i = 0; i < kPairs / kLanes; ++i) {
+        store_integers(reinterpret_cast<Vector*>(products) + i,
+                       multiply_pairs(no_integers(), x[i], lanes_swapped(x[i])));
+    }
+    uint32_t sum = 0;
+    for (int step = 0; step < kPairs / 2; ++step) {
+        if (multiplied_as_sums(step)) sum += products[step * 2];
+    }
+    return sum;
 }
 
 template <auto round>
@@ -123,16 +139,13 @@ void pack_block(InputSlab& slab, int64_t b, const float* x, int order, bool four
     const int32_t sum = slab.sums[b][0] + slab.sums[b][1];
     slab.minus_sum[b] = -scale * static_cast<float>(sum);
     slab.missing[b] = order == kOrderQ4_0 ? -8 * sum : order == kOrderQ8_0 && fours ? -128 * sum : 0;
-    if (fours) {
-        cut_in_bytes(slab.integers[b]);
-    } else if constexpr (kSumsOfPairs) {
-        uint32_t products = 0;
-        for (int i = 0; i < kBlock; i += 4) {
-            if (!multiplied_as_sums(i / 4)) continue;
-            const int16_t* const x0 = slab.integers[b] + i;
-            products += static_cast<uint32_t>(x0[0] * x0[2]) + static_cast<uint32_t>(x0[1] * x0[3]);
-        }
-        slab.missing[b] = static_cast<int32_t>(static_cast<uint32_t>(slab.missing[b]) - products);
+    I* const vectors = reinterpret_cast<I*>(slab.integers[b]);
+    if constexpr (kFours) {
+        if (fours) return cut_in_bytes(vectors);
+    }
+    if constexpr (kSumsOfPairs) {
+        const uint32_t missing = static_cast<uint32_t>(slab.missing[b]) - products_of_columns(vectors);
+        slab.missing[b] = static_cast<int32_t>(missing);
     }
 }
 
