@@ -14,7 +14,7 @@ YIVL_TARGET_BEGIN("avx2,fma,f16c")
 
 namespace yivl::avx2 {
 
-#include "cpu/kernels_bytes_x86.h"
+#include "cpu/reads_x86.h"
 
 namespace {
 
