@@ -85,6 +85,8 @@ struct PackedKernels {
 
     // Tokens that are packed together.
     int64_t tokens;
+    // Fewer are left to Kernels::few, and to attention without tiles.
+    int64_t least_tokens = 1;
     // In what order of columns x is packed for weights of this type, [0, kOrders); -1: not for this type.
     int (*order)(WeightType type);
     // Bytes of packed x, to be aligned to 64.
@@ -126,9 +128,9 @@ struct Kernels {
     const PackedKernels* floats;
     // In place of those for the types that it takes; null: none.
     const PackedKernels* packed;
-    // In place of `packed` for fewer tokens than that packs together; null: none.
+    // In place of `packed` for fewer tokens than its least; null: none.
     const PackedKernels* few;
-    // For attention of at least as many tokens, where it may be rounded; null: none.
+    // For attention of at least as many tokens as `packed` takes, where it may be rounded; null: none.
     const AttentionTiles* tiles;
 };
 

@@ -334,6 +334,7 @@ namespace yivl {
 
 const PackedKernels kAmxPackedKernels = {
     .tokens = amx::kTileTokens,
+    .least_tokens = amx::kTileTokens,  // a tile takes as long for fewer
     .order = amx::order,
     .packed_bytes = amx::packed_bytes,
     .pack = amx::pack,

@@ -329,7 +329,7 @@ int64_t multiply_add_bytes(int64_t rounds) {
 }
 
 const PackedKernels kByteKernels = {
-    .tokens = 16,
+    .tokens = kTokensOfGroup,
     .order = order_of_integers<ByteRows>,
     .packed_bytes = packed_integer_bytes,
     .pack = pack_integers<round_to_bytes>,

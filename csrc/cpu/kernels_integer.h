@@ -40,6 +40,8 @@ constexpr int kPairs = kBlock / 2;  // of columns in a block
 constexpr int kSlabBlocks = kSuperBlock / kBlock;
 // Both operands are cut into slabs of this many columns.
 constexpr int64_t kSlabCols = kSuperBlock;
+// Tokens whose x is packed as one piece of work.
+constexpr int64_t kTokensOfGroup = 16;
 // Sixteen bits less two: 32 products of a row of Q6_K, integers up to 32 * 128, must not overflow 32 bits.
 constexpr float kLargestInteger = 16383.0f;
 // Of an integer in two bytes, without a sign in the low one.
@@ -152,8 +154,8 @@ void pack_block(InputSlab& slab, int64_t b, const float* x, int order, bool four
 template <auto round = round_block>
 void pack_integers(std::byte* dst, const PackedInput& p, int64_t group) {
     InputSlab* const slabs = reinterpret_cast<InputSlab*>(dst);
-    const int64_t end = min64(group * 16 + 16, p.n_tokens);
-    for (int64_t t = group * 16; t < end; ++t) {
+    const int64_t begin = group * kTokensOfGroup, end = min64(begin + kTokensOfGroup, p.n_tokens);
+    for (int64_t t = begin; t < end; ++t) {
         for (int64_t col = 0; col < p.cols; col += kBlock) {
             const float* x = p.x + t * p.x_stride + col;
             const int64_t b = col % kSlabCols / kBlock;
@@ -209,7 +211,7 @@ int64_t multiply_add_integers(int64_t rounds) {
 }
 
 const PackedKernels kIntegerKernels = {
-    .tokens = 16,
+    .tokens = kTokensOfGroup,
     .order = order_of_integers<>,
     .packed_bytes = packed_integer_bytes,
     .pack = pack_integers<>,

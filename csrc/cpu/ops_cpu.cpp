@@ -142,7 +142,7 @@ public:
         const int64_t rows = q.rows * group;
         const int64_t blocks = divide_up(rows, kQueryRows);
         const int64_t block = divide_up(rows, std::max<int64_t>(blocks, 1));
-        const bool rounded = shape.rounded && kernels_.tiles != nullptr && q.rows >= kernels_.packed->tokens;
+        const bool rounded = shape.rounded && kernels_.tiles != nullptr && q.rows >= kernels_.packed->least_tokens;
         const AttentionTiles* const tiles = rounded ? kernels_.tiles : nullptr;
         const int64_t scratch_floats = kernels_.attention_scratch(block, shape.head_dim, tiles);
         // Packing a key costs about as much as using it four times.
@@ -257,7 +257,7 @@ private:
     };
 
     Form form_for(const Weight& w, int64_t n_tokens) const {
-        const bool few = kernels_.few != nullptr && n_tokens < kernels_.packed->tokens;
+        const bool few = kernels_.few != nullptr && n_tokens < kernels_.packed->least_tokens;
         if (const PackedKernels* const packed = few ? kernels_.few : kernels_.packed; packed != nullptr) {
             if (const int order = packed->order(w.type); order >= 0) return {*packed, order, order};
         }
