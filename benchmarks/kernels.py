@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from yivl_edge import _core
+from yivl_edge.measure import machine_name, measure_ceilings
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -35,8 +36,8 @@ _SCALES = {
     "Q5_K": [0, 2],
     "Q6_K": [208],
 }
-_PREFILL_TYPES = ["F32", "F16", "Q8_0", "Q4_0", "Q4_K", "Q6_K"]
-_DECODE_TYPES = ["F32", "F16", "Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K"]
+_TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K"]
+_LEAST_FOR_TILES = 16  # tokens whose attention AMX computes in bfloat16
 
 
 @dataclass
@@ -50,16 +51,6 @@ class Result:
     gigabytes_per_second: float  # of weights, or of keys and values
     share: float  # of the ceiling named by `bound`
     bound: str  # "arithmetic" or "memory"
-
-
-@dataclass
-class Ceilings:
-    """What the machine can do, by the same threads with the same instruction set."""
-
-    tflops: float  # float32
-    packed_tflops: float  # bfloat16 tiles (AMX) or pairs of int16 (AVX); 0 where there are none
-    gigabytes_per_second: float
-    barrier: float  # seconds that the threads take to begin and end an operation together, with the call from Python
 
 
 def random_weights(name: str, rows: int, cols: int) -> Bytes:
@@ -82,16 +73,19 @@ def random_weights(name: str, rows: int, cols: int) -> Bytes:
 
 
 class Benchmark:
-    """Runs operations with one instruction set and collects results."""
+    """Runs operations with the instruction set in use and collects results."""
 
-    def __init__(self, isa: str, threads: int, repeats: int) -> None:
-        self.ops = _core.KernelOps(isa, threads)
-        self.isa = self.ops.isa
+    def __init__(self, threads: int, repeats: int) -> None:
+        self.isa = _core.isa_name()
+        self.ops = _core.KernelOps(self.isa, threads)
         self.threads = self.ops.n_threads
         self.repeats = repeats
         self.clock = time.thread_time if self.threads == 1 else time.perf_counter
         self.results: list[Result] = []
-        self.ceilings = self._ceilings()
+        self.ceilings = measure_ceilings(self.threads, self.clock)
+        machine = _core.Ceilings(self.isa, self.threads)
+        # Seconds that the threads take to begin and end an operation together, with the call from Python.
+        self.barrier = statistics.median(self._measure(lambda: machine.multiply_add(1), 10_000))
 
     def _measure(self, run: Callable[[], object], repeats: int) -> list[float]:
         """Seconds of each of `repeats` runs, after one to warm up."""
@@ -103,37 +97,20 @@ class Benchmark:
             seconds.append(self.clock() - start)
         return seconds
 
-    def _ceilings(self) -> Ceilings:
-        ceilings = _core.Ceilings(self.isa, self.threads)
-        rounds = 100_000
-        operations = ceilings.multiply_add(rounds)
-        arithmetic = min(self._measure(lambda: ceilings.multiply_add(rounds), 5 * self.repeats))
-        memory = np.ones(1 << 27, np.float32)
-        reading = min(self._measure(lambda: ceilings.read(memory), self.repeats))
-        packed = 0.0
-        if packed_operations := ceilings.packed_multiply_add(rounds):
-            seconds = self._measure(lambda: ceilings.packed_multiply_add(rounds), 5 * self.repeats)
-            packed = packed_operations / min(seconds) / 1e12
-        barrier = statistics.median(self._measure(lambda: ceilings.multiply_add(1), 10_000))
-        return Ceilings(operations / arithmetic / 1e12, packed, memory.nbytes / reading / 1e9, barrier)
-
-    def _add(
-        self, name: str, seconds: list[float], operations: float, moved: float, tflops_ceiling: float
-    ) -> None:
+    def _add(self, name: str, seconds: list[float], operations: float, moved: float, unit: str) -> None:
         median = statistics.median(seconds)
-        tflops, rate = operations / median / 1e12, moved / median / 1e9
         shares = {
-            "arithmetic": tflops / tflops_ceiling,
-            "memory": rate / self.ceilings.gigabytes_per_second,
+            "arithmetic": operations / median / self.ceilings.per_second(unit),
+            "memory": moved / median / self.ceilings.read_bytes_per_second,
         }
         bound = max(shares, key=lambda key: shares[key])
         spread = (max(seconds) - min(seconds)) / median
+        tflops, rate = operations / median / 1e12, moved / median / 1e9
         self.results.append(Result(name, median, spread, tflops, rate, shares[bound], bound))
 
-    def _linear_ceiling(self, name: str) -> float:
-        """TFLOP/s that a product with such weights can reach."""
-        packed = _core.Ceilings(self.isa, 1).packs(name)
-        return self.ceilings.packed_tflops if packed else self.ceilings.tflops
+    def _unit(self, name: str) -> str:
+        """The unit that computes a product with such weights, as the ceilings name it."""
+        return self.ceilings.packed_unit if _core.Ceilings(self.isa, 1).packs(name) else "float32"
 
     def prefill(self, name: str, tokens: int, cols: int, rows: int) -> None:
         """Time a matrix product for many tokens."""
@@ -143,8 +120,7 @@ class Benchmark:
         kind = GGMLQuantizationType[name].value
         seconds = self._measure(lambda: self.ops.linear(y, x, weights, kind), self.repeats)
         label = f"linear {name}, {tokens} x {cols} x {rows}"
-        ceiling = self._linear_ceiling(name)
-        self._add(label, seconds, 2.0 * tokens * cols * rows, weights.nbytes, ceiling)
+        self._add(label, seconds, 2.0 * tokens * cols * rows, weights.nbytes, self._unit(name))
 
     def decode(self, name: str, cols: int, megabytes: int) -> None:
         """Time one token against weights that no cache holds."""
@@ -155,33 +131,29 @@ class Benchmark:
         y = np.zeros((1, rows), np.float32)
         kind = GGMLQuantizationType[name].value
         seconds = self._measure(lambda: self.ops.linear(y, x, weights, kind), self.repeats)
-        ceiling = self._linear_ceiling(name)
-        self._add(f"linear {name}, 1 token", seconds, 2.0 * cols * rows, weights.nbytes, ceiling)
+        operations = 2.0 * cols * rows
+        self._add(f"linear {name}, 1 token", seconds, operations, weights.nbytes, self._unit(name))
 
     def attention(
         self, name: str, tokens: int, keys: int, heads: int, kv_heads: int, head_dim: int, causal: bool
     ) -> None:
-        """Time attention; a causal one counts only the pairs that see each other."""
+        """Time attention amid rounded weights; a causal one counts only the pairs that see each other."""
         rng = np.random.default_rng(1)
         q = rng.standard_normal((tokens, heads * head_dim), dtype=np.float32)
         k = rng.standard_normal((keys, kv_heads * head_dim), dtype=np.float32)
         out = np.zeros_like(q)
         pairs = tokens * keys - (tokens * (tokens - 1) / 2 if causal else 0)
         seconds = self._measure(
-            lambda: self.ops.attention(out, q, k, k, heads, kv_heads, causal), self.repeats
+            lambda: self.ops.attention(out, q, k, k, heads, kv_heads, causal, rounded=True), self.repeats
         )
         operations = 4.0 * pairs * heads * head_dim
-        self._add(f"attention, {name}", seconds, operations, 2.0 * k.nbytes, self.ceilings.tflops)
+        unit = "bfloat16" if self.isa == "amx" and tokens >= _LEAST_FOR_TILES else "float32"
+        self._add(f"attention, {name}", seconds, operations, 2.0 * k.nbytes, unit)
 
     def print(self) -> None:
         """Print ceilings and results as a table."""
-        print(f"{self.isa}, {self.threads} threads: at most {self.ceilings.tflops:.3f} TFLOP/s, ", end="")
-        if self.ceilings.packed_tflops:
-            unit = "bfloat16" if self.isa == "amx" else "int16"
-            print(f"{self.ceilings.packed_tflops:.3f} in {unit}, ", end="")
-        print(
-            f"{self.ceilings.gigabytes_per_second:.1f} GB/s; a barrier takes {self.ceilings.barrier * 1e6:.1f} us"
-        )
+        print(f"{machine_name()}; {self.isa}, {self.threads} threads")
+        print(f"at most {self.ceilings}; a barrier takes {self.barrier * 1e6:.1f} us")
         print(f"{'':34}{'ms':>10}{'spread':>8}{'TFLOP/s':>9}{'GB/s':>7}{'share':>7}")
         for r in self.results:
             figures = f"{r.seconds * 1e3:10.2f}{r.spread:8.0%}{r.tflops:9.3f}{r.gigabytes_per_second:7.1f}"
@@ -206,12 +178,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures there, too")
     args = parser.parse_args()
 
-    bench = Benchmark(args.isa, args.threads, args.repeats)
-    for name in _PREFILL_TYPES:
+    if args.isa:
+        os.environ["YIVL_ISA"] = args.isa
+    bench = Benchmark(args.threads, args.repeats)
+    for name in _TYPES:
         bench.prefill(name, args.tokens, 4096, 4096)
     for cols, rows in ((1280, 1280), (1280, 5120), (5120, 1280)):
         bench.prefill("F16", 1025, cols, rows)
-    for name in _DECODE_TYPES:
+    for name in _TYPES:
         bench.decode(name, 4096, args.megabytes)
     bench.attention("image encoder", 1025, 1025, 16, 16, 80, causal=False)
     bench.attention("prefill", 1075, 1075, 32, 4, 128, causal=True)
@@ -221,8 +195,9 @@ def main() -> None:
         report = {
             "isa": bench.isa,
             "threads": bench.threads,
-            "machine": platform.processor() or platform.machine(),
+            "machine": machine_name(),
             "ceilings": asdict(bench.ceilings),
+            "barrier": bench.barrier,
             "results": [asdict(result) for result in bench.results],
         }
         args.json.write_text(json.dumps(report, indent=2) + "\n")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 
 import pytest
-from yivl_edge import Model
+from yivl_edge import Model, measure
 from yivl_edge.cli import main
 from yivl_edge.image import load_image
-from yivl_edge.measure import Stages, measure_ceilings
+from yivl_edge.measure import Stages, machine_name, measure_ceilings
 
 QUICK = ["--prompt-tokens", "40", "--generate", "6", "--runs", "2", "--threads", "1"]
 
@@ -97,6 +99,13 @@ def test_ceilings_are_of_the_instruction_set_in_use(monkeypatch):
     # It multiplies in float32 only.
     assert ceilings.packed_unit == ""
     assert ceilings.packed_per_second == 0
+
+
+def test_a_machine_is_named_by_its_architecture_where_its_model_is_unknown(monkeypatch):
+    monkeypatch.setattr(measure, "cpu_info", {"model name": "EPYC"}.get)
+    assert machine_name() == f"EPYC, {os.cpu_count()} CPUs"
+    monkeypatch.setattr(measure, "cpu_info", lambda key: "")
+    assert machine_name() == f"{platform.machine()}, {os.cpu_count()} CPUs"
 
 
 def test_answer_computes_the_whole_prompt_again(golden_model, golden_f32, golden_image):

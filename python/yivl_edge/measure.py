@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import resource
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +64,7 @@ class Kernel:
     flop: int
 
 
-def measure_ceilings(n_threads: int) -> Ceilings:
+def measure_ceilings(n_threads: int, clock: Callable[[], float] = time.perf_counter) -> Ceilings:
     """The ceilings of so many threads with the instruction set in use. Takes some seconds and 256 MiB."""
     machine = _core.Ceilings(_core.isa_name(), n_threads)
     values = np.ones(_READ_BYTES // 4, np.float32)
@@ -72,9 +75,9 @@ def measure_ceilings(n_threads: int) -> Ceilings:
         return times * _READ_BYTES
 
     return Ceilings(
-        _best_rate(read),
-        _best_rate(machine.multiply_add),
-        _best_rate(machine.packed_multiply_add),
+        _best_rate(read, clock),
+        _best_rate(machine.multiply_add, clock),
+        _best_rate(machine.packed_multiply_add, clock),
         _packed_unit(),
     )
 
@@ -89,13 +92,13 @@ def device_ceilings(model: Model) -> Ceilings:
     return Ceilings(memory, floats, halves, "float16", "copied")
 
 
-def _best_rate(work: Callable[[int], int]) -> float:
+def _best_rate(work: Callable[[int], int], clock: Callable[[], float] = time.perf_counter) -> float:
     """Of work that takes a number of rounds and returns how much that was: the most done in a second."""
     rounds, rates = 1, list[float]()
     while len(rates) < _TRIES:
-        begin = time.perf_counter()
+        begin = clock()
         done = work(rounds)
-        seconds = time.perf_counter() - begin
+        seconds = clock() - begin
         if done == 0:
             return 0.0
         if seconds < _TRY_SECONDS:
@@ -109,6 +112,21 @@ def _packed_unit() -> str:
     if _core.Ceilings(_core.isa_name(), 1).packed_multiply_add(1) == 0:
         return ""
     return "bfloat16" if _core.isa_name() == "amx" else "int16"
+
+
+def cpu_info(key: str) -> str:
+    """What Linux knows of the first core, such as its ``model name`` or ``flags``; empty where it does not say."""
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == key:
+                return value.strip()
+    return ""
+
+
+def machine_name() -> str:
+    """The CPU's model, or its architecture where the system does not say, and how many CPUs there are."""
+    return f"{cpu_info('model name') or platform.machine()}, {os.cpu_count()} CPUs"
 
 
 def peak_resident_bytes() -> int:
