@@ -4,7 +4,7 @@ Example:
     python benchmarks/compare_llama_cpp.py --isa avx512 --work /tmp/compare --json avx512.json
 
 The first run builds llama-cpp-python for the instruction set in an environment of its own (30 minutes on two cores),
-writes 9 GB of model files and tries llama.cpp's settings; later runs find all that in the folder --work. Both sides
+writes 12 GB of model files and tries llama.cpp's settings; later runs find all that in the folder --work. Both sides
 read the same files with the same number of threads, in turns, each in its own process; the one that waits sleeps.
 benchmarks/README.md says more.
 """
@@ -30,7 +30,7 @@ from random_model import SIZES, write_random_model
 from worker import Worker, WorkerError
 from yivl_edge import _core
 from yivl_edge.files import check_output, write_whole
-from yivl_edge.measure import Ceilings
+from yivl_edge.measure import Ceilings, cpu_info, machine_name
 
 LLAMA_CPP = "llama-cpp-python==0.3.36"
 SYSTEM = "You are a helpful assistant. Look at the picture carefully, then answer the question in a few short words."
@@ -112,7 +112,7 @@ def llama_environment(isa: str, work: Path) -> Path:
     if done.exists():
         return folder
     options = list(COLUMNS[isa].cmake)
-    options += [option for flag, option in _IF_PRESENT[isa].items() if flag in _cpu("flags").split()]
+    options += [option for flag, option in _IF_PRESENT[isa].items() if flag in cpu_info("flags").split()]
     settings = shlex.join(options)
     say(f"building {LLAMA_CPP} with CMAKE_ARGS={settings!r}; log: {log}")
     # pip would otherwise take the wheel that it has built before, perhaps for another instruction set.
@@ -183,15 +183,6 @@ def _on(flag: bool) -> str:
 
 def _python(environment: Path) -> str:
     return str(environment / "bin" / "python")
-
-
-def _cpu(key: str) -> str:
-    """What Linux knows of the first core."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == key:
-            return value.strip()
-    raise WorkerError(f"/proc/cpuinfo: expected a line {key!r}, found none")
 
 
 def _commit() -> str:
@@ -276,10 +267,9 @@ class Comparison:
             prompt = ours.ask("prompt", system=SYSTEM, question=QUESTION)
             self.before, self.after = prompt.split(PLACEHOLDER)
         self.settings = self._best_settings()
-        machine = f"{_cpu('model name')}, {os.cpu_count()} CPUs"
         self.figures = Figures(
             self.isa,
-            machine,
+            machine_name(),
             self.threads,
             self.size,
             self.blocks,
@@ -544,7 +534,7 @@ def main() -> None:
         "--isa", choices=tuple(COLUMNS), required=True, help="the column: ours forced, theirs built for it"
     )
     parser.add_argument(
-        "--work", type=Path, required=True, metavar="DIR", help="folder of what is made once (10 GB)"
+        "--work", type=Path, required=True, metavar="DIR", help="folder of what is made once (12 GB)"
     )
     parser.add_argument("--json", type=Path, required=True, metavar="OUT", help="where the figures go")
     parser.add_argument(
@@ -568,6 +558,10 @@ def main() -> None:
         "--add", action="store_true", help="add to the figures in OUT, to measure piece by piece"
     )
     arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error(f"--rounds: expected at least 1, found {arguments.rounds}")
+    if arguments.isa not in (available := _core.available_isas()):
+        parser.error(f"--isa: expected one that this CPU has ({', '.join(available)}), found {arguments.isa}")
     # As Ctrl-C does: what is measured so far is in the file, and no process stays behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

@@ -117,6 +117,24 @@ def test_a_build_for_another_instruction_set_is_refused(compare, monkeypatch, tm
         run(compare, monkeypatch, tmp_path)
 
 
+def test_an_instruction_set_that_the_cpu_lacks_is_refused_before_anything_is_built(
+    compare, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(compare._core, "available_isas", lambda: ["avx512", "portable"])
+    with pytest.raises(SystemExit):
+        run(compare, monkeypatch, tmp_path)
+    assert "--isa: expected one that this CPU has (avx512, portable), found avx2" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rounds", ["0", "-1"])
+def test_no_rounds_are_refused(compare, monkeypatch, tmp_path, capsys, rounds):
+    with pytest.raises(SystemExit):
+        run(compare, monkeypatch, tmp_path, "--rounds", rounds)
+    assert f"--rounds: expected at least 1, found {rounds}" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- llama.cpp's build
 
 
@@ -132,7 +150,7 @@ def test_a_build_for_another_instruction_set_is_refused(compare, monkeypatch, tm
 )
 def test_llama_cpp_is_built_for_just_the_column(compare, monkeypatch, tmp_path, isa, flags, on, off):
     ran = []
-    monkeypatch.setattr(compare, "_cpu", lambda key: flags)
+    monkeypatch.setattr(compare, "cpu_info", lambda key: flags)
 
     def call(command: list[str], env: dict[str, str], **_: Any) -> int:
         (tmp_path / f"llama-{isa}").mkdir(exist_ok=True)
