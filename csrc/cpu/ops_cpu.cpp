@@ -23,8 +23,10 @@ namespace {
 
 // Rows of x that are multiplied at a time.
 constexpr int64_t kTokenBlock = 1152;
-// Rows of the weights in one piece of a product: a multiple of kRowStep, unless there are no more.
+// Rows of the weights in one piece of a product: a multiple of kRowStep, unless there are no more. For one token a
+// piece keeps nothing for the next, and threads that wait for the last one leave memory idle.
 constexpr int64_t kRowBlock = 256;
+constexpr int64_t kRowBlockOfOne = 64;
 constexpr int64_t kRowStep = 32;
 // Query rows that share a packed block of keys.
 constexpr int64_t kQueryRows = 128;
@@ -277,18 +279,18 @@ private:
     }
 
     // Rows of one piece: several pieces for each thread, so that all end at about the same time.
-    int64_t row_block(const Weight& w) const {
+    int64_t row_block(const Weight& w, int64_t n_tokens) const {
         const int64_t share = divide_up(w.rows, 8 * state_.pool.n_threads());
-        return std::clamp(divide_up(share, kRowStep) * kRowStep, kRowStep, kRowBlock);
+        return std::clamp(divide_up(share, kRowStep) * kRowStep, kRowStep, n_tokens == 1 ? kRowBlockOfOne : kRowBlock);
     }
 
     int64_t piece_work(const Weight& w, int64_t n_tokens) const {
         const int64_t uses = &form_for(w, n_tokens).kernels == kernels_.floats ? n_tokens : n_tokens / kPackedSpeed;
-        return row_block(w) * w.cols * (kCopyWork + uses);
+        return row_block(w, n_tokens) * w.cols * (kCopyWork + uses);
     }
 
     int64_t scratch_bytes(const Weight& w, int64_t n_tokens) const {
-        return form_for(w, n_tokens).kernels.scratch_bytes(n_tokens, row_block(w), w.cols);
+        return form_for(w, n_tokens).kernels.scratch_bytes(n_tokens, row_block(w, n_tokens), w.cols);
     }
 
     void linear_block(ConstMat x, std::span<const Product> products, int64_t first_token) {
@@ -300,7 +302,7 @@ private:
             assert(x.cols == p.w.cols && p.y.cols == p.w.rows && p.row + first_token + x.rows <= p.y.rows);
             assert(p.bias.empty() || static_cast<int64_t>(p.bias.size()) == p.w.rows);
             prepare(input, p.w);
-            const int64_t block = row_block(p.w);
+            const int64_t block = row_block(p.w, x.rows);
             for (int64_t row = 0; row < p.w.rows; row += block) {
                 pieces_.push_back({&p, row, std::min(block, p.w.rows - row)});
             }
@@ -322,7 +324,7 @@ private:
         Input input{.x = x};
         prepare(input, gate);
         prepare(input, up);
-        const int64_t block = std::min(row_block(gate), row_block(up));
+        const int64_t block = std::min(row_block(gate, x.rows), row_block(up, x.rows));
         const int64_t up_bytes = block * x.rows * static_cast<int64_t>(sizeof(float));
         const int64_t scratch_size = std::max(scratch_bytes(gate, x.rows), scratch_bytes(up, x.rows));
         run(divide_up(gate.rows, block), piece_work(gate, x.rows) + piece_work(up, x.rows),
