@@ -20,10 +20,11 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from test_attention_kernels import attention, exact_attention
 from test_golden import QUESTIONS
 from test_kernels import (
+    CUDA_INTEGER_TYPES,
     EPS,
-    INTEGER_TYPES,
     QUANTISED,
     RANDOM_BYTES,
+    check_largest_integers,
     normal,
     product,
     random_weights,
@@ -160,7 +161,8 @@ def test_embed_and_linear_with_every_weight_type(isa: str, qtype: GGMLQuantizati
         assert relative_error(y, product(isa, x, values, qtype)[0]) < 2e-6
 
 
-MATVEC = [GGMLQuantizationType[name] for name in (*INTEGER_TYPES, "F16", "BF16")]
+INTEGERS = [GGMLQuantizationType[name] for name in CUDA_INTEGER_TYPES]
+MATVEC = [*INTEGERS, GGMLQuantizationType.F16, GGMLQuantizationType.BF16]
 
 
 @pytest.mark.parametrize("qtype", MATVEC, ids=lambda t: t.name)
@@ -187,7 +189,28 @@ def test_products_for_decode_at_awkward_sizes(isa: str, qtype: GGMLQuantizationT
                 assert np.array_equal(some, y[:tokens])
 
 
-@pytest.mark.parametrize("qtype", MATVEC[:5], ids=lambda t: t.name)
+@pytest.mark.parametrize("qtype", MATVEC, ids=lambda t: t.name)
+def test_gated_products_for_decode(isa: str, qtype: GGMLQuantizationType) -> None:
+    ops = _core.KernelOps(isa)
+    (gate, _), (up, _) = (random_weights(qtype, 70, 512, seed) for seed in (1, 2))
+    for tokens in (1, 3):
+        x = normal(5, tokens, 512)
+        y, g, u = np.full((3, tokens, 70), np.nan, np.float32)
+        ops.gated_linear(y, x, gate.reshape(-1), qtype.value, up.reshape(-1), qtype.value)
+        ops.linear(g, x, gate.reshape(-1), qtype.value)
+        ops.linear(u, x, up.reshape(-1), qtype.value)
+        wide = g.astype(np.float64)
+        exact = wide / (1 + np.exp(-wide)) * u
+        # As in test_kernels.test_gated_linear_is_the_gated_product_of_two.
+        assert np.all(np.abs(y - exact) <= 10 * EPS * np.abs(exact) + 1e-30)
+
+
+@pytest.mark.parametrize("name", CUDA_INTEGER_TYPES)
+def test_the_largest_integers_do_not_overflow(isa: str, name: str) -> None:
+    check_largest_integers(isa, name, 8)
+
+
+@pytest.mark.parametrize("qtype", INTEGERS, ids=lambda t: t.name)
 def test_products_at_the_ends_of_the_range_of_integers(isa: str, qtype: GGMLQuantizationType) -> None:
     ops = _core.KernelOps(isa)
     data, w = random_weights(qtype, 5, 512, 1)

@@ -103,7 +103,17 @@ def test_linear_at_awkward_sizes(isa: str, cols: int) -> None:
 
 QUANTISED = [GGMLQuantizationType(number) for number in (1, 2, 3, 6, 7, 8, 30)]
 RANDOM_BYTES = [GGMLQuantizationType(number) for number in (10, 11, 12, 13, 14, 20, 23)]
-SCALE_OFFSETS = {10: [80, 82], 11: [108], 12: [0, 2], 13: [0, 2], 14: [208], 20: [0], 23: [0]}
+SCALE_OFFSETS = {
+    3: [0, 2],
+    7: [0, 2],
+    10: [80, 82],
+    11: [108],
+    12: [0, 2],
+    13: [0, 2],
+    14: [208],
+    20: [0],
+    23: [0],
+}
 
 
 def random_weights(qtype: GGMLQuantizationType, rows: int, cols: int, seed: int) -> tuple[Array, Array]:
@@ -131,6 +141,7 @@ def to_bfloat(values: Array) -> Array:
 
 INTEGER_ISAS = ("amx", "avx512", "avx2", "neon", "cuda")
 INTEGER_TYPES = ("Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K")
+CUDA_INTEGER_TYPES = (*INTEGER_TYPES, "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS")
 # From so many tokens on, AMX multiplies on tiles of bfloat16; fewer it leaves to the kernels of AVX-512.
 TILE_TOKENS = 16
 
@@ -151,7 +162,7 @@ def product(isa: str, x: Array, w: Array, qtype: GGMLQuantizationType) -> tuple[
     """
     if isa == "amx" and len(x) >= TILE_TOKENS:
         x, w = to_bfloat(x), to_bfloat(w)
-    elif isa in INTEGER_ISAS and qtype.name in INTEGER_TYPES:
+    elif isa in INTEGER_ISAS and qtype.name in (CUDA_INTEGER_TYPES if isa == "cuda" else INTEGER_TYPES):
         x = to_integers(x)
     wide_x, wide_w = x.astype(np.float64), w.astype(np.float64)
     return wide_x @ wide_w.T, np.abs(wide_x) @ np.abs(wide_w.T)
@@ -193,9 +204,7 @@ def test_linear_in_integers_at_awkward_sizes(integer_isa: str, name: str) -> Non
                 assert np.all(np.abs(y - exact) <= (cols // 32 * 2 + 6) * EPS * sizes), (blocks, rows, tokens)
 
 
-@pytest.mark.parametrize("integer_isa", [isa for isa in ISAS if isa in INTEGER_ISAS])
-@pytest.mark.parametrize("name", INTEGER_TYPES)
-def test_the_largest_integers_do_not_overflow(integer_isa: str, name: str) -> None:
+def check_largest_integers(integer_isa: str, name: str, most_tokens: int) -> None:
     """Weights and x at the ends of their ranges, so that a block's sum is as large as it can be."""
     ops = _core.KernelOps(integer_isa, 2)
     qtype = GGMLQuantizationType[name]
@@ -205,9 +214,9 @@ def test_the_largest_integers_do_not_overflow(integer_isa: str, name: str) -> No
     for offset in SCALE_OFFSETS.get(qtype.value, [0]):
         data[:, offset : offset + 2] = np.array([0.01], np.float16).view(np.uint8)
     data = data.reshape(len(ends), -1)
-    minimum = 0.63 if name in ("Q4_K", "Q5_K") else 0.0
+    minimum = {"Q4_K": 0.63, "Q5_K": 0.63, "Q2_K": 0.15, "Q4_1": 0.01, "Q5_1": 0.01}.get(name, 0.0)
     w = np.abs(dequantize(data, qtype).T.astype(np.float64)) + 2 * minimum
-    for tokens in (1, 5, 13):
+    for tokens in (1, 5, most_tokens):
         x = np.ones((tokens, cols), np.float32)
         x[1::3] = -1
         x[2::3, ::2] = -1
@@ -216,6 +225,12 @@ def test_the_largest_integers_do_not_overflow(integer_isa: str, name: str) -> No
         exact = x @ dequantize(data, qtype).T.astype(np.float64)
         # As above.
         assert np.all(np.abs(y - exact) <= (cols // 32 * 2 + 6) * EPS * (np.abs(x) @ w)), tokens
+
+
+@pytest.mark.parametrize("integer_isa", [isa for isa in ISAS if isa in INTEGER_ISAS])
+@pytest.mark.parametrize("name", INTEGER_TYPES)
+def test_the_largest_integers_do_not_overflow(integer_isa: str, name: str) -> None:
+    check_largest_integers(integer_isa, name, 13)
 
 
 @pytest.mark.parametrize("qtype", [GGMLQuantizationType.F16, GGMLQuantizationType.Q4_0], ids=lambda t: t.name)

@@ -9,9 +9,9 @@ namespace yivl::cuda {
 __device__ __forceinline__ float from_half(half_bits bits) { return to_float(Half{bits}); }
 
 // The non-linear 4-bit values of IQ4_NL and IQ4_XS, packed as bytes.
+inline constexpr uint64_t kNonLinearLow = 0xf6eaddcfbfad9881, kNonLinearHigh = 0x7159453526190d01;
 __device__ __forceinline__ int non_linear(int index) {
-    constexpr uint64_t kLow = 0xf6eaddcfbfad9881, kHigh = 0x7159453526190d01;
-    return static_cast<int8_t>((index < 8 ? kLow : kHigh) >> index % 8 * 8);
+    return static_cast<int8_t>((index < 8 ? kNonLinearLow : kNonLinearHigh) >> index % 8 * 8);
 }
 
 // Nibble i of 32 that lie as the lower and then the upper halves of 16 bytes.
@@ -57,25 +57,30 @@ __device__ __forceinline__ float value(const BlockQ3_K& b, int i) {
     return scale * static_cast<float>(q);
 }
 
-// Group g of 32 weights of a Q4_K or Q5_K block: scale * q - minimum.
+// Of a Q4_K or Q5_K block's groups of 32 weights, two neighbours, the first of an even number: their integers, a byte
+// each. `head`: the block's first 16 bytes.
+struct GroupPair {
+    uint32_t scales, minima;
+};
+__device__ __forceinline__ GroupPair group_pair(const Words& head, int first) {
+    const int by = first % 4 * 8;
+    const uint32_t a = head.word[1] >> by, b = head.word[2] >> by, c = head.word[3] >> by;
+    if (first < 4) return {a & 0x3f3f, b & 0x3f3f};
+    return {(c & 0x0f0f) | (a >> 2 & 0x3030), (c >> 4 & 0x0f0f) | (b >> 2 & 0x3030)};
+}
+// Group g: scale * q - minimum.
 struct Group {
     float scale, minimum;
 };
-template <class Block>
-__device__ __forceinline__ Group group_of(const Block& b, int g) {
-    int scale, minimum;
-    if (g < 4) {
-        scale = b.scales[g] & 63;
-        minimum = b.scales[g + 4] & 63;
-    } else {
-        scale = (b.scales[g + 4] & 15) | b.scales[g - 4] >> 6 << 4;
-        minimum = b.scales[g + 4] >> 4 | b.scales[g] >> 6 << 4;
-    }
-    return {from_half(b.d) * static_cast<float>(scale), from_half(b.dmin) * static_cast<float>(minimum)};
+__device__ __forceinline__ Group group_of(const Words& head, int g) {
+    const GroupPair pair = group_pair(head, g / 2 * 2);
+    return {from_half(static_cast<half_bits>(head.word[0])) * static_cast<float>(pair.scales >> g % 2 * 8 & 255),
+            from_half(static_cast<half_bits>(head.word[0] >> 16)) * static_cast<float>(pair.minima >> g % 2 * 8 & 255)};
 }
+// Such blocks lie at multiples of 16.
 template <class Block>
 __device__ __forceinline__ float scaled(const Block& b, int g, int q) {
-    const Group group = group_of(b, g);
+    const Group group = group_of(reinterpret_cast<const Words&>(b), g);
     return group.scale * static_cast<float>(q) - group.minimum;
 }
 
@@ -97,12 +102,15 @@ __device__ __forceinline__ float value(const BlockQ6_K& b, int i) {
 __device__ __forceinline__ float value(const BlockIQ4_NL& b, int i) {
     return from_half(b.d) * static_cast<float>(non_linear(nibble(b.qs, i)));
 }
-__device__ __forceinline__ float value(const BlockIQ4_XS& b, int i) {
-    const int g = i / 32;
+// Of group g of 32 weights.
+__device__ __forceinline__ float scale_of(const BlockIQ4_XS& b, int g) {
     const int low = b.scales_l[g / 2] >> g % 2 * 4 & 15;
     const int high = b.scales_h >> g * 2 & 3;
-    const float scale = from_half(b.d) * static_cast<float>((low | high << 4) - 32);
-    return scale * static_cast<float>(non_linear(nibble(b.qs + g * 16, i % 32)));
+    return from_half(b.d) * static_cast<float>((low | high << 4) - 32);
+}
+__device__ __forceinline__ float value(const BlockIQ4_XS& b, int i) {
+    const int g = i / 32;
+    return scale_of(b, g) * static_cast<float>(non_linear(nibble(b.qs + g * 16, i % 32)));
 }
 
 // Block, and weights in it, of a type.

@@ -205,17 +205,8 @@ struct Unpack<WeightType::Q4_0> {
     }
 };
 
-// Scale and minimum of group g of a Q4_K or Q5_K block, from the block's first 16 bytes.
-__device__ __forceinline__ Group group_of(const Words& head, int g) {
-    const int by = g % 4 * 8;
-    const uint32_t a = head.word[1] >> by, b = head.word[2] >> by, c = head.word[3] >> by;
-    const uint32_t scale = g < 4 ? a & 63 : (c & 15) | (a >> 2 & 48);
-    const uint32_t minimum = g < 4 ? b & 63 : (c >> 4 & 15) | (b >> 2 & 48);
-    return {from_half(static_cast<half_bits>(head.word[0])) * static_cast<float>(scale),
-            from_half(static_cast<half_bits>(head.word[0] >> 16)) * static_cast<float>(minimum)};
-}
-// Their blocks lie at multiples of 16, as rows do. Integers are taken around `centre`: what rounding a scale costs is
-// then a part of the weights, not of their distance from the minimum.
+// Q4_K and Q5_K blocks lie at multiples of 16, as rows do; `head` is the first 16 bytes. Integers are taken around
+// `centre`: what rounding a scale costs is then a part of the weights, not of their distance from the minimum.
 template <class Put>
 __device__ __forceinline__ void put_group(const Words& head, int g, const uint32_t (&q)[8], int centre, Put&& put) {
     const Group group = group_of(head, g);

@@ -71,10 +71,11 @@ inline Work work_of(int64_t n_tokens, std::span<const FinishedProduct> products)
 inline constexpr size_t kMostProducts = 3;
 
 // matmul.cu
-// With weights of any type; rotates nothing.
+// With F32 weights; rotates nothing.
 void linear(Stream& stream, ConstMat x, const FinishedProduct& product);
 
 // matvec.cu
+// Of all types but F32.
 bool has_matvec(WeightType type);
 // Of these types with weights that need x rounded.
 bool takes_rounded(WeightType type);

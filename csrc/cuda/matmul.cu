@@ -1,5 +1,4 @@
-// Products with weights of any type: plain and exact to float32, each weight unpacked once for kTokens rows of x.
-#include "cuda/dequant.cuh"
+// Products with F32 weights: plain, each weight read once for kTokens rows of x.
 #include "cuda/finish.cuh"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
@@ -33,8 +32,7 @@ Grid over_outputs(int64_t n_tokens, int64_t n_rows) {
 }
 
 // x[token] . W[row] for the thread's output; 0 outside. The whole block comes here together.
-template <WeightType kType>
-__device__ float dot(ConstMat x, const std::byte* w, int64_t row_bytes, int64_t n_rows) {
+__device__ float dot(ConstMat x, ConstMat w) {
     WeightTile& tile = shared<WeightTile>();
     const Output at = output_of_thread();
     const int64_t first_row = int64_t{block_x()} * kRows;
@@ -43,8 +41,8 @@ __device__ float dot(ConstMat x, const std::byte* w, int64_t row_bytes, int64_t 
         sync_block();  // the last slab has been used
         for (int i = thread_id(); i < kRows * kSlab; i += kThreads) {
             const int64_t row = first_row + i / kSlab, col = begin + i % kSlab;
-            const bool inside = row < n_rows && col < x.cols;
-            tile.w[i / kSlab][i % kSlab] = inside ? weight_value<kType>(w + row * row_bytes, col) : 0.0f;
+            const bool inside = row < w.rows && col < x.cols;
+            tile.w[i / kSlab][i % kSlab] = inside ? w.data[row * w.stride + col] : 0.0f;
         }
         sync_block();
         if (at.token >= x.rows) continue;
@@ -60,10 +58,8 @@ __device__ float dot(ConstMat x, const std::byte* w, int64_t row_bytes, int64_t 
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-template <WeightType kType>
-__global__ void linear_kernel(Mat y, ConstMat x, const std::byte* w, int64_t row_bytes, const float* bias,
-                              Finish finish, RowNumber row) {
-    const float sum = dot<kType>(x, w, row_bytes, y.cols);
+__global__ void linear_kernel(Mat y, ConstMat x, ConstMat w, const float* bias, Finish finish, RowNumber row) {
+    const float sum = dot(x, w);
     const Output at = output_of_thread();
     if (at.row >= y.cols || at.token >= y.rows) return;
     put(finish, y.data[(number(row) + at.token) * y.stride + at.row], bias == nullptr ? sum : sum + bias[at.row]);
@@ -72,12 +68,11 @@ __global__ void linear_kernel(Mat y, ConstMat x, const std::byte* w, int64_t row
 }  // namespace
 
 void linear(Stream& stream, ConstMat x, const FinishedProduct& product) {
-    const Weight& w = product.w;
+    assert(product.w.type == WeightType::F32);
+    const ConstMat w(reinterpret_cast<const float*>(product.w.data), product.w.rows, product.w.cols);
     stream.expect(work_of(x.rows, {&product, 1}));
-    with_type(w.type, [&]<WeightType kType> {
-        launch(stream, "linear", linear_kernel<kType>, over_outputs(x.rows, w.rows), kThreads, 0, product.y, x, w.data,
-               w.row_bytes(), product.bias.empty() ? nullptr : product.bias.data(), product.finish, product.row);
-    });
+    launch(stream, "linear", linear_kernel, over_outputs(x.rows, w.rows), kThreads, 0, product.y, x, w,
+           product.bias.empty() ? nullptr : product.bias.data(), product.finish, product.row);
 }
 
 }  // namespace yivl::cuda

@@ -1,16 +1,12 @@
-// Products with the commonest weight types, which stay as the file has them: made for few rows of x, where the weights'
-// way from memory is what takes time.
-//
-// Weights that are small integers meet x as csrc/cpu/kernels_integer.h has it: rounded to 15-bit integers, with a scale
-// for every 32 columns. An integer of x is 256 * high + low, two signed bytes, so that two dp4a multiply four weights;
-// sums of a group of columns are exact, then scaled and added in float32. Half-precision weights meet x itself.
+// Products with weights of every type but F32, which stay as the file has them: made for few rows of x, where the
+// weights' way from memory is what takes time.
 //
 // A warp has kRows rows. A row is cut into pieces, of which each lane takes every 32nd, always in the same order: how
 // many rows of x there are changes no result.
-#include "cuda/dequant.cuh"
 #include "cuda/finish.cuh"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
+#include "cuda/matvec_pieces.cuh"
 #include "cuda/position.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/round.cuh"
@@ -25,7 +21,11 @@ constexpr int kThreads = kWarps * kWarp;
 constexpr int kMostTokens = 4;  // of a warp
 // Of a multiprocessor, at least: 128 registers for a thread, more where a piece or the sums of several tokens need
 // them.
-constexpr int blocks_at_once(WeightType type, int tokens) { return 4 - (type == WeightType::Q6_K) - (tokens > 1); }
+constexpr int blocks_at_once(WeightType type, int tokens) {
+    const bool large_piece =
+        type == WeightType::Q3_K || type == WeightType::Q6_K || (type == WeightType::Q2_K && tokens > 1);
+    return 4 - large_piece - (tokens > 1);
+}
 constexpr int kGatedWarps = 8;
 // Three for Q4_K and one token: 6B's 344 blocks are then all under way at once on the 132 multiprocessors of an H100.
 constexpr int gated_blocks_at_once(WeightType type, int tokens) {
@@ -40,297 +40,6 @@ __global__ void round_kernel(ConstMat x, RoundedInput to) {
     const int64_t row = block / n_blocks, col = block % n_blocks * kBlock + lane_id();
     round_block(to, row, col, x.data[row * x.stride + col]);
 }
-
-// ---- pieces of a row ----
-//
-// A piece type has kColumns, Weights load(row, piece), Input input(x, token, piece) and add(weights, input, sum), which
-// returns `sum` plus the piece's product.
-
-// 16 bytes at an even address.
-__device__ __forceinline__ Words load_even(const std::byte* p) {
-    const bool odd = reinterpret_cast<uintptr_t>(p) % 4 != 0;
-    const auto* inner = reinterpret_cast<const uint32_t*>(p + (odd ? 2 : 0));
-    const auto* ends = reinterpret_cast<const uint16_t*>(p);
-    const uint32_t a = inner[0], b = inner[1], c = inner[2];
-    const uint32_t first = ends[odd ? 0 : 6], last = ends[7];
-    if (odd) return {{first | a << 16, a >> 16 | b << 16, b >> 16 | c << 16, c >> 16 | last << 16}};
-    return {{a, b, c, first | last << 16}};
-}
-
-// 16 columns of a row of x.
-struct Sixteen {
-    Words high, low;
-};
-__device__ __forceinline__ Sixteen sixteen(const RoundedInput& x, int64_t token, int64_t col) {
-    const int64_t at = token * x.cols + col;
-    return {load_words(x.high + at), load_words(x.low + at)};
-}
-__device__ __forceinline__ RoundedBlock block_of(const RoundedInput& x, int64_t token, int64_t col) {
-    return x.blocks[(token * x.cols + col) / kBlock];
-}
-
-// `w`: four weights in the bytes of each word.
-__device__ __forceinline__ int dot(const Words& w, const Sixteen& x) {
-    int high = 0, low = 0;
-    for (int i = 0; i < 4; ++i) {
-        high = dp4a(static_cast<int>(w.word[i]), static_cast<int>(x.high.word[i]), high);
-        low = dp4a(static_cast<int>(w.word[i]), static_cast<int>(x.low.word[i]), low);
-    }
-    return high * 256 + low;
-}
-
-// The lower or upper nibble of every byte.
-__device__ __forceinline__ Words nibbles(const Words& q, int upper) {
-    Words n;
-    for (int i = 0; i < 4; ++i) n.word[i] = q.word[i] >> upper * 4 & 0x0f0f0f0f;
-    return n;
-}
-
-template <WeightType>
-struct Piece;
-
-// Half a block.
-template <>
-struct Piece<WeightType::Q8_0> {
-    static constexpr int kColumns = 16;
-    struct Weights {
-        Words q;
-        float d;
-    };
-    struct Input {
-        Sixteen x;
-        float scale;
-    };
-    __device__ static Weights load(const std::byte* row, int piece) {
-        const std::byte* block = row + piece / 2 * sizeof(BlockQ8_0);
-        return {load_even(block + 2 + piece % 2 * 16), to_float(*reinterpret_cast<const Half*>(block))};
-    }
-    __device__ static Input input(const RoundedInput& x, int64_t token, int piece) {
-        return {sixteen(x, token, piece * 16), block_of(x, token, piece * 16).scale};
-    }
-    __device__ static float add(const Weights& w, const Input& in, float sum) {
-        return fmaf(static_cast<float>(dot(w.q, in.x)), w.d * in.scale, sum);
-    }
-};
-
-template <>
-struct Piece<WeightType::Q4_0> {
-    static constexpr int kColumns = kBlock;
-    struct Weights {
-        Words q;
-        float d;
-    };
-    struct Input {
-        Sixteen first, second;
-        RoundedBlock block;
-    };
-    __device__ static Weights load(const std::byte* row, int piece) {
-        const std::byte* block = row + piece * sizeof(BlockQ4_0);
-        return {load_even(block + 2), to_float(*reinterpret_cast<const Half*>(block))};
-    }
-    __device__ static Input input(const RoundedInput& x, int64_t token, int piece) {
-        const int col = piece * kBlock;
-        return {sixteen(x, token, col), sixteen(x, token, col + 16), block_of(x, token, col)};
-    }
-    __device__ static float add(const Weights& w, const Input& in, float sum) {
-        const int n = dot(nibbles(w.q, 0), in.first) + dot(nibbles(w.q, 1), in.second) - 8 * in.block.sum;
-        return fmaf(static_cast<float>(n), w.d * in.block.scale, sum);
-    }
-};
-
-// An eighth of a Q4_K or Q5_K block: 16 columns of two groups of 32.
-struct KPiece {
-    static constexpr int kColumns = 32;
-    struct Input {
-        Sixteen x[2];
-        RoundedBlock block[2];
-    };
-    __device__ static Input input(const RoundedInput& x, int64_t token, int piece) {
-        const int group = piece / 2 * 64, col = group + piece % 2 * 16;
-        return {{sixteen(x, token, col), sixteen(x, token, col + 32)},
-                {block_of(x, token, group), block_of(x, token, group + 32)}};
-    }
-
-    // What the two groups have in common with the others, from the block's first 16 bytes.
-    struct Scales {
-        float scale[2];
-        float minimum;  // of the group of which this piece takes the sum of x off: the piece's number modulo 2
-    };
-    __device__ static Scales scales(const Words& head, int piece) {
-        const int first = piece % 8 / 2 * 2;  // group
-        const int by = first % 4 * 8;
-        uint32_t scale = head.word[1] >> by, minimum = head.word[2] >> by;  // of both groups, a byte each
-        if (first < 4) {
-            scale &= 0x3f3f;
-            minimum &= 0x3f3f;
-        } else {
-            const uint32_t low = head.word[3] >> by;
-            scale = (low & 0x0f0f) | (scale >> 2 & 0x3030);
-            minimum = (low >> 4 & 0x0f0f) | (minimum >> 2 & 0x3030);
-        }
-        const float d = to_float(Half{static_cast<uint16_t>(head.word[0])});
-        const float dmin = to_float(Half{static_cast<uint16_t>(head.word[0] >> 16)});
-        return {{d * static_cast<float>(scale & 255), d * static_cast<float>(scale >> 8 & 255)},
-                dmin * static_cast<float>(minimum >> piece % 2 * 8 & 255)};
-    }
-    __device__ static float add(const Words (&q)[2], const Scales& scales, int part, const Input& in, float sum) {
-        for (int i = 0; i < 2; ++i) {
-            sum = fmaf(static_cast<float>(dot(q[i], in.x[i])), scales.scale[i] * in.block[i].scale, sum);
-        }
-        const float scale = part == 0 ? in.block[0].scale : in.block[1].scale;
-        const int sum_of_x = part == 0 ? in.block[0].sum : in.block[1].sum;
-        return fmaf(-scales.minimum, scale * static_cast<float>(sum_of_x), sum);
-    }
-};
-
-template <>
-struct Piece<WeightType::Q4_K> : KPiece {
-    struct Weights {
-        Words head, q;
-        int piece;
-    };
-    __device__ static Weights load(const std::byte* row, int piece) {
-        const std::byte* block = row + piece / 8 * sizeof(BlockQ4_K);
-        return {load_words(block), load_words(block + 16 + piece % 8 * 16), piece};
-    }
-    __device__ static float add(const Weights& w, const Input& in, float sum) {
-        const Words q[2] = {nibbles(w.q, 0), nibbles(w.q, 1)};
-        return KPiece::add(q, scales(w.head, w.piece), w.piece % 2, in, sum);
-    }
-};
-
-template <>
-struct Piece<WeightType::Q5_K> : KPiece {
-    struct Weights {
-        Words head, q, high;
-        int piece;
-    };
-    __device__ static Weights load(const std::byte* row, int piece) {
-        const std::byte* block = row + piece / 8 * sizeof(BlockQ5_K);
-        return {load_words(block), load_words(block + 48 + piece % 8 * 16), load_words(block + 16 + piece % 2 * 16),
-                piece};
-    }
-    __device__ static float add(const Weights& w, const Input& in, float sum) {
-        Words q[2] = {nibbles(w.q, 0), nibbles(w.q, 1)};
-        const int first = w.piece % 8 / 2 * 2;
-        for (int i = 0; i < 2; ++i) {
-            for (int j = 0; j < 4; ++j) q[i].word[j] |= (w.high.word[j] >> (first + i) & 0x01010101) << 4;
-        }
-        return KPiece::add(q, scales(w.head, w.piece), w.piece % 2, in, sum);
-    }
-};
-
-// A quarter of a block: 16 columns of four groups of 32, each with a scale of its own.
-template <>
-struct Piece<WeightType::Q6_K> {
-    static constexpr int kColumns = 64;
-    struct Weights {
-        Words low[2], high;
-        int scale[4];
-        float d;
-    };
-    struct Input {
-        Sixteen x[4];
-        float scale[4];
-    };
-    __device__ static Weights load(const std::byte* row, int piece) {
-        const std::byte* block = row + piece / 4 * sizeof(BlockQ6_K);
-        const int half = piece % 4 / 2, part = piece % 2;
-        const std::byte* low = block + half * 64 + part * 16;
-        const auto* scales = reinterpret_cast<const int8_t*>(block) + 192 + half * 8 + part;
-        return {{load_even(low), load_even(low + 32)},
-                load_even(block + 128 + half * 32 + part * 16),
-                {scales[0], scales[2], scales[4], scales[6]},
-                to_float(*reinterpret_cast<const Half*>(block + 208))};
-    }
-    __device__ static Input input(const RoundedInput& x, int64_t token, int piece) {
-        const int group = piece / 2 * 128;
-        Input in;
-        for (int i = 0; i < 4; ++i) {
-            in.x[i] = sixteen(x, token, group + i * 32 + piece % 2 * 16);
-            in.scale[i] = block_of(x, token, group + i * 32).scale;
-        }
-        return in;
-    }
-    __device__ static float add(const Weights& w, const Input& in, float sum) {
-        for (int i = 0; i < 4; ++i) {
-            Words q = nibbles(w.low[i % 2], i / 2);
-            for (int j = 0; j < 4; ++j) {
-                // The top bit keeps the difference of each byte from borrowing of the next.
-                const uint32_t n = q.word[j] | (w.high.word[j] >> i * 2 & 0x03030303) << 4 | 0x80808080;
-                q.word[j] = (n - 0x20202020) ^ 0x80808080;
-            }
-            sum = fmaf(static_cast<float>(dot(q, in.x[i]) * w.scale[i]), w.d * in.scale[i], sum);
-        }
-        return sum;
-    }
-};
-
-// x as it is, for half-precision weights.
-struct PlainInput {
-    ConstMat x;
-    bool aligned_x, aligned_w;  // to 16 bytes, each row
-};
-
-template <class Element>
-struct FloatPiece {
-    static constexpr int kColumns = 8;
-    struct Weights {
-        Words elements;
-    };
-    struct Input {
-        float x[kColumns];
-    };
-    // A row's last piece may lack columns: their weights and x are 0.
-    __device__ static Weights load(const std::byte* row, int piece, const PlainInput& in) {
-        const int col = piece * kColumns;
-        const std::byte* from = row + col * 2;
-        if (in.aligned_w) return {load_words(from)};
-        Weights w{};
-        for (int i = 0; i < kColumns; ++i) {
-            if (col + i < in.x.cols) {
-                w.elements.word[i / 2] |= uint32_t{reinterpret_cast<const uint16_t*>(from)[i]} << i % 2 * 16;
-            }
-        }
-        return w;
-    }
-    __device__ static Input input(const PlainInput& in, int64_t token, int piece) {
-        const int col = piece * kColumns;
-        const float* from = in.x.data + token * in.x.stride + col;
-        Input input;
-        if (in.aligned_x && col + kColumns <= in.x.cols) {
-            for (int i = 0; i < 2; ++i) {
-                const Words words = load_words(from + i * 4);
-                for (int j = 0; j < 4; ++j) input.x[i * 4 + j] = float_of_bits(words.word[j]);
-            }
-        } else {
-            for (int i = 0; i < kColumns; ++i) input.x[i] = col + i < in.x.cols ? from[i] : 0.0f;
-        }
-        return input;
-    }
-    __device__ static float add(const Weights& w, const Input& in, float sum) {
-        for (int i = 0; i < kColumns; ++i) {
-            const Element element{static_cast<uint16_t>(w.elements.word[i / 2] >> i % 2 * 16)};
-            sum = fmaf(to_float(element), in.x[i], sum);
-        }
-        return sum;
-    }
-};
-template <>
-struct Piece<WeightType::F16> : FloatPiece<Half> {};
-template <>
-struct Piece<WeightType::BF16> : FloatPiece<Bfloat> {};
-
-template <class P>
-__device__ __forceinline__ auto load_piece(const std::byte* row, int piece, const RoundedInput&) {
-    return P::load(row, piece);
-}
-template <class P>
-__device__ __forceinline__ auto load_piece(const std::byte* row, int piece, const PlainInput& in) {
-    return P::load(row, piece, in);
-}
-__device__ __forceinline__ int64_t columns(const RoundedInput& x) { return x.cols; }
-__device__ __forceinline__ int64_t columns(const PlainInput& x) { return x.x.cols; }
 
 // ---- kernels ----
 
@@ -452,33 +161,21 @@ void with_input(WeightType type, ConstMat x, const RoundedInput& rounded, Fn&& f
         return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_bytes % 16 == 0;
     };
     const PlainInput plain{x, aligned(x.data, x.stride * 4), x.cols % 8 == 0};
-    switch (type) {
-        case WeightType::F16: return with_tokens.template operator()<WeightType::F16>(plain);
-        case WeightType::BF16: return with_tokens.template operator()<WeightType::BF16>(plain);
-        case WeightType::Q8_0: return with_tokens.template operator()<WeightType::Q8_0>(rounded);
-        case WeightType::Q4_0: return with_tokens.template operator()<WeightType::Q4_0>(rounded);
-        case WeightType::Q4_K: return with_tokens.template operator()<WeightType::Q4_K>(rounded);
-        case WeightType::Q5_K: return with_tokens.template operator()<WeightType::Q5_K>(rounded);
-        case WeightType::Q6_K: return with_tokens.template operator()<WeightType::Q6_K>(rounded);
-        default: assert(false);
-    }
+    with_type(type, [&]<WeightType kType> {
+        if constexpr (kType == WeightType::F16 || kType == WeightType::BF16) {
+            with_tokens.template operator()<kType>(plain);
+        } else if constexpr (kType != WeightType::F32) {
+            with_tokens.template operator()<kType>(rounded);
+        }
+    });
 }
 
 int64_t blocks(int64_t n, int64_t of) { return (n + of - 1) / of; }
 
 }  // namespace
 
-bool takes_rounded(WeightType type) {
-    switch (type) {
-        case WeightType::Q8_0:
-        case WeightType::Q4_0:
-        case WeightType::Q4_K:
-        case WeightType::Q5_K:
-        case WeightType::Q6_K: return true;
-        default: return false;
-    }
-}
-bool has_matvec(WeightType type) { return takes_rounded(type) || type == WeightType::F16 || type == WeightType::BF16; }
+bool has_matvec(WeightType type) { return type != WeightType::F32; }
+bool takes_rounded(WeightType type) { return has_matvec(type) && type != WeightType::F16 && type != WeightType::BF16; }
 
 size_t rounded_bytes(int64_t rows, int64_t cols) {
     return static_cast<size_t>(rows * cols * 2 + rows * (cols / kBlock) * int64_t{sizeof(RoundedBlock)});
