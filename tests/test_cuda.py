@@ -83,8 +83,6 @@ needs_emulator = pytest.mark.skipif(not EMULATOR, reason="needs the emulator's t
         "numbers",
         "halves",
         "mma_half",
-        "mma_bfloat",
-        "mma_bfloat_by_shuffles",
     ],
 )
 def test_wrappers_do_what_plain_loops_do(case: str, order: str) -> None:

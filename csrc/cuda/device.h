@@ -1,6 +1,6 @@
 // What a kernel may use of the card. Natively these are intrinsics and PTX; a test build that has no nvcc takes the
-// same names from tests/cuda_emulator. A kernel uses nothing else of CUDA but __global__, __device__ and
-// __launch_bounds__.
+// same names from tests/cuda_emulator. A kernel uses nothing else of CUDA but __global__, __device__, __host__,
+// __forceinline__, __launch_bounds__ and the functions of <math.h>.
 //
 // A block is one-dimensional and a whole number of warps. What is said to be of the warp must be called by all its
 // lanes together.
@@ -57,7 +57,7 @@ __device__ __forceinline__ void sync_block() { __syncthreads(); }
 // Waits for every lane of the warp, which then sees what the others wrote before.
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
-// The value of another lane of the warp. T: int, unsigned or float.
+// The value of another lane of the warp. T: int, unsigned, uint64_t or float.
 template <class T>
 __device__ __forceinline__ T shuffle(T value, int lane) {
     return __shfl_sync(kAllLanes, value, lane);
@@ -126,11 +126,8 @@ __device__ __forceinline__ void wait_copies() {
 #endif
 }
 
-// Each returns what was there before. Float sums come out in the order of the threads' arrival, so differ from run to
-// run: not for activations.
-__device__ __forceinline__ float atomic_add(float* at, float value) { return atomicAdd(at, value); }
+// Returns what was there before.
 __device__ __forceinline__ int atomic_add(int* at, int value) { return atomicAdd(at, value); }
-__device__ __forceinline__ int atomic_max(int* at, int value) { return atomicMax(at, value); }
 // What this thread wrote before is seen by whoever sees what it writes after.
 __device__ __forceinline__ void fence() { __threadfence(); }
 
@@ -139,8 +136,6 @@ __device__ __forceinline__ void fence() { __threadfence(); }
 // sum + the products of the four signed bytes of a with those of b.
 __device__ __forceinline__ int dp4a(int a, int b, int sum) { return __dp4a(a, b, sum); }
 
-// e^x with a relative error of about 2^-21 * (1 + |x|), for attention's weights; expf is exact to 2 ulp.
-__device__ __forceinline__ float fast_exp(float x) { return __expf(x); }
 // 2^x, the card's own instruction: 2 ulp.
 __device__ __forceinline__ float fast_exp2(float x) {
     float y;
@@ -150,7 +145,8 @@ __device__ __forceinline__ float fast_exp2(float x) {
 
 __device__ __forceinline__ float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ uint32_t bits_of_float(float f) { return __float_as_uint(f); }
-// Byte i of the result: the one of a's four bytes (0 to 3) or b's (4 to 7) that hexadecimal digit i of `order` names.
+// Byte i of the result: the one of a's four bytes (0 to 3) or b's (4 to 7) that hexadecimal digit i of `order` names,
+// of which the lower three bits count.
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t order) {
     return __byte_perm(a, b, order);
 }
@@ -167,29 +163,9 @@ __device__ __forceinline__ Half to_half(float f) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h.bits) : "f"(f));
     return h;
 }
-__device__ __forceinline__ Bfloat to_bfloat(float f) {
-#if __CUDA_ARCH__ >= 800
-    Bfloat b;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(b.bits) : "f"(f));
-    return b;
-#else
-    const uint32_t bits = __float_as_uint(f);
-    if (f != f) return {0x7fff};
-    return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-#endif
-}
 // Two in one register, `low` in the lower half: an operand of mma.
 __device__ __forceinline__ uint32_t pack_halves(float low, float high) {
     return to_half(low).bits | static_cast<uint32_t>(to_half(high).bits) << 16;
-}
-__device__ __forceinline__ uint32_t pack_bfloats(float low, float high) {
-#if __CUDA_ARCH__ >= 800
-    uint32_t packed;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-#else
-    return to_bfloat(low).bits | static_cast<uint32_t>(to_bfloat(high).bits) << 16;
-#endif
 }
 
 // Of the two halves in each register.
@@ -197,11 +173,6 @@ __device__ __forceinline__ uint32_t add_halves(uint32_t a, uint32_t b) {
     uint32_t sum;
     asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
     return sum;
-}
-__device__ __forceinline__ uint32_t multiply_halves(uint32_t a, uint32_t b) {
-    uint32_t product;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-    return product;
 }
 // a * b + c, rounded once.
 __device__ __forceinline__ uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
@@ -216,20 +187,7 @@ __device__ __forceinline__ uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t 
 //   b (16, 8)   b[0]: rows 2t and 2t+1, column g   b[1]: rows 2t+8 and 2t+9
 //   d (16, 8)   d[0], d[1]: row g, columns 2t and 2t+1   d[2], d[3]: row g+8
 
-inline __device__ void mma_bfloat_by_shuffles(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
-
 // d += a b, of the warp.
-__device__ __forceinline__ void mma_bfloat(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#else
-    mma_bfloat_by_shuffles(d, a, b);
-#endif
-}
 __device__ __forceinline__ void mma_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
     asm volatile(
@@ -268,22 +226,3 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const
 }  // namespace yivl::cuda
 
 #endif
-
-namespace yivl::cuda {
-
-// mma_bfloat for cards without the instruction: the elements of a and b are passed round. Slow, but the same sums.
-inline __device__ void mma_bfloat_by_shuffles(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    const int g = lane_id() / 4, t = lane_id() % 4;
-    const auto element = [](uint32_t pair, int i) { return to_float(Bfloat{static_cast<uint16_t>(pair >> i * 16)}); };
-    for (int k = 0; k < 16; ++k) {
-        const int owner = k % 8 / 2, half = k / 8;
-        const uint32_t row = shuffle(a[half * 2], g * 4 + owner), row8 = shuffle(a[half * 2 + 1], g * 4 + owner);
-        for (int j = 0; j < 2; ++j) {
-            const float column = element(shuffle(b[half], (2 * t + j) * 4 + owner), k % 2);
-            d[j] += element(row, k % 2) * column;
-            d[2 + j] += element(row8, k % 2) * column;
-        }
-    }
-}
-
-}  // namespace yivl::cuda

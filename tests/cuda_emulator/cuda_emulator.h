@@ -167,20 +167,7 @@ void wait_copies() {
 }
 
 // Blocks run on several threads of the operating system.
-inline float atomic_add(float* at, float value) {
-    float old = *at, sum;
-    do {
-        sum = old + value;
-    } while (!__atomic_compare_exchange(at, &old, &sum, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
-    return old;
-}
 inline int atomic_add(int* at, int value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
-inline int atomic_max(int* at, int value) {
-    int old = *at;
-    while (old < value && !__atomic_compare_exchange_n(at, &old, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-    }
-    return old;
-}
 inline void fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 inline int dp4a(int a, int b, int sum) {
@@ -188,7 +175,6 @@ inline int dp4a(int a, int b, int sum) {
     return sum;
 }
 
-inline float fast_exp(float x) { return std::exp(x); }
 inline float fast_exp2(float x) { return std::exp2(x); }
 
 inline float float_of_bits(uint32_t bits) { return __builtin_bit_cast(float, bits); }
@@ -208,16 +194,8 @@ inline Half to_half(float f) {
     if (std::fabs(f) >= kRoundsToInfinity) return {static_cast<uint16_t>(std::signbit(f) ? 0xfc00 : 0x7c00)};
     return {half_from_float(f)};
 }
-inline Bfloat to_bfloat(float f) {
-    if (f != f) return {0x7fff};
-    const auto bits = __builtin_bit_cast(uint32_t, f);
-    return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
 inline uint32_t pack_halves(float low, float high) {
     return to_half(low).bits | static_cast<uint32_t>(to_half(high).bits) << 16;
-}
-inline uint32_t pack_bfloats(float low, float high) {
-    return to_bfloat(low).bits | static_cast<uint32_t>(to_bfloat(high).bits) << 16;
 }
 // A product of halves is exact in float. Of a sum, double holds all but what is far below its last bit in half.
 inline uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
@@ -228,7 +206,6 @@ inline uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
     return pack_halves(sum(0), sum(1));
 }
 inline uint32_t add_halves(uint32_t a, uint32_t b) { return fma_halves(a, 0x3c003c00, b); }
-inline uint32_t multiply_halves(uint32_t a, uint32_t b) { return fma_halves(a, b, 0x80008000); }
 
 namespace emulator {
 
@@ -238,16 +215,13 @@ struct MmaOperands {
 };
 
 // The fragments of csrc/cuda/device.h put together, multiplied, and d handed out again.
-template <class Element>
-void multiply(const Operand (&lanes)[kWarp]) {
+inline void multiply(const Operand (&lanes)[kWarp]) {
     float a[16][16], b[16][8];
     for (int lane = 0; lane < kWarp; ++lane) {
         const auto* in = static_cast<const MmaOperands*>(lanes[lane].in);
         const int g = lane / 4, t = lane % 4;
         for (int i = 0; i < 2; ++i) {
-            const auto element = [i](uint32_t pair) {
-                return to_float(Element{static_cast<uint16_t>(pair >> 16 * i)});
-            };
+            const auto element = [i](uint32_t pair) { return to_float(Half{static_cast<uint16_t>(pair >> 16 * i)}); };
             for (int r = 0; r < 4; ++r) a[g + r % 2 * 8][2 * t + i + r / 2 * 8] = element(in->a[r]);
             for (int r = 0; r < 2; ++r) b[2 * t + i + r * 8][g] = element(in->b[r]);
         }
@@ -285,15 +259,10 @@ inline void check_row(const void* row, const Place& place) {
 
 }  // namespace emulator
 
-inline void mma_bfloat(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                       const emulator::Place& place = emulator::Place::current()) {
-    const emulator::MmaOperands in{a, b};
-    emulator::meet("mma_bfloat", {&in, d}, emulator::multiply<Bfloat>, place);
-}
 inline void mma_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                      const emulator::Place& place = emulator::Place::current()) {
     const emulator::MmaOperands in{a, b};
-    emulator::meet("mma_half", {&in, d}, emulator::multiply<Half>, place);
+    emulator::meet("mma_half", {&in, d}, emulator::multiply, place);
 }
 
 inline void load_matrices(uint32_t (&r)[4], const void* row,
