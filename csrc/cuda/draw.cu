@@ -49,7 +49,7 @@ __device__ __forceinline__ Best best_of_warp(Best best) {
 }
 
 static_assert(kGreatestThreads == kWarp * kWarp);
-__global__ void greatest_kernel(int32_t* index, const float* logits, int n) {
+__global__ void __launch_bounds__(kGreatestThreads) greatest_kernel(int32_t* index, const float* logits, int n) {
     struct Partial {
         Best of_warp[kWarp];
     };

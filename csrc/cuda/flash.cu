@@ -19,11 +19,11 @@ template <int kDim>
 constexpr int kKeys = kDim > 80 ? 32 : 64;  // at a time: with more, registers would not suffice
 constexpr int kBlocksAtOnce = 2;            // of a multiprocessor: 255 registers for a thread
 
-// Two values in halves.
-struct Split {
+// Two values, each a sum of two halves.
+struct InHalves {
     uint32_t high, low;
 };
-__device__ __forceinline__ Split split(float first, float second) {
+__device__ __forceinline__ InHalves in_halves(float first, float second) {
     const uint32_t high = pack_halves(first, second);
     return {high, pack_halves(first - to_float(Half{static_cast<uint16_t>(high)}),
                               second - to_float(Half{static_cast<uint16_t>(high >> 16)}))};
@@ -32,29 +32,29 @@ __device__ __forceinline__ Split split(float first, float second) {
 // ---- keys and values in halves ----
 
 // (K, S, kDim) each: the rows of a KV head lie side by side, columns past the head's are 0.
-struct SplitRows {
+struct RowsInHalves {
     Half *high, *low;
 };
 
-__device__ __forceinline__ void split_row(SplitRows to, ConstMat x, int64_t n_heads, int64_t head_dim, int dim) {
+__device__ __forceinline__ void put_in_halves(RowsInHalves to, ConstMat x, int64_t n_heads, int64_t head_dim, int dim) {
     const float* row = x.data + block_x() * x.stride;
     for (int i = thread_id(); i < n_heads * dim / 2; i += kThreads) {
         const int64_t head = i / (dim / 2);
         const int col = i % (dim / 2) * 2;
         const float* from = row + head * head_dim + col;
-        const Split s = split(col < head_dim ? from[0] : 0.0f, col + 1 < head_dim ? from[1] : 0.0f);
+        const InHalves s = in_halves(col < head_dim ? from[0] : 0.0f, col + 1 < head_dim ? from[1] : 0.0f);
         const int64_t at = (head * x.rows + block_x()) * dim + col;
         *reinterpret_cast<uint32_t*>(to.high + at) = s.high;
         *reinterpret_cast<uint32_t*>(to.low + at) = s.low;
     }
 }
 
-__global__ void split_kernel(SplitRows keys, SplitRows values, ConstMat k, ConstMat v, int64_t n_heads,
-                             int64_t head_dim, int dim) {
+__global__ void keys_in_halves_kernel(RowsInHalves keys, RowsInHalves values, ConstMat k, ConstMat v, int64_t n_heads,
+                                      int64_t head_dim, int dim) {
     if (block_y() == 0) {
-        split_row(keys, k, n_heads, head_dim, dim);
+        put_in_halves(keys, k, n_heads, head_dim, dim);
     } else {
-        split_row(values, v, n_heads, head_dim, dim);
+        put_in_halves(values, v, n_heads, head_dim, dim);
     }
 }
 
@@ -74,8 +74,8 @@ static_assert(sizeof(QueryTile<128>) <= 2 * sizeof(KeyTile<128>));
 
 // Begins to copy a tile's rows of a head from `begin` on; the last row again past the last.
 template <int kDim>
-__device__ __forceinline__ void load_rows(KeyTile<kDim>& high, KeyTile<kDim>& low, const SplitRows& from, int64_t begin,
-                                          int64_t n_rows) {
+__device__ __forceinline__ void load_rows(KeyTile<kDim>& high, KeyTile<kDim>& low, const RowsInHalves& from,
+                                          int64_t begin, int64_t n_rows) {
     constexpr int kChunks = kDim / kChunkElements;
     for (int i = thread_id(); i < kKeys<kDim> * kChunks; i += kThreads) {
         const int r = i / kChunks, c = i % kChunks;
@@ -86,10 +86,10 @@ __device__ __forceinline__ void load_rows(KeyTile<kDim>& high, KeyTile<kDim>& lo
     }
 }
 
-// d += a b, all of them split: high and low of two b's side by side, as load_b gives them.
-__device__ __forceinline__ void mma_split(float (&first)[4], float (&second)[4], const uint32_t (&a_high)[4],
-                                          const uint32_t (&a_low)[4], const uint32_t (&b_high)[4],
-                                          const uint32_t (&b_low)[4]) {
+// d += a b, all of them in halves: high and low of two b's side by side, as load_b gives them.
+__device__ __forceinline__ void mma_in_halves(float (&first)[4], float (&second)[4], const uint32_t (&a_high)[4],
+                                              const uint32_t (&a_low)[4], const uint32_t (&b_high)[4],
+                                              const uint32_t (&b_low)[4]) {
     const uint32_t high[2][2] = {{b_high[0], b_high[1]}, {b_high[2], b_high[3]}};
     const uint32_t low[2][2] = {{b_low[0], b_low[1]}, {b_low[2], b_low[3]}};
     mma_half(first, a_low, high[0]);
@@ -111,7 +111,7 @@ struct Rows {
 
 template <int kDim>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
-    flash_kernel(Mat out, ConstMat q, SplitRows keys, SplitRows values, int n_keys, AttentionShape shape) {
+    flash_kernel(Mat out, ConstMat q, RowsInHalves keys, RowsInHalves values, int n_keys, AttentionShape shape) {
     constexpr int kSteps = kDim / 16;
     constexpr int kTileKeys = kKeys<kDim>;
     FlashTiles<kDim>& tiles = *reinterpret_cast<FlashTiles<kDim>*>(dynamic_shared());
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     // The last tokens see most keys: their blocks begin first.
     const int first_row = (grid_x() - 1 - block_x()) * kRows;
     const int64_t of_head = int64_t{block_y()} * n_keys * kDim;
-    const SplitRows k{keys.high + of_head, keys.low + of_head}, v{values.high + of_head, values.low + of_head};
+    const RowsInHalves k{keys.high + of_head, keys.low + of_head}, v{values.high + of_head, values.low + of_head};
     // Weights are powers of two.
     const float scale = 1.44269504f / sqrtf(static_cast<float>(head_dim));
 
@@ -130,8 +130,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
         const int row = first_row + r;
         const float* from = q.data + rows.token(row) * q.stride + rows.head(row) * head_dim;
         for (int col = 2 * lane; col < kDim; col += 2 * kWarp) {
-            const Split s =
-                split(col < head_dim ? from[col] * scale : 0.0f, col + 1 < head_dim ? from[col + 1] * scale : 0.0f);
+            const InHalves s =
+                in_halves(col < head_dim ? from[col] * scale : 0.0f, col + 1 < head_dim ? from[col + 1] * scale : 0.0f);
             const int chunk = col / kChunkElements, word = col % kChunkElements / 2;
             high_of_q.chunk(r, chunk).word[word] = s.high;
             tiles.q_low.chunk(r, chunk).word[word] = s.low;
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
                 uint32_t high[4], low[4];
                 load_b(high, tiles.k_high, j * 16, 2 * i);
                 load_b(low, tiles.k_low, j * 16, 2 * i);
-                mma_split(scores[2 * j], scores[2 * j + 1], q_high[i], q_low, high, low);
+                mma_in_halves(scores[2 * j], scores[2 * j + 1], q_high[i], q_low, high, low);
             }
         }
         sync_block();  // the keys have been used
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
             YIVL_UNROLL
             for (int i = 0; i < 4; ++i) {
                 const float(&pair)[4] = scores[2 * j + i / 2];
-                const Split s = split(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+                const InHalves s = in_halves(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
                 p_high[i] = s.high;
                 p_low[i] = s.low;
             }
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
                 uint32_t high[4], low[4];
                 load_b_by_rows(high, tiles.v_high, j * 16, 2 * d);
                 load_b_by_rows(low, tiles.v_low, j * 16, 2 * d);
-                mma_split(sums[2 * d], sums[2 * d + 1], p_high, p_low, high, low);
+                mma_in_halves(sums[2 * d], sums[2 * d + 1], p_high, p_low, high, low);
             }
         }
         sync_block();  // the values have been used
@@ -261,7 +261,7 @@ int64_t elements_of_plane(int64_t n_keys, const AttentionShape& shape) {
 }
 
 struct Planes {
-    SplitRows keys, values;
+    RowsInHalves keys, values;
 };
 Planes planes(int64_t n_keys, const AttentionShape& shape, std::byte* memory) {
     auto* plane = reinterpret_cast<Half*>(memory);
@@ -271,15 +271,15 @@ Planes planes(int64_t n_keys, const AttentionShape& shape, std::byte* memory) {
 
 }  // namespace
 
-size_t split_bytes(int64_t n_keys, const AttentionShape& shape) {
+size_t keys_in_halves_bytes(int64_t n_keys, const AttentionShape& shape) {
     return static_cast<size_t>(4 * elements_of_plane(n_keys, shape)) * sizeof(Half);
 }
 
-void split_keys(Stream& stream, ConstMat k, ConstMat v, const AttentionShape& shape, std::byte* memory) {
+void keys_in_halves(Stream& stream, ConstMat k, ConstMat v, const AttentionShape& shape, std::byte* memory) {
     const Planes to = planes(k.rows, shape, memory);
     with_dim(shape.head_dim, [&]<int kDim> {
-        launch(stream, "split", split_kernel, {k.rows, 2}, kThreads, 0, to.keys, to.values, k, v, shape.n_kv_heads,
-               shape.head_dim, kDim);
+        launch(stream, "keys_in_halves", keys_in_halves_kernel, {k.rows, 2}, kThreads, 0, to.keys, to.values, k, v,
+               shape.n_kv_heads, shape.head_dim, kDim);
     });
 }
 

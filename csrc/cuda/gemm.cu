@@ -90,7 +90,7 @@ struct Segment {
 // Words at an even address of shared memory. Whole chunks are read, up to 16 bytes more: of threads in rows one below
 // the other, reads of 16 bytes meet in no bank.
 template <int kWords>
-__device__ __forceinline__ void load_even(uint32_t (&words)[kWords], const std::byte* p) {
+__device__ __forceinline__ void load_shared_even(uint32_t (&words)[kWords], const std::byte* p) {
     constexpr int kRead = (kWords + 6) / 4 * 4;
     const auto offset = static_cast<int>(reinterpret_cast<uintptr_t>(p) % sizeof(Words));
     uint32_t w[kRead];
@@ -110,7 +110,7 @@ __device__ __forceinline__ void load_even(uint32_t (&words)[kWords], const std::
     }
 }
 // 32 bytes at a multiple of 16.
-__device__ __forceinline__ void load_aligned(uint32_t (&words)[8], const std::byte* p) {
+__device__ __forceinline__ void load_shared_aligned(uint32_t (&words)[8], const std::byte* p) {
     YIVL_UNROLL
     for (int i = 0; i < 2; ++i) {
         const Words some = reinterpret_cast<const Words*>(p)[i];
@@ -158,7 +158,7 @@ struct Unpack<WeightType::F16> {
     template <class Put>
     __device__ static void slab(const std::byte* segment, int slab, Put&& put) {
         uint32_t w[kSlab / 2];
-        load_even(w, segment + slab * sizeof(w));
+        load_shared_even(w, segment + slab * sizeof(w));
         YIVL_UNROLL
         for (int c = 0; c < kChunks; ++c) put(c, Words{{w[4 * c], w[4 * c + 1], w[4 * c + 2], w[4 * c + 3]}});
     }
@@ -183,7 +183,7 @@ struct Unpack<WeightType::Q8_0> {
         const std::byte* block = segment + slab * sizeof(BlockQ8_0);
         const float scale = from_half(half_at(block)) * kUnpackedScale;
         uint32_t q[8];
-        load_even(q, block + offsetof(BlockQ8_0, qs));
+        load_shared_even(q, block + offsetof(BlockQ8_0, qs));
         for (uint32_t& word : q) word ^= 0x80808080;  // plus 128
         YIVL_UNROLL
         for (int c = 0; c < kChunks; ++c) put(c, scaled_bytes(q[2 * c], q[2 * c + 1], 128, scale));
@@ -196,7 +196,7 @@ struct Unpack<WeightType::Q4_0> {
         const std::byte* block = segment + slab * sizeof(BlockQ4_0);
         const float scale = from_half(half_at(block)) * kUnpackedScale;
         uint32_t q[4];
-        load_even(q, block + offsetof(BlockQ4_0, qs));
+        load_shared_even(q, block + offsetof(BlockQ4_0, qs));
         YIVL_UNROLL
         for (int c = 0; c < kChunks; ++c) {
             const auto nibbles = [&](int i) { return q[c % 2 * 2 + i] >> c / 2 * 4 & 0x0f0f0f0f; };
@@ -221,7 +221,7 @@ struct Unpack<WeightType::Q4_K> {
     template <class Put>
     __device__ static void slab(const std::byte* block, int g, Put&& put) {
         uint32_t q[8];
-        load_aligned(q, block + offsetof(BlockQ4_K, qs) + g / 2 * 32);
+        load_shared_aligned(q, block + offsetof(BlockQ4_K, qs) + g / 2 * 32);
         for (uint32_t& word : q) word = word >> g % 2 * 4 & 0x0f0f0f0f;
         put_group(*reinterpret_cast<const Words*>(block), g, q, 8, put);
     }
@@ -231,8 +231,8 @@ struct Unpack<WeightType::Q5_K> {
     template <class Put>
     __device__ static void slab(const std::byte* block, int g, Put&& put) {
         uint32_t q[8], high[8];
-        load_aligned(q, block + offsetof(BlockQ5_K, qs) + g / 2 * 32);
-        load_aligned(high, block + offsetof(BlockQ5_K, qh));
+        load_shared_aligned(q, block + offsetof(BlockQ5_K, qs) + g / 2 * 32);
+        load_shared_aligned(high, block + offsetof(BlockQ5_K, qh));
         for (int i = 0; i < 8; ++i) q[i] = (q[i] >> g % 2 * 4 & 0x0f0f0f0f) | (high[i] >> g & 0x01010101) << 4;
         put_group(*reinterpret_cast<const Words*>(block), g, q, 16, put);
     }
@@ -242,8 +242,8 @@ struct Unpack<WeightType::Q6_K> {
     template <class Put>
     __device__ static void slab(const std::byte* block, int g, Put&& put) {
         uint32_t q[8], high[8];
-        load_even(q, block + offsetof(BlockQ6_K, ql) + g / 4 * 64 + g % 2 * 32);
-        load_even(high, block + offsetof(BlockQ6_K, qh) + g / 4 * 32);
+        load_shared_even(q, block + offsetof(BlockQ6_K, ql) + g / 4 * 64 + g % 2 * 32);
+        load_shared_even(high, block + offsetof(BlockQ6_K, qh) + g / 4 * 32);
         const float d = from_half(half_at(block + offsetof(BlockQ6_K, d))) * kUnpackedScale;
         const uint32_t scales = half_at(block + offsetof(BlockQ6_K, scales) + g * 2);  // a byte for 16 weights
         YIVL_UNROLL

@@ -90,7 +90,7 @@ void gated_matvec(Stream& stream, Mat y, ConstMat x, const RoundedInput& rounded
                   const RoundedInput& rounded_y);
 
 // gemm.cu
-struct Half;
+struct Half;  // of device.h, which kernels alone can include
 // x in half precision: each row times a power of two that brings its largest value to 2^14 or more, below 2^15.
 struct HalfInput {
     Half* values;     // (T rounded up to blocks, stride): columns past I are 0
@@ -131,10 +131,10 @@ void split_attention(Stream& stream, Mat out, ConstMat q, ConstMat k, ConstMat v
 
 // flash.cu
 // The same for heads of at most kMaxFlashHeadDim columns, made for many rows of q, with S keys and values that
-// split_keys has put into `memory`, split_bytes(S, shape) of it, aligned to 16.
+// keys_in_halves has put into `memory`, keys_in_halves_bytes(S, shape) of it, aligned to 16.
 inline constexpr int64_t kMaxFlashHeadDim = 128;
-size_t split_bytes(int64_t n_keys, const AttentionShape& shape);
-void split_keys(Stream& stream, ConstMat k, ConstMat v, const AttentionShape& shape, std::byte* memory);
+size_t keys_in_halves_bytes(int64_t n_keys, const AttentionShape& shape);
+void keys_in_halves(Stream& stream, ConstMat k, ConstMat v, const AttentionShape& shape, std::byte* memory);
 void flash_attention(Stream& stream, Mat out, ConstMat q, int64_t n_keys, const AttentionShape& shape,
                      std::byte* memory);
 

@@ -79,7 +79,7 @@ struct Intermediates {
     // Two, since an operation can read one and write another.
     std::array<Scratch<std::byte>, 2> rounded;
     Scratch<std::byte> halves;
-    Scratch<std::byte> split_kv;
+    Scratch<std::byte> kv_in_halves;
     Scratch<int32_t> counts;
     Scratch<float> partials;
     // cos and sin of every pair of a head at a range of positions: the same for all layers.
@@ -259,9 +259,9 @@ public:
             stream_.expect(work);
             cuda::split_attention(stream_, out, q, k, v, shape, position(), memory, ahead);
         } else if (q.rows > 1 && shape.head_dim <= kMaxFlashHeadDim) {
-            const auto needed = static_cast<int64_t>(split_bytes(k.rows, shape));
-            std::byte* memory = intermediates_->split_kv.at_least(stream_, needed);
-            cuda::split_keys(stream_, k, v, shape, memory);
+            const auto needed = static_cast<int64_t>(keys_in_halves_bytes(k.rows, shape));
+            std::byte* memory = intermediates_->kv_in_halves.at_least(stream_, needed);
+            cuda::keys_in_halves(stream_, k, v, shape, memory);
             stream_.expect(work);
             cuda::flash_attention(stream_, out, q, k.rows, shape, memory);
         } else {

@@ -23,7 +23,7 @@ constexpr int kSplits = 32;
 constexpr int kMaxDim = kMaxSplitHeadDim;
 static_assert(kHeads == kWarps && kMaxDim == kLane * kWarp && kSplits == kWarp);
 
-struct Tile {
+struct SplitTile {
     alignas(16) float weights[kTile][kHeads];  // scores at first
     float shrink[kHeads];
     float sums[kWarps][kHeads][kMaxDim];
@@ -38,7 +38,7 @@ struct Partial {
 };
 
 // Of n keys: how many a split has depends on nothing else.
-__device__ __forceinline__ int64_t split_keys(int64_t n) {
+__device__ __forceinline__ int64_t keys_of_split(int64_t n) {
     return (n + kSplits * kWarp - 1) / (kSplits * kWarp) * kWarp;
 }
 
@@ -68,14 +68,14 @@ __device__ __forceinline__ float sum_of_heads(float (&of)[kHeads]) {
 __global__ void __launch_bounds__(kThreads, 2)
     split_attention_kernel(Mat out, ConstMat q, ConstMat k, ConstMat v, AttentionShape shape, RowNumber position,
                            int32_t* counts, Partial* partials, RoundedInput rounded) {
-    Tile& tile = shared<Tile>();
+    SplitTile& tile = shared<SplitTile>();
     const int64_t row = block_z(), head_dim = shape.head_dim;
     const int64_t of_kv_head = shape.n_heads / shape.n_kv_heads, groups = (of_kv_head + kHeads - 1) / kHeads;
     const int64_t kv_head = block_y() / groups, first_of_kv = block_y() % groups * kHeads;
     const int64_t first_head = kv_head * of_kv_head + first_of_kv;
     const int n_heads = static_cast<int>(of_kv_head - first_of_kv < kHeads ? of_kv_head - first_of_kv : kHeads);
     const int64_t n_keys = keys_of(row, q, k, shape, position);
-    const int64_t of_split = split_keys(n_keys);
+    const int64_t of_split = keys_of_split(n_keys);
     const int64_t n_splits = (n_keys + of_split - 1) / of_split;
     if (block_x() >= n_splits) return;
     const int64_t begin = block_x() * of_split, end = begin + of_split < n_keys ? begin + of_split : n_keys;
