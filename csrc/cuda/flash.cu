@@ -17,7 +17,9 @@ constexpr int kWarpRows = 16;
 constexpr int kRows = kThreads / kWarp * kWarpRows;  // of a block
 template <int kDim>
 constexpr int kKeys = kDim > 80 ? 32 : 64;  // at a time: with more, registers would not suffice
-constexpr int kBlocksAtOnce = 2;            // of a multiprocessor: 255 registers for a thread
+// Of a multiprocessor: 255 registers for a thread. With 80 columns, cards with 100 KB of shared memory have room for
+// one.
+constexpr int kBlocksAtOnce = 2;
 
 // Two values, each a sum of two halves.
 struct InHalves {
