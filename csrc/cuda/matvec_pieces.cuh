@@ -40,7 +40,7 @@ __device__ __forceinline__ Words load_sixteen(const void* p) {
         return {{a, b, c, first | last << 16}};
     }
 }
-// Four.
+// Four bytes.
 template <class Block>
 __device__ __forceinline__ uint32_t load_four(const void* p) {
     if constexpr (kAlignment<Block> >= sizeof(uint32_t)) return *static_cast<const uint32_t*>(p);
