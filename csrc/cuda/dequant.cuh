@@ -64,9 +64,16 @@ struct GroupPair {
 };
 __device__ __forceinline__ GroupPair group_pair(const Words& head, int first) {
     const int by = first % 4 * 8;
-    const uint32_t a = head.word[1] >> by, b = head.word[2] >> by, c = head.word[3] >> by;
-    if (first < 4) return {a & 0x3f3f, b & 0x3f3f};
-    return {(c & 0x0f0f) | (a >> 2 & 0x3030), (c >> 4 & 0x0f0f) | (b >> 2 & 0x3030)};
+    uint32_t scales = head.word[1] >> by, minima = head.word[2] >> by;
+    if (first < 4) {
+        scales &= 0x3f3f;
+        minima &= 0x3f3f;
+    } else {
+        const uint32_t low = head.word[3] >> by;
+        scales = (low & 0x0f0f) | (scales >> 2 & 0x3030);
+        minima = (low >> 4 & 0x0f0f) | (minima >> 2 & 0x3030);
+    }
+    return {scales, minima};
 }
 // Group g: scale * q - minimum.
 struct Group {
