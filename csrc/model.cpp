@@ -284,12 +284,12 @@ int32_t Session::read_prompt(Control& control) {
     Reply& r = *reply_;
     const int64_t cached = std::min(matching_prefix(r.prompt, r.pixels), r.usage.prompt_tokens - 1);
     r.usage.cached_tokens = cached;
-    Work work = this->work(control);
     if (std::find(r.prompt.begin() + cached, r.prompt.end(), kImageId) != r.prompt.end()) {
         const Timer timer(r.timings.image);
-        embed_image(r.pixels, work);
+        embed_image(r.pixels, control);
     }
     const Timer timer(r.timings.prefill);
+    Work work = this->work(control);
     prefill(r.prompt, cached, 1, r.pixels, work, [&](int64_t T, int64_t first) {
         if (first + T < r.usage.prompt_tokens) return;
         decoder_logits(model_->weights().decoder, model_->config().decoder, decoder_, T - 1, decoder_.logits.view(),
@@ -379,12 +379,17 @@ std::vector<float> Session::vision_features(const Pixels& pixels, Control& contr
     return downloaded(features, *ops);
 }
 
-std::vector<float> Session::encode_image(const Pixels& pixels, Control& control) {
+// Ends when the work is done, not when it is queued: callers take the time.
+void Session::embed_image(const Pixels& pixels, Control& control) {
     model_->require_vision();
     check_pixels(std::array{kImageId}, pixels);
     Work work = this->work(control);
     embed_image(pixels, work);
-    return downloaded(vit_->embeddings.view(), *work.ops);
+}
+
+std::vector<float> Session::encode_image(const Pixels& pixels, Control& control) {
+    embed_image(pixels, control);
+    return downloaded(vit_->embeddings.view(), *work(control).ops);
 }
 
 std::vector<float> Session::logits(std::span<const int32_t> ids, const Pixels& pixels, Control& control,

@@ -123,6 +123,7 @@ public:
     // Stage by stage.
     std::vector<float> vision_features(const Pixels& pixels, Control& control);  // (N, W)
     std::vector<float> encode_image(const Pixels& pixels, Control& control);     // (N, D)
+    void embed_image(const Pixels& pixels, Control& control);  // the same for a reply to come: it stays where it is
     // (R, V), one row for each position asked for; nothing is taken from the cache.
     std::vector<float> logits(std::span<const int32_t> ids, const Pixels& pixels, Control& control,
                               const LogitsOptions& options = {});

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+from types import SimpleNamespace
 
 import pytest
-from yivl_edge import Model, measure
+from test_random_model import load
+from yivl_edge import Model, _core, measure
 from yivl_edge.cli import main
 from yivl_edge.image import load_image
 from yivl_edge.measure import Stages, machine_name, measure_ceilings
@@ -48,6 +50,17 @@ def test_bench_decodes_after_a_long_text_if_asked(golden_f32, tmp_path, capsys):
     more = stages["decoding after 50 tokens"]["bytes"] - stages["decoding"]["bytes"]
     assert more == 2 * 3 * 128 * 4 * (50 - 4)  # keys and values of 46 more positions, in 3 layers of 128
     assert "decoding after 50 tokens" in capsys.readouterr().out
+
+
+def test_decoding_reads_keys_and_values_without_what_pads_them(tmp_path):
+    (path,) = load("random_model").write_random_model(
+        tmp_path / "header.gguf", size="6b", type_name="q4_0", vision_type="q8_0", header_only=True
+    )
+    file = _core.GgufFile.open(path)
+    core = SimpleNamespace(config=_core.read_config(file, file))
+    stages = Stages(SimpleNamespace(_model=core, device="cuda:0 a card"), path)
+    more = stages.decode_bytes(1000, 1) - stages.decode_bytes(0, 1)
+    assert more == 1000 * 32 * 2 * 4 * 128 * 4  # 32 layers, 4 heads of 128
 
 
 def test_decoding_and_prefill_are_as_long_as_asked(golden_model, golden_f32):
@@ -106,6 +119,23 @@ def test_a_machine_is_named_by_its_architecture_where_its_model_is_unknown(monke
     assert machine_name() == f"EPYC, {os.cpu_count()} CPUs"
     monkeypatch.setattr(measure, "cpu_info", lambda key: "")
     assert machine_name() == f"{platform.machine()}, {os.cpu_count()} CPUs"
+
+
+def test_a_picture_that_was_embedded_ahead_is_not_encoded_again(golden_model, golden_image):
+    ids, pixels = golden_model.prompt_ids("What is this?"), golden_model.preprocess(golden_image)
+    session = _core.Session(golden_model._model)
+    asked = []
+    for ahead in (False, True):
+        if ahead:
+            session = _core.Session(golden_model._model)
+            session.embed_image(pixels, _core.Control())
+        stages = set()
+        session.begin(ids, pixels, 1, _core.SamplingOptions(temperature=0), [])
+        while session.next(_core.Control(lambda stage, _, stages=stages: stages.add(stage))) is not None:
+            pass
+        asked.append((stages, session.text))
+    assert asked[0][0] - asked[1][0] == {"image"}
+    assert asked[0][1] == asked[1][1]
 
 
 def test_answer_computes_the_whole_prompt_again(golden_model, golden_f32, golden_image):

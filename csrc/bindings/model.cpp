@@ -160,6 +160,12 @@ void bind_session(py::module_& m) {
                  return compute_rows([&, picture = to_pixels(pixels)] { return s.encode_image(picture, control); },
                                      s.model().config().decoder.width);
              })
+        .def("embed_image",
+             [](Session& s, const FloatArray& pixels, PyControl& control) {
+                 const Pixels picture = to_pixels(pixels);
+                 const py::gil_scoped_release release;
+                 s.embed_image(picture, control);
+             })
         .def(
             "logits",
             [](Session& s, const std::vector<int32_t>& ids, const std::optional<FloatArray>& pixels, PyControl& control,
@@ -224,14 +230,16 @@ void bind_model(py::module_& m) {
         .def(
             "exert", [](const Model& model, Unit unit, int64_t rounds) { return model.backend().exert(unit, rounds); },
             py::arg("unit"), py::arg("rounds"), py::call_guard<py::gil_scoped_release>())
-        .def("profile",
-             [](const Model& model) {
-                 std::vector<std::tuple<std::string, int64_t, double, int64_t, int64_t>> kernels;
-                 for (const KernelTime& k : model.backend().profile()) {
-                     kernels.emplace_back(k.name, k.calls, k.seconds, k.bytes, k.flop);
-                 }
-                 return kernels;
-             })
+        .def(
+            "profile",
+            [](const Model& model) {
+                std::vector<std::tuple<std::string, int64_t, double, int64_t, int64_t>> kernels;
+                for (const KernelTime& k : model.backend().profile()) {
+                    kernels.emplace_back(k.name, k.calls, k.seconds, k.bytes, k.flop);
+                }
+                return kernels;
+            },
+            py::call_guard<py::gil_scoped_release>())
         .def("n_positions", [](const Model& model, const std::vector<int32_t>& ids) { return model.n_positions(ids); })
         .def("prompt_text",
              [](const Model& model, const std::vector<std::pair<std::string, std::string>>& messages, bool image) {

@@ -173,7 +173,7 @@ class Stages:
         pixels = self.model.preprocess(picture)
         with self.model._borrowed_session() as session:
             begin = time.perf_counter()
-            session.encode_image(pixels, _core.Control())
+            session.embed_image(pixels, _core.Control())
             return time.perf_counter() - begin
 
     def prefill(self, prompt_tokens: int) -> float:
@@ -254,4 +254,6 @@ class Stages:
 
     def decode_bytes(self, context: int, tokens: int) -> float:
         """Bytes that one token of `decode` reads, on average: the decoder's weights, keys and values."""
-        return float(self._decoder_bytes + _core.memory_needed(self._core.config, context + tokens // 2)[0])
+        c = self._core.config.decoder
+        row = 2 * c.n_kv_heads * c.head_dim * np.dtype(np.float32).itemsize
+        return float(self._decoder_bytes + c.n_layers * (context + tokens // 2) * row)
