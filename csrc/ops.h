@@ -136,6 +136,11 @@ struct DeviceMemory {
 // What a device needs beside what a model counts: the kernels' code, streams, results between the kernels of an
 // operation, whole pages for every allocation.
 inline constexpr int64_t kDeviceReserve = 256 << 20;
+// What a tensor takes among others that are placed.
+constexpr int64_t placed_bytes(size_t tensor_bytes) {
+    constexpr size_t kAlignment = 256;
+    return static_cast<int64_t>((tensor_bytes + kAlignment - 1) / kAlignment * kAlignment);
+}
 
 // All three throw DeviceError naming what is missing: CUDA in this build, a driver, a card, a new enough one.
 int cuda_device_count();

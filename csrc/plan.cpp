@@ -23,11 +23,6 @@ int64_t block_number(std::string_view name, std::string_view prefix) {
 
 }  // namespace
 
-int64_t placed_bytes(size_t tensor_bytes) {
-    constexpr size_t kAlignment = 256;
-    return static_cast<int64_t>((tensor_bytes + kAlignment - 1) / kAlignment * kAlignment);
-}
-
 int64_t MemoryPlan::weights_on_device(int64_t n_gpu_layers) const {
     int64_t bytes = vision_weights + head + (n_gpu_layers == n_layers() ? table : 0);
     for (int64_t i = n_layers() - n_gpu_layers; i < n_layers(); ++i) bytes += layers[static_cast<size_t>(i)];

@@ -33,9 +33,6 @@ struct MemoryPlan {
     int64_t most_layers(int64_t free_bytes) const;
 };
 
-// Bytes that a tensor takes among others.
-int64_t placed_bytes(size_t tensor_bytes);
-
 // `vision` is the mmproj file, the text file itself in the single layout, or null; n_ctx 0: the model's context length.
 // Throws std::invalid_argument for an n_ctx out of range.
 MemoryPlan plan_memory(const GgufFile& text, const GgufFile* vision, const Config& config, int64_t n_ctx);

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 from emulated import EMULATOR
+from test_cuda_split import plan, set_free_memory
+from yivl_edge import Model
 from yivl_edge.cli import main
+from yivl_edge.measure import device_ceilings
 
 pytestmark = pytest.mark.skipif(not EMULATOR, reason="slow figures are enough: needs the emulator")
 
@@ -51,6 +54,26 @@ def test_bench_reports_the_stages_and_the_kernels(
     products = sum(prefill[name]["flop"] for name in ("gemm", "gated_gemm", "matvec", "gated_matvec"))
     attention = prefill["flash"]["flop"] + prefill["split_attention"]["flop"]
     assert products + attention == pytest.approx(stages["prefill"]["flop"], rel=0.01)
+
+
+def test_every_run_of_bench_has_the_card_to_itself(
+    golden_q4_0: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_free_memory(monkeypatch, plan(golden_q4_0).on_device(3))
+    out = tmp_path / "bench.json"
+    assert main(["bench", str(golden_q4_0), *QUICK, "--runs", "2", "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["gpu_layers"] == 3
+
+
+def test_ceilings_are_measured_where_a_model_fills_the_card(
+    golden_q4_0: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model(golden_q4_0, device="cuda")
+    set_free_memory(monkeypatch, 300_000)  # for two times an eighth of what is copied elsewhere
+    assert device_ceilings(model).read_bytes_per_second > 0
+    set_free_memory(monkeypatch, 200_000)
+    with pytest.raises(MemoryError, match="cannot allocate"):
+        device_ceilings(model)
 
 
 def test_bench_says_which_layers_the_gpu_runs(golden_q4_0: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,6 +83,18 @@ def test_a_model_goes_on_after_a_reply_that_found_no_memory(
     assert failed >= 3
 
 
+def test_tokens_that_a_penalty_counts_seldom_take_memory(
+    golden_q4_0: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reply = Model(golden_q4_0, device="cuda").chat(
+        None, QUESTION, temperature=0, repetition_penalty=1.1, max_tokens=40, stream=True
+    )
+    for _ in range(3):
+        next(reply)
+    monkeypatch.setenv(FAIL, "allocation:2")  # one: where the room for them doubles
+    assert reply.result.usage.completion_tokens > 20
+
+
 @pytest.mark.parametrize("n", [1, 40, 100, 200, 260])
 def test_a_lost_device_is_an_error_until_it_is_back(
     golden_q4_0: Path,

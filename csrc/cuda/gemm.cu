@@ -36,6 +36,14 @@ constexpr int kMoves = kRows / kRowsAtOnce;
 
 constexpr int kHalvingThreads = 256;
 
+int64_t half_stride(int64_t cols) { return (cols + kSlab - 1) / kSlab * kSlab; }
+
+// Whole blocks' rows can be read; the last block's may hold anything.
+size_t half_value_bytes(int64_t rows, int64_t cols) {
+    const int64_t all_rows = (rows + kTokens - 1) / kTokens * kTokens;
+    return static_cast<size_t>(all_rows * half_stride(cols)) * sizeof(Half);
+}
+
 __global__ void to_halves_kernel(ConstMat x, HalfInput to) {
     const float* row = x.data + block_x() * x.stride;
     float largest = 0.0f;
@@ -489,18 +497,17 @@ void start(Stream& stream, const char* name, const HalfInput& x, const Targets& 
 
 bool has_gemm(WeightType type) { return type != WeightType::F32; }
 
-// Whole blocks' rows can be read; the last block's may hold anything.
 size_t half_bytes(int64_t rows, int64_t cols) {
-    const int64_t all_rows = (rows + kTokens - 1) / kTokens * kTokens, stride = (cols + kSlab - 1) / kSlab * kSlab;
-    return static_cast<size_t>(all_rows * stride * int64_t{sizeof(Half)} + rows * int64_t{sizeof(float)});
+    return half_value_bytes(rows, cols) + static_cast<size_t>(rows) * sizeof(float);
 }
 
-HalfInput to_halves(Stream& stream, ConstMat x, std::byte* memory) {
-    const int64_t stride = (x.cols + kSlab - 1) / kSlab * kSlab;
-    auto* unscaled = reinterpret_cast<float*>(memory + half_bytes(x.rows, x.cols)) - x.rows;
-    const HalfInput to{reinterpret_cast<Half*>(memory), unscaled, x.rows, x.cols, stride};
+HalfInput halves_in(std::byte* memory, int64_t rows, int64_t cols) {
+    return {reinterpret_cast<Half*>(memory), reinterpret_cast<float*>(memory + half_value_bytes(rows, cols)), rows,
+            cols, half_stride(cols)};
+}
+
+void to_halves(Stream& stream, ConstMat x, const HalfInput& to) {
     launch(stream, "to_halves", to_halves_kernel, {x.rows}, kHalvingThreads, 0, x, to);
-    return to;
 }
 
 void gemm(Stream& stream, const HalfInput& x, std::span<const FinishedProduct> products) {

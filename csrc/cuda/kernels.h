@@ -101,7 +101,8 @@ struct HalfInput {
 bool has_gemm(WeightType type);
 size_t half_bytes(int64_t rows, int64_t cols);
 // In `memory`, half_bytes(T, I) of it, aligned to 16.
-HalfInput to_halves(Stream& stream, ConstMat x, std::byte* memory);
+HalfInput halves_in(std::byte* memory, int64_t rows, int64_t cols);
+void to_halves(Stream& stream, ConstMat x, const HalfInput& to);
 // Products of one x with weights of one type, kMostProducts or fewer.
 void gemm(Stream& stream, const HalfInput& x, std::span<const FinishedProduct> products);
 // y = silu(x gate^T) * (x up^T), the two of one type.

@@ -1,6 +1,8 @@
 // The operations of the seam on a GPU: where its memory comes from, and the order of its work. The arithmetic is in the
 // kernels.
 #include <array>
+#include <atomic>
+#include <bit>
 #include <cassert>
 #include <mutex>
 #include <optional>
@@ -27,11 +29,10 @@ constexpr int kWindow = 16;
 constexpr int64_t kFewRows = 8;
 // Weights are copied in pieces, so that a cancel waits for no more than one.
 constexpr size_t kPlacedAtOnce = 16 << 20;
-// More than any cache holds: what is copied to see how fast memory is.
+// More than any cache holds: what is copied to see how fast memory is. An eighth of it where a model fills the card.
 constexpr size_t kCopied = 256 << 20;
 constexpr size_t kEmulatedCopy = 1 << 20;
-// Of what is placed, as of every allocation.
-constexpr size_t kAlignment = 256;
+constexpr size_t kLeastPart = 8;
 
 Memory allocate_shared(int device, size_t bytes) {
     return {allocate(device, bytes), [device](std::byte* memory) { release(device, memory); }};
@@ -46,7 +47,8 @@ struct Cleanup {
 
 enum class Fill { nothing, zeros };
 
-// Memory that grows when more is asked for, and then holds nothing, or zeros.
+// Memory that grows when more is asked for, and then holds nothing, or zeros. By doubling, so that what is longer with
+// every token is seldom allocated.
 template <class T>
 class Scratch {
 public:
@@ -55,13 +57,14 @@ public:
             stream.synchronize();  // work may still use the old one
             memory_.reset();
             size_ = 0;
-            const size_t bytes = static_cast<size_t>(n) * sizeof(T);
+            const auto size = std::bit_ceil(static_cast<size_t>(n));
+            const size_t bytes = size * sizeof(T);
             memory_ = allocate_shared(stream.device(), bytes);
             if (fill == Fill::zeros) {
                 const std::vector<std::byte> zeros(bytes);
                 stream.copy_in(memory_.get(), bytes, zeros.data(), bytes, bytes, 1);
             }
-            size_ = n;
+            size_ = static_cast<int64_t>(size);
         }
         return reinterpret_cast<T*>(memory_.get());
     }
@@ -383,7 +386,9 @@ private:
 
     HalfInput halves(ConstMat x) {
         const auto bytes = static_cast<int64_t>(half_bytes(x.rows, x.cols));
-        return cuda::to_halves(stream_, x, intermediates_->halves.at_least(stream_, bytes));
+        const HalfInput to = halves_in(intermediates_->halves.at_least(stream_, bytes), x.rows, x.cols);
+        cuda::to_halves(stream_, x, to);
+        return to;
     }
 
     // In order; neighbours of one type are one launch.
@@ -477,7 +482,7 @@ public:
     const char* name() const override { return name_.c_str(); }
     int n_threads() const override { return 1; }
     std::unique_ptr<Ops> ops(Control& control) override {
-        return std::make_unique<CudaOps>(workspaces_, profile_.get(), control);
+        return std::make_unique<CudaOps>(workspaces_, profiled_ ? &profile_ : nullptr, control);
     }
     Memory allocate(size_t bytes) override { return allocate_shared(device_, bytes); }
 
@@ -497,10 +502,10 @@ public:
         Stream stream(device_);
         int64_t done = 0;
         if (unit == Unit::memory) {
-            const Memory from = allocate(copied_bytes_), to = allocate(copied_bytes_);
+            const auto [from, to, size] = room_to_copy();
             for (int64_t i = 0; i < rounds; ++i) {
-                stream.copy(to.get(), copied_bytes_, from.get(), copied_bytes_, copied_bytes_, 1);
-                done += static_cast<int64_t>(2 * copied_bytes_);
+                stream.copy(to.get(), size, from.get(), size, size, 1);
+                done += static_cast<int64_t>(2 * size);
             }
             stream.synchronize();
             return done;
@@ -513,24 +518,39 @@ public:
         return done;
     }
     std::vector<KernelTime> profile() override {
-        if (profile_ == nullptr) profile_ = std::make_unique<Profile>();
-        return profile_->take();
+        profiled_ = true;
+        return profile_.take();
     }
 
 private:
+    struct Copied {
+        Memory from, to;
+        size_t size;
+    };
+    Copied room_to_copy() {
+        for (size_t size = copied_bytes_;; size /= 2) {
+            try {
+                return {allocate(size), allocate(size), size};
+            } catch (const AllocationError&) {
+                if (size <= copied_bytes_ / kLeastPart) throw;
+            }
+        }
+    }
+
     // The runtime gives whole pages of 2 MiB: matrices share what was taken for all of them.
     std::byte* room_for(size_t bytes) {
-        const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-        if (rounded > room_left_) return weights_.emplace_back(allocate_shared(device_, bytes)).get();
-        room_left_ -= rounded;
-        return std::exchange(room_, room_ + rounded);
+        const auto taken = static_cast<size_t>(placed_bytes(bytes));
+        if (taken > room_left_) return weights_.emplace_back(allocate_shared(device_, bytes)).get();
+        room_left_ -= taken;
+        return std::exchange(room_, room_ + taken);
     }
 
     int device_;
     std::string name_;
     Workspaces workspaces_;
     Stream loading_;
-    std::unique_ptr<Profile> profile_;
+    std::atomic<bool> profiled_ = false;
+    Profile profile_;
     int n_multiprocessors_;
     size_t copied_bytes_;
     std::vector<Memory> weights_;
