@@ -127,7 +127,8 @@ Graph::~Graph() {
 void Graph::record(Stream& stream, const std::function<void()>& work) {
     use(device_);
     const auto handle = static_cast<cudaStream_t>(stream.handle());
-    check(cudaStreamBeginCapture(handle, cudaStreamCaptureModeThreadLocal), "beginning to record");
+    // Relaxed: a Control may run Python meanwhile, which may drop a session, and giving back memory must not fail.
+    check(cudaStreamBeginCapture(handle, cudaStreamCaptureModeRelaxed), "beginning to record");
     cudaGraph_t graph = nullptr;
     try {
         work();
