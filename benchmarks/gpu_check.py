@@ -3,13 +3,15 @@
 Examples:
     python benchmarks/gpu_check.py build
     python benchmarks/gpu_check.py test primitives sanitize
+    python benchmarks/gpu_check.py suite accuracy
     python benchmarks/gpu_check.py models bench report
+    python benchmarks/gpu_check.py --size 34b models bench report
     python benchmarks/gpu_check.py all
 
 Each step is a command of its own and leaves what it found in --work, so that a machine which is lent for minutes can
 be used piece by piece. Nothing is downloaded: Python needs pybind11, numpy, pillow and gguf, for the tests also
-pytest, torch, safetensors, sentencepiece and tqdm; --wheels installs what is missing from a folder. Needs nvcc,
-CMake, 10 GB of disk, and compute-sanitizer for one step.
+pytest, torch, safetensors, sentencepiece and tqdm, for the whole suite all of `.[test]`; --wheels installs what is
+missing from a folder. Needs nvcc, CMake, 10 GB of disk (34b: 25 GB), and compute-sanitizer for one step.
 """
 
 from __future__ import annotations
@@ -27,14 +29,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-TYPES = ("q4_0", "q4_k_m")
+TYPES = {"6b": ("q4_0", "q4_k_m"), "34b": ("q4_k_m",), "demo": ("q4_0", "q4_k_m")}
 CONTEXT = 4000
 PROMPT_TOKENS = 1075  # a picture and a question
+ACCURACY_POINTS = 0.3  # per cent of the demo model's answers that a card may give or take
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What a stage of `yivl-edge bench` is to reach with Yi-VL-6B on an H100 or H200."""
+    """What a stage of `yivl-edge bench` is to reach on an H100 or H200."""
 
     stage: str
     most_seconds: float | None = None
@@ -42,13 +45,14 @@ class Goal:
     """Of the copy bandwidth that was measured in the same run."""
 
 
-GOALS = (
+GOALS_6B = (
     Goal("decoding", least_share=0.85),
     Goal(f"decoding after {CONTEXT} tokens", least_share=0.80),
     Goal("image encoding", most_seconds=0.008),
     Goal("prefill", most_seconds=0.035),
     Goal("picture and question to first token", most_seconds=0.060),
 )
+GOALS = {"6b": GOALS_6B, "34b": (Goal("decoding", least_share=0.85),), "demo": GOALS_6B}
 
 
 class Check:
@@ -63,6 +67,7 @@ class Check:
         self.wheels: Path | None = args.wheels
         self.work.mkdir(parents=True, exist_ok=True)
         self.site = self.work / "site"
+        self.answers = {device: self.work / f"accuracy-{device}.json" for device in ("cpu", "cuda")}
         self.environment = os.environ | {"PYTHONPATH": str(self.site), "PYTHONUNBUFFERED": "1"}
         if self.emulated:
             self.environment["YIVL_CUDA_EMULATOR"] = str(self.build_folder)
@@ -100,6 +105,20 @@ class Check:
         return self.run(
             "test", self.python("-m", "pytest", "-q", *map(str, sorted(ROOT.glob("tests/test_cuda*.py"))))
         )
+
+    def suite(self) -> bool:
+        """All tests, with the card as the device of every model that names none."""
+        return self.run("suite", ["env", "YIVL_TEST_DEVICE=cuda", *self.python("-m", "pytest", "-q")])
+
+    def accuracy(self) -> bool:
+        """The demo model's right answers, on the CPU and on the card."""
+        file = next((ROOT / "python/yivl_edge/data").glob("*.gguf"))
+        scenes = ["--scenes", "2"] if self.size == "demo" else []
+        well = True
+        for device, out in self.answers.items():
+            evaluate = self.python("-m", "demo.evaluate", "--files", str(file), "--device", device, *scenes)
+            well = self.run(f"accuracy {device}", [*evaluate, "--json", str(out)]) and well
+        return well and all(row["met"] for row in compare_accuracy(*self.answers.values()))
 
     def primitives(self) -> bool:
         """The wrappers that kernels are made of, against plain loops."""
@@ -139,12 +158,12 @@ class Check:
     def models(self) -> bool:
         """Files of true sizes with random weights."""
         well = True
-        for t in TYPES:
+        for t in TYPES[self.size]:
             if not self.model(t).exists():
                 writer = self.python(
                     str(ROOT / "benchmarks/random_model.py"), "--size", self.size, "--type", t
                 )
-                well = self.run(f"write {t}", [*writer, "-o", str(self.model(t))]) and well
+                well = self.run(f"write {self.size} {t}", [*writer, "-o", str(self.model(t))]) and well
         return well
 
     def bench(self) -> bool:
@@ -162,24 +181,26 @@ class Check:
         if self.size == "demo":
             sizes = ["--prompt-tokens", "20", "--generate", "2", "--context", "20", "--runs", "1"]
         well = True
-        for t in TYPES:
+        for t in TYPES[self.size]:
             bench = self.python(
                 "-m", "yivl_edge", "bench", str(self.model(t)), "--device", "cuda", "--profile"
             )
-            well = (
-                self.run(f"bench {t}", [*bench, *sizes, "--json", str(self.work / f"bench-{t}.json")])
-                and well
-            )
+            out = ["--json", str(self.result(self.size, t))]
+            well = self.run(f"bench {self.size} {t}", [*bench, *sizes, *out]) and well
         return well
 
     def report(self) -> bool:
         """The goals beside what was measured; writes report.json."""
-        benches = {t: self.work / f"bench-{t}.json" for t in TYPES}
-        found = {t: json.loads(path.read_text()) for t, path in benches.items() if path.exists()}
+        rows, found = [], {}
+        for size, types in TYPES.items():
+            for t in types:
+                if (path := self.result(size, t)).exists():
+                    bench = found[f"{size} {t}"] = json.loads(path.read_text())
+                    rows += compare(size, t, bench)
+        rows += compare_accuracy(*self.answers.values())
         steps = {
             path.stem: json.loads(path.read_text()) for path in sorted((self.work / "steps").glob("*.json"))
         }
-        rows = [row for t, bench in found.items() for row in compare(t, bench)]
         print(table(rows))
         failed = [name for name, step in steps.items() if step["exit_code"] != 0]
         print(f"steps that failed: {', '.join(failed) or 'none'} of {len(steps)}")
@@ -188,6 +209,10 @@ class Check:
         return bool(rows) and not failed
 
     # --- How
+
+    def result(self, size: str, type_name: str) -> Path:
+        """What `yivl-edge bench` finds with a file."""
+        return self.work / f"bench-{size}-{type_name}.json"
 
     def model(self, type_name: str) -> Path:
         """The file of a type."""
@@ -235,11 +260,11 @@ class Check:
         return code == 0
 
 
-def compare(type_name: str, bench: dict[str, Any]) -> list[dict[str, Any]]:
+def compare(size: str, type_name: str, bench: dict[str, Any]) -> list[dict[str, Any]]:
     """The goals of a bench's stages, and whether they are met."""
     stages = {row["stage"]: row for row in bench["stages"]}
     rows = []
-    for goal in GOALS:
+    for goal in GOALS[size]:
         if goal.stage not in stages:
             continue
         stage = stages[goal.stage]
@@ -248,7 +273,7 @@ def compare(type_name: str, bench: dict[str, Any]) -> list[dict[str, Any]]:
         met = seconds <= goal.most_seconds if goal.most_seconds else share >= (goal.least_share or 0)
         rows.append(
             {
-                "type": type_name,
+                "model": f"{size} {type_name}",
                 "stage": goal.stage,
                 "goal": f"{goal.most_seconds * 1e3:.0f} ms"
                 if goal.most_seconds
@@ -261,20 +286,47 @@ def compare(type_name: str, bench: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def compare_accuracy(on_cpu: Path, on_gpu: Path) -> list[dict[str, Any]]:
+    """What `accuracy` found on the card beside what it found on the CPU; nothing before both are there."""
+    if not (on_cpu.exists() and on_gpu.exists()):
+        return []
+    (cpu,), (gpu,) = (json.loads(path.read_text()).values() for path in (on_cpu, on_gpu))
+    return [
+        {
+            "model": "demo",
+            "stage": f"right answers within {ACCURACY_POINTS} points of the CPU's",
+            "goal": f"{cpu:.2%}",
+            "measured": f"{gpu:.2%}",
+            "met": round(100 * abs(gpu - cpu), 6) <= ACCURACY_POINTS,
+            "device": "cuda",
+        }
+    ]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows for a person."""
     if not rows:
         return "nothing was measured: run the step bench first"
-    lines = [rows[0]["device"], f"{'':8} {'stage':38} {'goal':>8} {'measured':>12}"]
+    lines = [rows[0]["device"], f"{'':12} {'stage':45} {'goal':>8} {'measured':>12}"]
     for row in rows:
         verdict = "met" if row["met"] else "missed"
-        lines.append(f"{row['type']:8} {row['stage']:38} {row['goal']:>8} {row['measured']:>12}  {verdict}")
+        lines.append(f"{row['model']:12} {row['stage']:45} {row['goal']:>8} {row['measured']:>12}  {verdict}")
     return "\n".join(lines)
 
 
 def main() -> int:
     """Runs the steps that the command line names; 1 if one of them failed."""
-    steps = ("build", "test", "primitives", "sanitize", "models", "bench", "report")
+    steps = (
+        "build",
+        "test",
+        "suite",
+        "accuracy",
+        "primitives",
+        "sanitize",
+        "models",
+        "bench",
+        "report",
+    )
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

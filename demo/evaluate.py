@@ -10,6 +10,7 @@ and place that training never showed.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -136,16 +137,21 @@ def torch_answers(
     return result
 
 
-def engine_answers(file: Path, asked: Sequence[Question]) -> list[str]:
+def engine_answers(file: Path, asked: Sequence[Question], device: str = "auto") -> list[str]:
     """Greedy answers of our engine."""
     from yivl_edge import Model
 
-    model = Model(file)
+    model = Model(file, device=device)
     answers = []
     for q in tqdm(asked, desc=file.name, mininterval=5):
         reply = model.chat(picture(q.scene), q.messages(), temperature=0.0, max_tokens=MAX_TOKENS)
         answers.append(reply.text)
     return answers
+
+
+def accuracy(asked: Sequence[Question], answers: Sequence[str]) -> float:
+    """The share of right answers."""
+    return sum(answer == q.answer for q, answer in zip(asked, answers, strict=True)) / max(1, len(asked))
 
 
 def report(asked: Sequence[Question], columns: dict[str, list[str]]) -> str:
@@ -165,7 +171,7 @@ def report(asked: Sequence[Question], columns: dict[str, list[str]]) -> str:
     ]
     for name, which in rows:
         cells = [
-            f"{100 * sum(answers[i] == asked[i].answer for i in which) / max(1, len(which)):.1f}"
+            f"{100 * accuracy([asked[i] for i in which], [answers[i] for i in which]):.1f}"
             for answers in columns.values()
         ]
         lines.append(f"| {name} | {len(which)} | " + " | ".join(cells) + " |")
@@ -179,8 +185,12 @@ def main() -> None:
     )
     parser.add_argument("--checkpoint", type=Path, help="published-layout folder: torch's own answers")
     parser.add_argument("--files", type=Path, nargs="*", default=[], help="GGUF files for our engine")
+    parser.add_argument(
+        "--device", default="auto", help="what our engine computes with: auto, cpu, cuda, ..."
+    )
     parser.add_argument("--scenes", type=int, default=2000)
     parser.add_argument("--show", type=int, default=0, help="print this many wrong answers of each column")
+    parser.add_argument("--json", type=Path, help="also write the share of right answers of each column")
     args = parser.parse_args()
     asked = questions(args.scenes)
     columns: dict[str, list[str]] = {}
@@ -191,9 +201,11 @@ def main() -> None:
         print(f"torch: {time.monotonic() - began:.0f} s")
     for file in args.files:
         began = time.monotonic()
-        columns[file.stem] = engine_answers(file, asked)
+        columns[file.stem] = engine_answers(file, asked, args.device)
         print(f"{file.stem}: {time.monotonic() - began:.0f} s")
     print(report(asked, columns))
+    if args.json:
+        args.json.write_text(json.dumps({name: accuracy(asked, a) for name, a in columns.items()}) + "\n")
     for name, answers in columns.items():
         if name != "torch" and "torch" in columns:
             same = sum(a == b for a, b in zip(answers, columns["torch"], strict=True))
