@@ -97,7 +97,7 @@ def test_quantised_products_are_held_to_the_unit_that_computes_them(golden_model
     in_floats = Stages(golden_model, str(golden_f32))
     assert (in_floats.image_unit, in_floats.prefill_unit) == ("float32", "float32")
     assert ceilings.per_second("float32") == ceilings.float_per_second > 0
-    unit = Stages(Model(golden_q4_0), str(golden_q4_0)).prefill_unit
+    unit = Stages(Model(golden_q4_0, device="cpu"), str(golden_q4_0)).prefill_unit
     assert unit == (ceilings.packed_unit or "float32")
     if ceilings.packed_unit:
         assert ceilings.per_second(unit) == ceilings.packed_per_second > 0

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from yivl_edge.measure import Ceilings, Kernel
+    from yivl_edge.model import Model
 
 _EXAMPLE = """\
 example:
@@ -131,6 +132,8 @@ def run(args: _Args) -> int:
 
 
 class _Bench:
+    model: Model
+
     def __init__(self, args: _Args) -> None:
         import numpy as np
 
