@@ -67,12 +67,16 @@ test-cuda-emulator: $(VENV)/.test $(VENV)/.cmake
 	@YIVL_CUDA_EMULATOR="$(CURDIR)/$(EMULATOR)" $(BIN)/python -m pytest tests/test_cuda*.py tests/test_plan.py tests/test_gpu_check.py \
 	  tests/test_docs.py
 
-# Every kernel for every generation of GPU, warnings and spilled registers as errors; needs a CUDA toolkit, but no GPU.
-cuda-kernels: $(VENV)/.cmake
-	@echo "== Compiling the CUDA kernels"
-	@$(BIN)/cmake -S . -B build/cuda -DYIVL_CUDA=ON -DYIVL_WERROR=ON -DYIVL_PYTHON=OFF -DYIVL_CPP_TESTS=ON >/dev/null
-	@$(BIN)/cmake --build build/cuda --target yivl_kernels cuda_primitives_object --parallel "$$(nproc)" >build/cuda/build.log 2>&1 || \
+# Every kernel for every generation of GPU, warnings and spilled registers as errors, and the core that starts them; needs a
+# CUDA toolkit, but no GPU. Only opening a model is tried: the core is compiled in a hurry.
+cuda-kernels: $(VENV)/.test $(VENV)/.cmake
+	@echo "== Compiling the CUDA kernels and the package's core with them"
+	@$(BIN)/cmake -S . -B build/cuda -DYIVL_CUDA=ON -DYIVL_WERROR=ON -DYIVL_CPP_TESTS=ON -DCMAKE_CXX_FLAGS_RELEASE=-O1 \
+	  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" >/dev/null
+	@$(BIN)/cmake --build build/cuda --target _core cuda_primitives_object --parallel "$$(nproc)" >build/cuda/build.log 2>&1 || \
 	  { grep -v 'ptxas info' build/cuda/build.log; $(BIN)/python tests/report_spills.py build/cuda/build.log; exit 1; }
+	@echo "== Opening a model with it"
+	@YIVL_CUDA_EMULATOR="$(CURDIR)/build/cuda" $(BIN)/python -m pytest tests/test_device.py
 
 # llama.cpp, built in an environment of its own (about 20 minutes on two cores). With OpenBLAS it can compute without
 # rounding activations to 8 bits, which the comparison at Q8_0 needs. -fno-dse keeps its AMX path from crashing when GCC 12

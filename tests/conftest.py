@@ -15,6 +15,11 @@ from yivl_edge.convert import convert
 DATA = Path(__file__).parent / "data"
 GOLDEN = DATA / "golden"
 
+# What every model computes with that names no device, so that a GPU can run all tests (docs/cuda.md).
+if DEVICE := os.environ.get("YIVL_TEST_DEVICE"):
+    for opens in (Model.__init__, Model.demo.__func__):
+        opens.__kwdefaults__["device"] = DEVICE
+
 # A shell that runs the tests in the background has Ctrl-C ignored, and so would every program that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
