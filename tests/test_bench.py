@@ -33,6 +33,11 @@ def test_bench_prints_a_table_and_writes_the_same_figures_as_json(golden_f32, tm
     assert all(stage in table for stage in stages)
     assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in stages.values())
     assert result["threads"] == 1
+    assert measure.machine_name() in table
+    assert result["machine"] == measure.machine_name()
+    isa = _core.isa_name()
+    assert result["computes"].startswith(f"1 threads, {isa}")
+    assert _core.isa_variant(isa) in result["computes"]
     assert result["ceilings"]["read_bytes_per_second"] > 1e8
     # Golden's sizes (tests/data/golden/README.md): 3 blocks of width 160 on 65 rows, then the projector, by hand.
     blocks = 3 * (2 * 65 * (4 * 160 * 160 + 2 * 160 * 640) + 4 * 65 * 65 * 160)
@@ -41,6 +46,11 @@ def test_bench_prints_a_table_and_writes_the_same_figures_as_json(golden_f32, tm
     # of keys and values; the norms.
     weights = 4 * (3 * (256 * 768 + 3 * 256 * 768 + 2 * 256) + 2048 * 256 + 256)
     assert stages["decoding"]["bytes"] == weights + 2 * 3 * 128 * 4 * 7
+
+
+def test_a_profile_without_a_gpu_is_an_error(golden_f32, capsys):
+    assert main(["bench", str(golden_f32), *QUICK, "--device", "cpu", "--profile"]) == 1
+    assert "--profile: expected a GPU, found " + _core.isa_name() in capsys.readouterr().err
 
 
 def test_bench_decodes_after_a_long_text_if_asked(golden_f32, tmp_path, capsys):

@@ -11,6 +11,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from yivl_edge import _core
 from yivl_edge.cli.arguments import add_device, integer
 
 if TYPE_CHECKING:
@@ -102,22 +103,26 @@ def add_parser(commands: Any) -> None:
 def run(args: _Args) -> int:
     """Measures and prints the table; writes JSON if asked."""
     from yivl_edge.files import check_output, write_whole
-    from yivl_edge.measure import device_ceilings, measure_ceilings, peak_resident_bytes
+    from yivl_edge.measure import device_ceilings, machine_name, measure_ceilings, peak_resident_bytes
 
     if args.json is not None:
         check_output(args.json)
     bench = _Bench(args)
+    on_gpu = bench.stages.on_gpu
+    if args.profile and not on_gpu:
+        raise ValueError(f"--profile: expected a GPU, found {bench.model.device}")
     rows = bench.rows()
     peak = peak_resident_bytes()  # of the model alone: the ceilings take memory of their own
-    on_gpu = bench.stages.on_gpu
     ceilings = device_ceilings(bench.model) if on_gpu else measure_ceilings(bench.model.n_threads)
     print(_table(bench, rows, ceilings, peak))
-    profile = bench.profile() if args.profile and on_gpu else {}
+    profile = bench.profile() if args.profile else {}
     for stage, kernels in profile.items():
         print(_profile_table(stage, kernels, ceilings))
     if args.json is not None:
         result = {
             "file": args.file,
+            "machine": machine_name(),
+            "computes": _computes(bench),
             "device": bench.model.device,
             "threads": bench.model.n_threads,
             "gpu_layers": bench.model.n_gpu_layers,
@@ -269,8 +274,10 @@ def _profile_table(stage: str, kernels: list[Kernel], ceilings: Ceilings) -> str
 
 
 def _table(bench: _Bench, rows: list[Row], ceilings: Ceilings, peak: int) -> str:
+    from yivl_edge.measure import machine_name
+
     lines = [
-        f"{os.path.basename(bench.args.file)}, {_computes(bench)}",
+        f"{os.path.basename(bench.args.file)}, {_computes(bench)}; {machine_name()}",
         f"ceilings: {ceilings}",
         "",
         f"{'stage':36} {'median':>10} {'fastest':>10} {'slowest':>10} {'rate':>14} {'of ceiling':>10}",
@@ -283,7 +290,7 @@ def _table(bench: _Bench, rows: list[Row], ceilings: Ceilings, peak: int) -> str
         elif row.bytes:
             rate = f"{row.bytes / row.median / 1e9:.1f} GB/s"
             share = f"{row.bytes / row.median / ceilings.read_bytes_per_second:.0%}"
-        times = " ".join(f"{s:>9.3f}s" for s in (row.median, min(row.seconds), max(row.seconds)))
+        times = " ".join(f"{_time(s):>10}" for s in (row.median, min(row.seconds), max(row.seconds)))
         lines.append(f"{row.stage:36} {times} {rate:>14} {share:>10}")
         if row.flop or row.bytes:
             lines[-1] += f"   {row.tokens / row.median:.1f} tokens/s" if row.tokens else ""
@@ -293,12 +300,17 @@ def _table(bench: _Bench, rows: list[Row], ceilings: Ceilings, peak: int) -> str
     return "\n".join(lines)
 
 
+def _time(seconds: float) -> str:
+    return f"{seconds:.3f} s" if seconds >= 1 else f"{seconds * 1e3:.3f} ms"
+
+
 def _computes(bench: _Bench) -> str:
     """What computes, in words."""
     model = bench.model
     layers = model.config.decoder.n_layers
     if not bench.stages.on_gpu:
-        return f"{model.n_threads} threads, {model.device}"
+        variant = _core.isa_variant(model.device)
+        return f"{model.n_threads} threads, {model.device}" + (f" ({variant})" if variant else "")
     if model.n_gpu_layers == layers:
         return model.device
     return f"{model.device} with {model.n_gpu_layers} of {layers} layers, {model.n_threads} threads with the others"
