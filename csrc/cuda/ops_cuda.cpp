@@ -1,8 +1,8 @@
 // The operations of the seam on a GPU: where its memory comes from, and the order of its work. The arithmetic is in the
 // kernels.
+#include <algorithm>
 #include <array>
 #include <atomic>
-#include <bit>
 #include <cassert>
 #include <mutex>
 #include <optional>
@@ -47,8 +47,8 @@ struct Cleanup {
 
 enum class Fill { nothing, zeros };
 
-// Memory that grows when more is asked for, and then holds nothing, or zeros. By doubling, so that what is longer with
-// every token is seldom allocated.
+// Memory that grows when more is asked for, and then holds nothing, or zeros. To twice its size at least, so that what
+// is longer with every token is seldom allocated.
 template <class T>
 class Scratch {
 public:
@@ -56,15 +56,14 @@ public:
         if (n > size_) {
             stream.synchronize();  // work may still use the old one
             memory_.reset();
-            size_ = 0;
-            const auto size = std::bit_ceil(static_cast<size_t>(n));
-            const size_t bytes = size * sizeof(T);
+            const int64_t size = std::max(n, 2 * std::exchange(size_, 0));
+            const size_t bytes = static_cast<size_t>(size) * sizeof(T);
             memory_ = allocate_shared(stream.device(), bytes);
             if (fill == Fill::zeros) {
                 const std::vector<std::byte> zeros(bytes);
                 stream.copy_in(memory_.get(), bytes, zeros.data(), bytes, bytes, 1);
             }
-            size_ = static_cast<int64_t>(size);
+            size_ = size;
         }
         return reinterpret_cast<T*>(memory_.get());
     }
