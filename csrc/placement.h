@@ -21,7 +21,8 @@ struct Placement {
 // `device`: "cpu"; "cuda" or "cuda:1", with as many of the decoder's layers as its free memory has room for, or with
 // `n_gpu_layers` of them; or "auto", which is the first GPU that all layers fit, or `n_gpu_layers`, and else the CPU
 // (as where YIVL_ISA chooses the CPU's instruction set). Throws std::invalid_argument for another name or a number of
-// layers that there is not, DeviceError or AllocationError for a device that cannot be used. Logs why "auto" takes none.
+// layers that there is not, DeviceError or AllocationError for a device that cannot be used. Logs why "auto" takes
+// none.
 Placement place_model(std::string_view device, std::optional<int64_t> n_gpu_layers, int n_threads,
                       const MemoryPlan& plan, Control& control);
 
