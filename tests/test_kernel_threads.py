@@ -179,23 +179,26 @@ assert os.waitstatus_to_exitcode(status) == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory counts stacks of threads on Linux")
-def test_threads_that_the_system_refuses_are_an_error() -> None:
+def test_threads_that_the_system_refuses_are_an_error(golden_f32: Path) -> None:
     code = """
-import resource
+import resource, sys
 from yivl_edge import _core
+from yivl_edge.cli import main
 with open("/proc/self/statm") as file:
     in_use = int(file.read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (in_use + (1 << 30), resource.RLIM_INFINITY))
 try:
     _core.KernelOps("", 1000)
-except RuntimeError as error:
+except OSError as error:
     print(error)
 _core.KernelOps("", 2)
+assert main(["chat", sys.argv[1], "--device", "cpu", "--threads", "1000", "--prompt", "Why?"]) == 1
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert re.match(r"cannot start thread \d+ of 1000: .+", result.stdout)
+    command = [sys.executable, "-c", code, str(golden_f32)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    message = r"cannot start thread \d+ of 1000: .+\n"
+    assert re.fullmatch(message, result.stdout)
+    assert re.fullmatch("yivl-edge: error: " + message, result.stderr)
 
 
 def test_idle_workers_sleep() -> None:

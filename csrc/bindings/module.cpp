@@ -10,6 +10,13 @@ PYBIND11_MODULE(_core, m) {
     py::register_exception<ContextOverflowError>(m, "ContextOverflowError", PyExc_ValueError);
     py::register_exception<DeviceError>(m, "DeviceError", PyExc_RuntimeError);
     py::register_exception<Cancelled>(m, "Cancelled", PyExc_RuntimeError);
+    py::register_exception_translator([](std::exception_ptr e) {
+        try {
+            if (e) std::rethrow_exception(e);
+        } catch (const std::system_error& refused) {
+            PyErr_SetString(PyExc_OSError, refused.what());
+        }
+    });
 
     bind_gguf(m);
     bind_image(m);

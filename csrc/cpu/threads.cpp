@@ -348,8 +348,8 @@ ThreadPool::ThreadPool(int n_threads) : n_threads_(n_threads), shared_(std::make
             shared_->threads.emplace_back([shared = shared_.get(), i] { shared->worker(i); });
         } catch (const std::system_error& e) {
             shared_->end_workers();
-            throw std::runtime_error("cannot start thread " + std::to_string(i + 2) + " of " +
-                                     std::to_string(n_threads) + ": " + e.code().message());
+            throw std::system_error(
+                e.code(), "cannot start thread " + std::to_string(i + 2) + " of " + std::to_string(n_threads));
         }
     }
 }

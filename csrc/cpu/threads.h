@@ -20,7 +20,7 @@ public:
     // Handles items [begin, end) on thread `thread` of [0, n_threads).
     using Function = std::function<void(int64_t begin, int64_t end, int thread)>;
 
-    // Throws std::runtime_error if the system has no more threads to give.
+    // Throws std::system_error if the system has no more threads to give.
     explicit ThreadPool(int n_threads);
     ~ThreadPool();
     ThreadPool(const ThreadPool&) = delete;

@@ -254,7 +254,7 @@ class Model:
         MemoryError: Weights or KV cache do not fit the memory; says what was needed, and on a GPU what is free.
         ValueError: An argument out of range, or ``YIVL_ISA`` names an instruction set that this CPU lacks.
         TypeError: An argument of another type.
-        RuntimeError: The system has no more threads to give.
+        OSError: The system has no more threads to give.
     """
 
     def __init__(
