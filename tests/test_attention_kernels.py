@@ -81,8 +81,9 @@ def test_attention_on_tiles_rounds_to_bfloat16(head_dim: int, heads: int, kv_hea
         v = normal(3, keys, kv_heads * head_dim)
         y = strided(np.full_like(q, np.nan))
         ops.attention(y, strided(q), strided(k), strided(v), heads, kv_heads, causal, rounded=True)
-        scale = np.float32(1) / np.sqrt(np.float32(head_dim))
-        rounded_q = to_bfloat(q * scale).astype(np.float64) * math.sqrt(head_dim)
+        # Scores are exponents of 2, so that q is rounded times log2(e), too.
+        scale = np.float32(math.log2(math.e)) / np.sqrt(np.float32(head_dim))
+        rounded_q = to_bfloat(q * scale).astype(np.float64) / scale
         rounded_k, rounded_v = to_bfloat(k), to_bfloat(v)
         exact = exact_attention(rounded_q, rounded_k, rounded_v, heads, kv_heads, causal)
         sizes = exact_attention(rounded_q, rounded_k, np.abs(rounded_v), heads, kv_heads, causal)

@@ -56,7 +56,7 @@ const Kernels& amx_kernels() {
         k.variant = "";
         k.few = k.packed;
         k.packed = &kAmxPackedKernels;
-        k.tiles = &kAmxAttentionKernels;
+        k.packed_attention = &kAmxAttention;
         return k;
     }();
     return kernels;

@@ -11,8 +11,6 @@
 
 namespace yivl {
 
-struct AttentionTiles;
-
 // Attention of the query heads that share one KV head. Query row r of [0, T * group) is head r % group of token
 // r / group.
 struct AttentionPiece {
@@ -29,8 +27,7 @@ struct AttentionPiece {
     int64_t n_keys;       // S
     int64_t first_limit;  // keys that token 0 sees; each later token sees one more. Not causal: n_keys
     bool causal;
-    int64_t row_begin, row_end;   // the query rows of this piece
-    const AttentionTiles* tiles;  // what multiplies; null: float32
+    int64_t row_begin, row_end;  // the query rows of this piece
 
     int64_t visible_keys(int64_t row) const {
         const int64_t seen = first_limit + row / group;
@@ -38,21 +35,18 @@ struct AttentionPiece {
     }
 };
 
-// Products of attention on a matrix unit that rounds its operands. Scores and weights of a block of at most `block`
-// keys, a multiple of kStep, lie in rows of `block` floats; rows and columns have room for whole steps.
-struct AttentionTiles {
-    static constexpr int64_t kStep = 32;
-
-    // Bytes of memory, aligned to 64, for `rows` query rows.
-    int64_t (*memory_bytes)(int64_t rows, int64_t head_dim, int64_t block);
-    // Takes over the piece's queries, times `scale`.
-    void (*queries)(const AttentionPiece& piece, float scale, int64_t block, std::byte* memory);
-    // Scores of keys [key, key + n), of each row at least those of the keys that it sees.
-    void (*scores)(const AttentionPiece& piece, int64_t key, int64_t n, float* scores, int64_t block,
-                   std::byte* memory);
-    // out (rows, width) += weights . values [key, key + n). Weights of keys that a row does not see are 0.
-    void (*values)(const AttentionPiece& piece, int64_t key, int64_t n, const float* weights, float* out, int64_t width,
-                   int64_t block, std::byte* memory);
+// Attention on a matrix unit that rounds its operands. Keys and values are brought into its form once for all pieces.
+struct PackedAttention {
+    int64_t key_block;  // keys that are packed together
+    // Bytes of the packed keys and values of one KV head, a multiple of 64.
+    int64_t (*packed_bytes)(int64_t n_keys, int64_t head_dim);
+    // Packs block `block` of the piece's keys and their values, whatever its rows.
+    void (*pack)(std::byte* packed, const AttentionPiece& piece, int64_t block);
+    // Bytes of scratch, aligned to 64.
+    int64_t (*scratch_bytes)(int64_t head_dim);
+    // `stop` is polled every few rows; the output is not complete if it said true.
+    void (*attention)(const AttentionPiece& piece, const std::byte* packed, std::byte* scratch,
+                      bool (*stop)(const void*), const void* stop_arg);
 };
 
 // x of a product of packed operands.
@@ -85,7 +79,7 @@ struct PackedKernels {
 
     // Tokens that are packed together.
     int64_t tokens;
-    // Fewer are left to Kernels::few, and to attention without tiles.
+    // Fewer are left to Kernels::few, and to attention in float32.
     int64_t least_tokens = 1;
     // In what order of columns x is packed for weights of this type, [0, kOrders); -1: not for this type.
     int (*order)(WeightType type);
@@ -117,7 +111,7 @@ struct Kernels {
     void (*rotate)(float* x, const float* cos_sin, int64_t n);
 
     // Floats of scratch, aligned to 64 bytes, that attention needs for `rows` query rows.
-    int64_t (*attention_scratch)(int64_t rows, int64_t head_dim, const AttentionTiles* tiles);
+    int64_t (*attention_scratch)(int64_t rows, int64_t head_dim);
     // `stop` is polled between blocks of keys; the output is not complete if it said true.
     void (*attention)(const AttentionPiece& piece, float* scratch, bool (*stop)(const void*), const void* stop_arg);
 
@@ -131,7 +125,7 @@ struct Kernels {
     // In place of `packed` for fewer tokens than its least; null: none.
     const PackedKernels* few;
     // For attention of at least as many tokens as `packed` takes, where it may be rounded; null: none.
-    const AttentionTiles* tiles;
+    const PackedAttention* packed_attention;
 };
 
 }  // namespace yivl
@@ -154,5 +148,5 @@ struct Kernels {
         .floats = &space::kFloatKernels,                 \
         .packed = packed_kernels,                        \
         .few = nullptr,                                  \
-        .tiles = nullptr,                                \
+        .packed_attention = nullptr,                     \
     }

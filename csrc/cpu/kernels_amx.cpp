@@ -343,11 +343,12 @@ const PackedKernels kAmxPackedKernels = {
     .multiply_add = amx::multiply_add,
 };
 
-const AttentionTiles kAmxAttentionKernels = {
-    .memory_bytes = amx::attention_memory_bytes,
-    .queries = amx::pack_queries,
-    .scores = amx::scores,
-    .values = amx::add_values,
+const PackedAttention kAmxAttention = {
+    .key_block = amx::kKeyBlock,
+    .packed_bytes = amx::packed_keys_bytes,
+    .pack = amx::pack_keys,
+    .scratch_bytes = amx::attention_scratch_bytes,
+    .attention = amx::attention,
 };
 
 }  // namespace yivl

@@ -389,53 +389,34 @@ void pack_values(const AttentionRows& a, int64_t key, int64_t n) {
     }
 }
 
-// Columns of `out`, and rows of it and of the scores.
-int64_t padded_width(int64_t head_dim, const AttentionTiles* tiles) {
-    return round_up(head_dim, tiles == nullptr ? kLanes : AttentionTiles::kStep);
-}
-int64_t padded_rows(int64_t rows, const AttentionTiles* tiles) {
-    return tiles == nullptr ? rows : round_up(rows, AttentionTiles::kStep);
-}
-
-int64_t attention_scratch(int64_t rows, int64_t head_dim, const AttentionTiles* tiles) {
-    const int64_t operands =
-        tiles == nullptr ? round_up(rows * head_dim, kLanes) + kKeyBlock * (head_dim + round_up(head_dim, kPanel))
-                         : tiles->memory_bytes(rows, head_dim, kKeyBlock) / static_cast<int64_t>(sizeof(float));
-    return operands + padded_rows(rows, tiles) * (padded_width(head_dim, tiles) + kKeyBlock) + rows * kLanes +
-           round_up(rows, kLanes);
+int64_t attention_scratch(int64_t rows, int64_t head_dim) {
+    return round_up(rows * head_dim, kLanes) + rows * round_up(head_dim, kLanes) + round_up(rows, kLanes) +
+           rows * kLanes + kKeyBlock * (head_dim + round_up(head_dim, kPanel)) + rows * kKeyBlock;
 }
 
 void attention(const AttentionPiece& piece, float* scratch, bool (*stop)(const void*), const void* stop_arg) {
-    const AttentionTiles* const tiles = piece.tiles;
     const int64_t rows = piece.row_end - piece.row_begin;
     const int64_t head_dim = piece.head_dim;
-    const int64_t width = padded_width(head_dim, tiles), out_rows = padded_rows(rows, tiles);
+    const int64_t width = round_up(head_dim, kLanes);
     const auto take = [&scratch](int64_t n) YIVL_TARGET_LAMBDA {
         float* p = scratch;
         scratch += n;
         return p;
     };
-    const auto take_operand = [&](int64_t n) YIVL_TARGET_LAMBDA { return take(tiles == nullptr ? n : 0); };
     const AttentionRows a{.piece = piece,
                           .rows = rows,
                           .width = width,
-                          .q = take_operand(round_up(rows * head_dim, kLanes)),
-                          .out = take(out_rows * width),
+                          .q = take(round_up(rows * head_dim, kLanes)),
+                          .out = take(rows * width),
                           .largest = take(round_up(rows, kLanes)),
                           .totals = take(rows * kLanes),
-                          .k = take_operand(kKeyBlock * head_dim),
-                          .v = take_operand(kKeyBlock * round_up(head_dim, kPanel)),
-                          .in_place = tiles == nullptr && rows <= kFewQueryRows && width == head_dim,
-                          .scores = take(out_rows * kKeyBlock)};
-    std::byte* const memory = reinterpret_cast<std::byte*>(scratch);
+                          .k = take(kKeyBlock * head_dim),
+                          .v = take(kKeyBlock * round_up(head_dim, kPanel)),
+                          .in_place = rows <= kFewQueryRows && width == head_dim,
+                          .scores = take(rows * kKeyBlock)};
 
-    const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(head_dim));
-    if (tiles != nullptr) {
-        tiles->queries(piece, scale, kKeyBlock, memory);
-    } else {
-        pack_queries(a, scale);
-    }
-    for (int64_t i = 0; i < out_rows * width; ++i) a.out[i] = 0.0f;
+    pack_queries(a, 1.0f / __builtin_sqrtf(static_cast<float>(head_dim)));
+    for (int64_t i = 0; i < rows * width; ++i) a.out[i] = 0.0f;
     for (int64_t i = 0; i < rows; ++i) {
         a.largest[i] = -3.0e38f;
         store(a.totals + i * kLanes, zero());
@@ -445,19 +426,11 @@ void attention(const AttentionPiece& piece, float* scratch, bool (*stop)(const v
     for (int64_t key = 0; key < n_keys; key += kKeyBlock) {
         if (stop(stop_arg)) return;
         const int64_t n = min64(kKeyBlock, n_keys - key);
-        if (tiles != nullptr) {
-            tiles->scores(piece, key, n, a.scores, kKeyBlock, memory);
-        } else {
-            pack_keys(a, key, n);
-            if (!a.in_place) pack_values(a, key, n);
-            score(a, key, n);
-        }
+        pack_keys(a, key, n);
+        if (!a.in_place) pack_values(a, key, n);
+        score(a, key, n);
         each_tile(0, rows, [&]<int R>(int64_t row) YIVL_TARGET_LAMBDA { softmax_rows<R>(a, row, key, n); });
-        if (tiles != nullptr) {
-            tiles->values(piece, key, n, a.scores, a.out, width, kKeyBlock, memory);
-        } else {
-            add_values(a, key, n);
-        }
+        add_values(a, key, n);
     }
 
     for (int64_t i = 0; i < rows; ++i) {

@@ -144,16 +144,9 @@ public:
         const int64_t rows = q.rows * group;
         const int64_t blocks = divide_up(rows, kQueryRows);
         const int64_t block = divide_up(rows, std::max<int64_t>(blocks, 1));
-        const bool rounded = shape.rounded && kernels_.tiles != nullptr && q.rows >= kernels_.packed->least_tokens;
-        const AttentionTiles* const tiles = rounded ? kernels_.tiles : nullptr;
-        const int64_t scratch_floats = kernels_.attention_scratch(block, shape.head_dim, tiles);
-        // Packing a key costs about as much as using it four times.
-        const int64_t work = k.rows * shape.head_dim * 2 * (block + 4);
-        run(blocks * shape.n_kv_heads, work, [&](int64_t item, Scratch& scratch) {
-            const int64_t head = item % shape.n_kv_heads;
-            // The last rows see the most keys, and so take the longest: first come the longest.
-            const int64_t row = (blocks - 1 - item / shape.n_kv_heads) * block;
-            const AttentionPiece piece{
+        const auto cancelled = [](const void* control) { return static_cast<const Control*>(control)->cancelled(); };
+        const auto head = [&](int64_t head) {
+            return AttentionPiece{
                 .q = q.data + head * group * shape.head_dim,
                 .q_stride = q.stride,
                 .out = out.data + head * group * shape.head_dim,
@@ -167,14 +160,41 @@ public:
                 .n_keys = k.rows,
                 .first_limit = k.rows - q.rows + 1,
                 .causal = shape.causal,
-                .row_begin = row,
-                .row_end = std::min(row + block, rows),
-                .tiles = tiles,
+                .row_begin = 0,
+                .row_end = rows,
             };
-            const auto cancelled = [](const void* control) {
-                return static_cast<const Control*>(control)->cancelled();
-            };
-            kernels_.attention(piece, scratch.floats(scratch_floats), cancelled, &control_);
+        };
+        // fn(piece, head, scratch) for all pieces. The last rows see the most keys, and so take the longest: first come
+        // the longest.
+        const auto each_piece = [&](int64_t work, auto&& fn) {
+            run(blocks * shape.n_kv_heads, work, [&](int64_t item, Scratch& scratch) {
+                AttentionPiece piece = head(item % shape.n_kv_heads);
+                piece.row_begin = (blocks - 1 - item / shape.n_kv_heads) * block;
+                piece.row_end = std::min(piece.row_begin + block, rows);
+                fn(piece, item % shape.n_kv_heads, scratch);
+            });
+        };
+        const int64_t work = k.rows * shape.head_dim * 2 * block;
+        const PackedAttention* const packed = kernels_.packed_attention;
+        if (shape.rounded && packed != nullptr && q.rows >= kernels_.packed->least_tokens) {
+            const int64_t head_bytes = packed->packed_bytes(k.rows, shape.head_dim);
+            const int64_t key_blocks = divide_up(k.rows, packed->key_block);
+            std::byte* const keys = packed_keys_.bytes(head_bytes * shape.n_kv_heads);
+            run(key_blocks * shape.n_kv_heads, packed->key_block * shape.head_dim * 2 * kCopyWork,
+                [&](int64_t item, Scratch&) {
+                    const int64_t i = item / key_blocks;
+                    packed->pack(keys + i * head_bytes, head(i), item % key_blocks);
+                });
+            const int64_t bytes = packed->scratch_bytes(shape.head_dim);
+            each_piece(work / kPackedSpeed, [&](const AttentionPiece& piece, int64_t i, Scratch& scratch) {
+                packed->attention(piece, keys + i * head_bytes, scratch.bytes(bytes), cancelled, &control_);
+            });
+            return;
+        }
+        const int64_t floats = kernels_.attention_scratch(block, shape.head_dim);
+        // Packing a key costs about as much as using it four times.
+        each_piece(work + k.rows * shape.head_dim * 8, [&](const AttentionPiece& piece, int64_t, Scratch& scratch) {
+            kernels_.attention(piece, scratch.floats(floats), cancelled, &control_);
         });
     }
 
@@ -373,6 +393,7 @@ private:
     Control& control_;
     Scratch scratch_;  // for work too small for the pool, whose scratch belongs to whoever has the turn
     Scratch packed_[kForms];
+    Scratch packed_keys_;  // and values, of attention on a matrix unit
     std::vector<Piece> pieces_;
     Rotations rotations_;
 };
