@@ -256,7 +256,7 @@ void attention(KernelOps& self, Floats y, const Floats& q, const Floats& k, cons
     require(n_kv_heads > 0 && n_heads > 0 && n_heads % n_kv_heads == 0 && qs.cols % n_heads == 0, "bad head counts");
     const int64_t head_dim = qs.cols / n_heads;
     require(to.rows == qs.rows && to.cols == qs.cols && ks.cols == n_kv_heads * head_dim && vs.cols == ks.cols &&
-                vs.rows == ks.rows && ks.rows >= 1 && (!causal || ks.rows >= qs.rows),
+                vs.rows == ks.rows && qs.rows >= 1 && ks.rows >= 1 && (!causal || ks.rows >= qs.rows),
             "shapes do not match");
     self.run(control, [&](Call& c) {
         c.ops->attention(c.inout(to), c.in(qs), c.in(ks), c.in(vs), {n_heads, n_kv_heads, head_dim, causal, rounded});

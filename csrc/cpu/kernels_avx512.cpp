@@ -50,7 +50,7 @@ inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline F abs(F v) { return _mm512_abs_ps(v); }
 inline F below(F a, F b, F x, F y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x); }
 inline F round(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline F pow2(F v) { return _mm512_scalef_ps(set1(1.0f), v); }
+inline F scale(F v, F n) { return _mm512_scalef_ps(v, n); }
 
 inline float sum(F v) { return _mm512_reduce_add_ps(v); }
 inline float largest(F v) { return _mm512_reduce_max_ps(v); }

@@ -4,7 +4,7 @@
 //   F                              a vector of kLanes floats
 //   zero() set1(s) load(p) load_n(p, n) store(p, v) store_n(p, v, n)     n in [1, kLanes): the other lanes are 0
 //   add sub mul div max min abs, fma(a, b, c) = a * b + c, below(a, b, x, y) = a < b ? x : y per lane
-//   round(v) to the nearest integer, pow2(v) = 2^v for integers v in [-126, 127]
+//   round(v) to the nearest integer, scale(v, n) = v 2^n for integers n, where both are normal numbers
 //   transpose(r) of kLanes vectors
 //   sum(v), largest(v) over the lanes
 //   prefetch(p) prefetch_far(p)    the cache line at p, soon; to the second-level cache
@@ -21,10 +21,10 @@ inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline F load_some(const float* p, int64_t n) { return n >= kLanes ? load(p) : load_n(p, n); }
 inline void store_some(float* p, F v, int64_t n) { n >= kLanes ? store(p, v) : store_n(p, v, n); }
 
-// e^x within 1.5 ulp on [-87.33, 88.37]; x beyond is clamped to that. r = x - n ln 2 with ln 2 in two parts, of which
+// e^x within 1.5 ulp on [-86.6, 88.37]; x beyond is clamped to that. r = x - n ln 2 with ln 2 in two parts, of which
 // the first has few enough bits for n * part to be exact; the polynomial is a minimax fit of (e^r - 1 - r) / r^2.
 inline F exp(F x) {
-    x = min(max(x, set1(-87.33f)), set1(88.37f));
+    x = min(max(x, set1(-86.6f)), set1(88.37f));
     const F n = round(mul(x, set1(1.44269504f)));
     F r = fma(n, set1(-0.693359375f), x);
     r = fma(n, set1(2.12194440e-4f), r);
@@ -35,34 +35,40 @@ inline F exp(F x) {
     p = fma(p, r, set1(1.6666666e-1f));
     p = fma(p, r, set1(0.5f));
     p = fma(mul(r, r), p, r);
-    return mul(add(p, set1(1.0f)), pow2(n));
+    return scale(add(p, set1(1.0f)), n);
 }
 
-// erf(z) within 2 ulp: z times a polynomial in z^2 up to 1, then 1 - e^q(z) with q a fit of log(erfc).
-inline F erf(F z) {
-    const F a = abs(z);
-    const F u = mul(a, a);
-    F p = set1(7.8891200e-5f);
-    p = fma(p, u, set1(-8.0208411e-4f));
-    p = fma(p, u, set1(5.1895352e-3f));
-    p = fma(p, u, set1(-2.6854444e-2f));
-    p = fma(p, u, set1(1.1283600e-1f));
-    p = fma(p, u, set1(-3.7612626e-1f));
-    p = fma(p, u, set1(1.1283791f));
-    const F small = mul(z, p);
+// 2^x within 1 ulp for x in [-125, 0]; x below is clamped to that. A minimax fit for the part beside the nearest
+// integer.
+inline F power_of_2(F x) {
+    x = max(x, set1(-125.0f));
+    const F n = round(x);
+    const F r = sub(x, n);
+    F p = set1(1.5345812e-4f);
+    p = fma(p, r, set1(1.3399931e-3f));
+    p = fma(p, r, set1(9.6184890e-3f));
+    p = fma(p, r, set1(5.5503288e-2f));
+    p = fma(p, r, set1(2.4022647e-1f));
+    p = fma(p, r, set1(6.9314721e-1f));
+    return scale(fma(p, r, set1(1.0f)), n);
+}
 
-    const F t = sub(min(a, set1(4.0f)), set1(1.0f));
-    F q = set1(-2.1686850e-5f);
-    q = fma(q, t, set1(2.8952843e-4f));
-    q = fma(q, t, set1(-2.0119674e-3f));
-    q = fma(q, t, set1(1.0046453e-2f));
-    q = fma(q, t, set1(-4.1563481e-2f));
-    q = fma(q, t, set1(-8.4310710e-1f));
-    q = fma(q, t, set1(-2.6389675f));
-    q = fma(q, t, set1(-1.8496056f));
-    F large = sub(set1(1.0f), exp(q));
-    large = below(z, zero(), sub(zero(), large), large);
-    return below(a, set1(1.0f), small, large);
+// The normal distribution's P(X <= -a), for a in [0, 6]: 2^q with q a fit of its logarithm, which brings it within
+// 2e-8, and within 3e-6 of itself up to 4. a beyond is clamped to 6, where it is 1e-9.
+inline F tail(F a) {
+    a = min(a, set1(6.0f));
+    F q = set1(-2.1759735e-08f);
+    q = fma(q, a, set1(6.8415626e-07f));
+    q = fma(q, a, set1(-9.1779322e-06f));
+    q = fma(q, a, set1(6.6593735e-05f));
+    q = fma(q, a, set1(-2.4787871e-04f));
+    q = fma(q, a, set1(-6.1065726e-05f));
+    q = fma(q, a, set1(7.0154898e-03f));
+    q = fma(q, a, set1(-5.2483723e-02f));
+    q = fma(q, a, set1(-4.5920804e-01f));
+    q = fma(q, a, set1(-1.1511056e+00f));
+    q = fma(q, a, set1(-9.9999998e-01f));
+    return power_of_2(q);
 }
 
 // ---- norms and element-wise operations ----
@@ -108,11 +114,12 @@ void rms_norm(float* y, const float* x, const float* weight, float eps, int64_t 
     }
 }
 
+// x P(X <= x)
 void gelu(float* x, int64_t n) {
     for (int64_t i = 0; i < n; i += kLanes) {
         const F v = load_some(x + i, n - i);
-        const F e = erf(mul(v, set1(0.707106781f)));
-        store_some(x + i, mul(mul(v, set1(0.5f)), add(set1(1.0f), e)), n - i);
+        const F p = tail(abs(v));
+        store_some(x + i, mul(v, below(v, zero(), p, sub(set1(1.0f), p))), n - i);
     }
 }
 
@@ -247,7 +254,7 @@ void score(const AttentionRows& a, int64_t key, int64_t n) {
     }
 }
 
-// scores = exp(score - the largest so far) of visible keys, 0 of others; totals and out are brought to the new largest
+// scores = 2^(score - the largest so far) of visible keys, 0 of others; totals and out are brought to the new largest
 // first. Step by step for all R rows: one waits for its own results much longer than it works.
 template <int R>
 void softmax_rows(const AttentionRows& a, int64_t row, int64_t key, int64_t n) {
@@ -264,7 +271,7 @@ void softmax_rows(const AttentionRows& a, int64_t row, int64_t key, int64_t n) {
     }
     for (int r = 0; r < R; ++r) {
         if (now[r] <= a.largest[row + r]) continue;
-        const F factor = exp(set1(a.largest[row + r] - now[r]));
+        const F factor = power_of_2(set1(a.largest[row + r] - now[r]));
         float* const totals = a.totals + (row + r) * kLanes;
         float* const out = a.out + (row + r) * a.width;
         store(totals, mul(load(totals), factor));
@@ -278,13 +285,13 @@ void softmax_rows(const AttentionRows& a, int64_t row, int64_t key, int64_t n) {
         F total = load(totals);
         int64_t j = 0;
         for (; j + kLanes <= visible[r]; j += kLanes) {
-            const F p = exp(sub(load(s + j), most));
+            const F p = power_of_2(sub(load(s + j), most));
             store(s + j, p);
             total = add(total, p);
         }
         if (j < visible[r]) {
             float p[kLanes];
-            store(p, exp(sub(load_n(s + j, visible[r] - j), most)));
+            store(p, power_of_2(sub(load_n(s + j, visible[r] - j), most)));
             for (int64_t i = 0; j + i < visible[r]; ++i) s[j + i] = p[i];
             total = add(total, load_n(s + j, visible[r] - j));
         }
@@ -415,7 +422,8 @@ void attention(const AttentionPiece& piece, float* scratch, bool (*stop)(const v
                           .in_place = rows <= kFewQueryRows && width == head_dim,
                           .scores = take(rows * kKeyBlock)};
 
-    pack_queries(a, 1.0f / __builtin_sqrtf(static_cast<float>(head_dim)));
+    // Scores are exponents of 2.
+    pack_queries(a, 1.44269504f / __builtin_sqrtf(static_cast<float>(head_dim)));
     for (int64_t i = 0; i < rows * width; ++i) a.out[i] = 0.0f;
     for (int64_t i = 0; i < rows; ++i) {
         a.largest[i] = -3.0e38f;

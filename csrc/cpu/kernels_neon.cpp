@@ -60,7 +60,9 @@ YIVL_INLINE F fma(Same a, F b, F c) {
 inline F abs(F v) { return vabsq_f32(v); }
 inline F below(F a, F b, F x, F y) { return vbslq_f32(vcltq_f32(a, b), x, y); }
 inline F round(F v) { return vrndnq_f32(v); }
-inline F pow2(F v) { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(v), vdupq_n_s32(127)), 23)); }
+inline F scale(F v, F n) {
+    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(v), vshlq_n_s32(vcvtnq_s32_f32(n), 23)));
+}
 
 inline float sum(F v) { return vaddvq_f32(v); }
 inline float largest(F v) { return vmaxvq_f32(v); }

@@ -41,7 +41,7 @@ inline F min(F a, F b) { return b < a ? b : a; }
 inline F abs(F v) { return reinterpret_cast<F>(reinterpret_cast<I>(v) & 0x7fffffff); }
 // 1.5 * 2^23 leaves no bits for a fraction.
 inline F round(F v) { return (v + 12582912.0f) - 12582912.0f; }
-inline F pow2(F v) { return reinterpret_cast<F>((__builtin_convertvector(v, I) + 127) << 23); }
+inline F scale(F v, F n) { return reinterpret_cast<F>(reinterpret_cast<I>(v) + (__builtin_convertvector(n, I) << 23)); }
 inline float sum(F v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 inline float largest(F v) {
     const float a = v[0] < v[1] ? v[1] : v[0], b = v[2] < v[3] ? v[3] : v[2];

@@ -28,8 +28,9 @@ constexpr int64_t kTokenBlock = 1152;
 constexpr int64_t kRowBlock = 256;
 constexpr int64_t kRowBlockOfOne = 64;
 constexpr int64_t kRowStep = 32;
-// Query rows that share a packed block of keys.
-constexpr int64_t kQueryRows = 128;
+// Query rows that share a packed block of keys, at most; whole tiles of every instruction set, if there are so many.
+constexpr int64_t kQueryTiles = 96;
+constexpr int64_t kQueryRows = 3 * kQueryTiles;
 
 // Work in multiply-adds, or what takes as long: less than this does not repay waking another thread, and a piece handed
 // to a thread should not be smaller.
@@ -139,11 +140,12 @@ public:
         assert(shape.n_kv_heads > 0 && shape.n_heads % shape.n_kv_heads == 0);
         assert(q.cols == shape.n_heads * shape.head_dim && k.cols == shape.n_kv_heads * shape.head_dim);
         assert(out.rows == q.rows && out.cols == q.cols && v.rows == k.rows && v.cols == k.cols);
-        assert(k.rows >= 1 && (!shape.causal || k.rows >= q.rows));
+        assert(q.rows >= 1 && k.rows >= 1 && (!shape.causal || k.rows >= q.rows));
         const int64_t group = shape.n_heads / shape.n_kv_heads;
         const int64_t rows = q.rows * group;
-        const int64_t blocks = divide_up(rows, kQueryRows);
-        const int64_t block = divide_up(rows, std::max<int64_t>(blocks, 1));
+        const int64_t share = divide_up(rows, divide_up(rows, kQueryRows));
+        const int64_t block = std::min(divide_up(share, kQueryTiles) * kQueryTiles, rows);
+        const int64_t blocks = divide_up(rows, block);
         const auto cancelled = [](const void* control) { return static_cast<const Control*>(control)->cancelled(); };
         const auto head = [&](int64_t head) {
             return AttentionPiece{
