@@ -14,21 +14,20 @@ public:
     void upload(Mat y, ConstMat host) override { ops_->upload(y, host); }
     void download(Mat host, ConstMat x) override { ops_->download(host, x); }
     void copy(Mat y, ConstMat x) override { ops_->copy(y, x); }
-    void linear(ConstMat x, std::span<const Product> products) override {
+    void linear(const Input& input, std::span<const Product> products) override {
+        const ConstMat x = normalised(input);
         const ConstMat values = downloaded(x);
         for (const Product& product : products) statistics_.add(product.w, values);
         ops_->linear(x, products);
     }
-    void gated_linear(Mat y, ConstMat x, const Weight& gate, const Weight& up) override {
+    void gated_linear(Mat y, const Input& input, const Weight& gate, const Weight& up) override {
+        const ConstMat x = normalised(input);
         const ConstMat values = downloaded(x);
         statistics_.add(gate, values);
         statistics_.add(up, values);
         ops_->gated_linear(y, x, gate, up);
     }
-    void layer_norm(Mat y, ConstMat x, Vec weight, Vec bias, float eps) override {
-        ops_->layer_norm(y, x, weight, bias, eps);
-    }
-    void rms_norm(Mat y, ConstMat x, Vec weight, float eps) override { ops_->rms_norm(y, x, weight, eps); }
+    void norm(Mat y, ConstMat x, const Norm& norm) override { ops_->norm(y, x, norm); }
     void gelu(Mat x) override { ops_->gelu(x); }
     void add(Mat y, ConstMat x) override { ops_->add(y, x); }
     void rope(Mat x, int64_t head_dim, int64_t first, float theta) override { ops_->rope(x, head_dim, first, theta); }
@@ -41,6 +40,11 @@ public:
     }
 
 private:
+    ConstMat normalised(const Input& input) {
+        if (!input.norm) return input.x;
+        ops_->norm(input.room, input.x, *input.norm);
+        return input.room;
+    }
     ConstMat downloaded(ConstMat x) {
         values_.resize(static_cast<size_t>(x.rows * x.cols));
         const Mat values(values_.data(), x.rows, x.cols);

@@ -4,11 +4,11 @@ namespace yivl {
 
 namespace {
 
-// x = x + W_o attention(rope(W_q h), rope(W_k h), W_v h), keys and values going straight into the cache; of the T rows
-// x is the last ones
+// x = x + W_o attention(rope(W_q h), rope(W_k h), W_v h), h = RMSNorm(x), keys and values going straight into the
+// cache; of the T rows x is the last ones
 void self_attention(const DecoderLayerWeights& w, const DecoderConfig& c, DecoderState& s, int64_t layer, int64_t T,
                     int64_t first, Mat x, Ops& ops) {
-    const Mat h = s.h.rows(T);
+    const Input h{s.x.rows(T), {.weight = w.attn_norm, .eps = c.norm_eps}, s.h.rows(T)};
     const Mat q = s.q.rows(x.rows);
     const Mat k = s.keys(layer);
     const Mat v = s.values(layer);
@@ -43,14 +43,11 @@ void decoder_forward(const DecoderWeights& w, const DecoderConfig& c, DecoderSta
         const DecoderLayerWeights& layer = w.layers[i];
         const int64_t n = i + 1 == c.n_layers ? n_wanted : T;
         const Mat x = s.x.view().row_range(T - n, n);
-        // x = x + attention(RMSNorm(x))
-        ops.rms_norm(s.h.rows(T), s.x.rows(T), layer.attn_norm, c.norm_eps);
         self_attention(layer, c, s, i, T, first, x, ops);
         if (n > 0) {
             // x = x + W_down (silu(W_gate h) * W_up h), h = RMSNorm(x)
-            const Mat h = s.h.rows(n);
+            const Input h{x, {.weight = layer.ffn_norm, .eps = c.norm_eps}, s.h.rows(n)};
             const Mat gate = s.gate.rows(n);
-            ops.rms_norm(h, x, layer.ffn_norm, c.norm_eps);
             ops.gated_linear(gate, h, layer.gate, layer.up);
             ops.linear(gate, {{.y = x, .w = layer.down, .then = Then::add}});
         }
@@ -61,9 +58,7 @@ void decoder_forward(const DecoderWeights& w, const DecoderConfig& c, DecoderSta
 void decoder_logits(const DecoderWeights& w, const DecoderConfig& c, DecoderState& s, int64_t row, Mat logits,
                     Ops& ops) {
     const Mat x = s.x.view().row_range(row, logits.rows);
-    const Mat h = s.h.rows(logits.rows);
-    ops.rms_norm(h, x, w.norm, c.norm_eps);
-    ops.linear(h, {{logits, w.output}});
+    ops.linear({x, {.weight = w.norm, .eps = c.norm_eps}, s.h.rows(logits.rows)}, {{logits, w.output}});
 }
 
 }  // namespace yivl

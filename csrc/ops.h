@@ -50,16 +50,14 @@ public:
     virtual void copy(Mat y, ConstMat x) = 0;
 
     // Products of one x, which none of them may overwrite.
-    virtual void linear(ConstMat x, std::span<const Product> products) = 0;
-    void linear(ConstMat x, std::initializer_list<Product> products) {
+    virtual void linear(const Input& x, std::span<const Product> products) = 0;
+    void linear(const Input& x, std::initializer_list<Product> products) {
         linear(x, std::span(products.begin(), products.size()));
     }
     // y (T, F) = silu(x Wg^T) * (x Wu^T), silu(v) = v / (1 + exp(-v))
-    virtual void gated_linear(Mat y, ConstMat x, const Weight& gate, const Weight& up) = 0;
-    // y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, per row; y may be x.
-    virtual void layer_norm(Mat y, ConstMat x, Vec weight, Vec bias, float eps) = 0;
-    // y = x / sqrt(mean(x^2) + eps) * weight, per row; y may be x.
-    virtual void rms_norm(Mat y, ConstMat x, Vec weight, float eps) = 0;
+    virtual void gated_linear(Mat y, const Input& x, const Weight& gate, const Weight& up) = 0;
+    // y = norm(x); y may be x.
+    virtual void norm(Mat y, ConstMat x, const Norm& norm) = 0;
     // x = x/2 * (1 + erf(x / sqrt(2)))
     virtual void gelu(Mat x) = 0;
     // y += x

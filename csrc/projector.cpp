@@ -8,10 +8,10 @@ ConstMat projector_forward(const ProjectorWeights& w, const VitConfig& c, VitSta
     const Mat h = s.projected.view();
     const Mat out = s.embeddings.view();
     ops.linear(features, {{h, w.linear1.weight, w.linear1.bias}});
-    ops.layer_norm(h, h, w.norm1.weight, w.norm1.bias, c.projector_norm_eps);
+    ops.norm(h, h, w.norm1.with(c.projector_norm_eps));
     ops.gelu(h);
     ops.linear(h, {{out, w.linear2.weight, w.linear2.bias}});
-    ops.layer_norm(out, out, w.norm2.weight, w.norm2.bias, c.projector_norm_eps);
+    ops.norm(out, out, w.norm2.with(c.projector_norm_eps));
     control.progress(Stage::image, 1.0);
     return out;
 }

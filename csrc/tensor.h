@@ -5,6 +5,7 @@
 #include <cassert>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <type_traits>
 
@@ -57,6 +58,32 @@ struct Weight {
 };
 
 using Vec = std::span<const float>;
+
+// LayerNorm of each row, (x - mean(x)) / sqrt(var(x) + eps) * weight + bias; without a bias RMSNorm,
+// x / sqrt(mean(x^2) + eps) * weight.
+struct Norm {
+    Vec weight;
+    Vec bias = {};
+    float eps;
+};
+
+// What products multiply: x, or its norm, which `room`, of the same shape, may hold from then on.
+struct Input {
+    ConstMat x;
+    std::optional<Norm> norm = {};
+    Mat room = {};
+
+    Input(ConstMat x) : x(x) {}
+    Input(Mat x) : x(x) {}
+    Input(ConstMat x, const Norm& norm, Mat room) : x(x), norm(norm), room(room) {
+        assert(room.rows == x.rows && room.cols == x.cols);
+    }
+
+    Input row_range(int64_t begin, int64_t count) const {
+        if (!norm) return x.row_range(begin, count);
+        return {x.row_range(begin, count), *norm, room.row_range(begin, count)};
+    }
+};
 
 // What becomes of a product v: y = v, y = y + v or y = gelu(v).
 enum class Then { store, add, gelu };

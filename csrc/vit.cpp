@@ -36,11 +36,10 @@ void embed_patches(const VitWeights& w, const VitConfig& c, VitState& s, Vec pix
     ops.add(x, w.position_embedding);
 }
 
-// x = x + W_o attention(W_q h, W_k h, W_v h)
+// x = x + W_o attention(W_q h, W_k h, W_v h), h = LN1(x)
 void self_attention(const VitBlockWeights& w, const VitConfig& c, VitState& s, Ops& ops) {
-    const Mat h = s.h.view();
     ops.linear(
-        h,
+        {s.x.view(), w.ln1.with(c.norm_eps), s.h.view()},
         {{s.q.view(), w.q.weight, w.q.bias}, {s.k.view(), w.k.weight, w.k.bias}, {s.v.view(), w.v.weight, w.v.bias}});
     ops.attention(s.attn.view(), s.q.view(), s.k.view(), s.v.view(),
                   {.n_heads = c.n_heads,
@@ -55,19 +54,16 @@ void self_attention(const VitBlockWeights& w, const VitConfig& c, VitState& s, O
 
 ConstMat vit_forward(const VitWeights& w, const VitConfig& c, VitState& s, Vec pixels, Ops& ops, Control& control) {
     const Mat x = s.x.view();
-    const Mat h = s.h.view();
     control.progress(Stage::image, 0.0);
     embed_patches(w, c, s, pixels, ops);
-    ops.layer_norm(x, x, w.pre_ln.weight, w.pre_ln.bias, c.norm_eps);
+    ops.norm(x, x, w.pre_ln.with(c.norm_eps));
 
     for (size_t i = 0; i < w.blocks.size(); ++i) {
         const VitBlockWeights& block = w.blocks[i];
-        // x = x + attention(LN1(x))
-        ops.layer_norm(h, x, block.ln1.weight, block.ln1.bias, c.norm_eps);
         self_attention(block, c, s, ops);
         // x = x + fc2(gelu(fc1(LN2(x))))
-        ops.layer_norm(h, x, block.ln2.weight, block.ln2.bias, c.norm_eps);
-        ops.linear(h, {{s.mlp.view(), block.fc1.weight, block.fc1.bias, Then::gelu}});
+        ops.linear({x, block.ln2.with(c.norm_eps), s.h.view()},
+                   {{s.mlp.view(), block.fc1.weight, block.fc1.bias, Then::gelu}});
         ops.linear(s.mlp.view(), {{x, block.fc2.weight, block.fc2.bias, Then::add}});
         control.progress(Stage::image, static_cast<double>(i + 1) / static_cast<double>(w.blocks.size() + 1));
     }

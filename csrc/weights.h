@@ -16,6 +16,8 @@ namespace yivl {
 struct LayerNormWeights {
     Vec weight;  // (D)
     Vec bias;    // (D)
+
+    Norm with(float eps) const { return {weight, bias, eps}; }
 };
 
 struct LinearWeights {

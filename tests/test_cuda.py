@@ -140,6 +140,7 @@ test_linear_can_add_its_output_or_take_its_gelu = test_kernels.test_linear_can_a
 test_linear_does_not_depend_on_neighbouring_weight_rows = (
     test_kernels.test_linear_does_not_depend_on_neighbouring_weight_rows
 )
+test_products_of_a_norm_are_the_norms_products = test_kernels.test_products_of_a_norm_are_the_norms_products
 test_rms_norm = test_kernels.test_rms_norm
 test_rope_follows_the_references_float32_angles = test_kernels.test_rope_follows_the_references_float32_angles
 

@@ -375,6 +375,31 @@ def test_rms_norm(isa: str, cols: int) -> None:
         assert np.all(np.abs(y - exact) <= 16 * EPS * np.abs(exact) + 1e-30)
 
 
+@pytest.mark.parametrize("qtype", [GGMLQuantizationType.F16, GGMLQuantizationType.Q4_0], ids=lambda t: t.name)
+@pytest.mark.parametrize("has_bias", [True, False], ids=["LayerNorm", "RMSNorm"])
+def test_products_of_a_norm_are_the_norms_products(
+    isa: str, qtype: GGMLQuantizationType, has_bias: bool
+) -> None:
+    ops = _core.KernelOps(isa, 2)
+    for rows, tokens, cols in ((70, 1, 256), (33, 7, 512), (300, 37, 256), (40, 1200, 64)):
+        (gate, _), (up, _) = random_weights(qtype, rows, cols, 1), random_weights(qtype, rows, cols, 2)
+        x, weight, bias = normal(3, tokens, cols), normal(4, cols), normal(5, cols) if has_bias else None
+        normalised = np.zeros_like(x)
+        if bias is None:
+            ops.rms_norm(normalised, x, weight, 1e-5)
+        else:
+            ops.layer_norm(normalised, x, weight, bias, 1e-5)
+        y, fused, gated, fused_gated = (np.zeros((tokens, rows), np.float32) for _ in range(4))
+        norm = (weight, bias, 1e-5)
+        ops.linear(y, normalised, gate.reshape(-1), qtype.value)
+        ops.linear(fused, strided(x), gate.reshape(-1), qtype.value, norm=norm)
+        assert np.array_equal(fused, y)
+        pair = (gate.reshape(-1), qtype.value, up.reshape(-1), qtype.value)
+        ops.gated_linear(gated, normalised, *pair)
+        ops.gated_linear(fused_gated, strided(x), *pair, norm=norm)
+        assert np.array_equal(fused_gated, gated)
+
+
 def test_gelu_is_the_erf_form_to_float32_accuracy(isa: str) -> None:
     ops = _core.KernelOps(isa, 2)
     x = np.concatenate([np.linspace(-14, 14, 100003), [0.0, -0.0, 1e-30, -1e-30, 1e30, -1e30]]).astype(

@@ -193,8 +193,35 @@ private:
     ThreadPool pool_;
 };
 
+// Weight, bias or none, and eps.
+using NormArguments = std::tuple<Floats, std::optional<Floats>, float>;
+
+// What a norm is of, and room for it, while an operation runs.
+class NormedInput {
+public:
+    NormedInput(ConstMat x, const std::optional<NormArguments>& norm) : x_(x) {
+        if (!norm) return;
+        const auto& [weight, bias, eps] = *norm;
+        require(weight.size() == x.cols && (!bias || bias->size() == x.cols), "shapes do not match");
+        norm_ = Norm{.weight = vec(weight), .bias = bias ? vec(*bias) : Vec{}, .eps = eps};
+        room_.resize(static_cast<size_t>(x.rows * x.cols));
+    }
+    Input in(Call& c) {
+        const ConstMat x = c.in(x_);
+        if (!norm_) return x;
+        const Norm norm{.weight = c.in(norm_->weight), .bias = c.in(norm_->bias), .eps = norm_->eps};
+        return {x, norm, c.inout(Mat(room_.data(), x.rows, x.cols))};
+    }
+
+private:
+    ConstMat x_;
+    std::optional<Norm> norm_;
+    std::vector<float> room_;
+};
+
 void linear(KernelOps& self, Floats y, const Floats& x, const Bytes& bytes, uint32_t type,
-            const std::optional<Floats>& bias, KernelControl* control, const std::string& then) {
+            const std::optional<Floats>& bias, KernelControl* control, const std::string& then,
+            const std::optional<NormArguments>& norm) {
     const Mat to = out(y, "y");
     const ConstMat from = in(x, "x");
     const Weight w = weight(bytes, type, to.cols, from.cols);
@@ -202,7 +229,8 @@ void linear(KernelOps& self, Floats y, const Floats& x, const Bytes& bytes, uint
     require(to.rows == from.rows && (b.empty() || static_cast<int64_t>(b.size()) == w.rows), "shapes do not match");
     require(then == "store" || then == "add" || then == "gelu", "then must be store, add or gelu");
     const Then what = then == "add" ? Then::add : then == "gelu" ? Then::gelu : Then::store;
-    self.run(control, [&](Call& c) { c.ops->linear(c.in(from), {{c.inout(to), c.in(w), c.in(b), what}}); });
+    NormedInput input(from, norm);
+    self.run(control, [&](Call& c) { c.ops->linear(input.in(c), {{c.inout(to), c.in(w), c.in(b), what}}); });
 }
 
 void layer_norm(KernelOps& self, Floats y, const Floats& x, const Floats& weight, const Floats& bias, float eps) {
@@ -211,7 +239,7 @@ void layer_norm(KernelOps& self, Floats y, const Floats& x, const Floats& weight
     require(to.rows == from.rows && to.cols == from.cols && weight.size() == from.cols && bias.size() == from.cols,
             "shapes do not match");
     self.run(nullptr, [&, w = vec(weight), b = vec(bias)](Call& c) {
-        c.ops->layer_norm(c.inout(to), c.in(from), c.in(w), c.in(b), eps);
+        c.ops->norm(c.inout(to), c.in(from), {c.in(w), c.in(b), eps});
     });
 }
 
@@ -219,7 +247,8 @@ void rms_norm(KernelOps& self, Floats y, const Floats& x, const Floats& weight, 
     const Mat to = out(y, "y");
     const ConstMat from = in(x, "x");
     require(to.rows == from.rows && to.cols == from.cols && weight.size() == from.cols, "shapes do not match");
-    self.run(nullptr, [&, w = vec(weight)](Call& c) { c.ops->rms_norm(c.inout(to), c.in(from), c.in(w), eps); });
+    self.run(nullptr,
+             [&, w = vec(weight)](Call& c) { c.ops->norm(c.inout(to), c.in(from), {.weight = c.in(w), .eps = eps}); });
 }
 
 void gelu(KernelOps& self, Floats x) {
@@ -227,13 +256,14 @@ void gelu(KernelOps& self, Floats x) {
 }
 
 void gated_linear(KernelOps& self, Floats y, const Floats& x, const Bytes& gate, uint32_t gate_type, const Bytes& up,
-                  uint32_t up_type) {
+                  uint32_t up_type, const std::optional<NormArguments>& norm) {
     const Mat to = out(y, "y");
     const ConstMat from = in(x, "x");
     const Weight w_gate = weight(gate, gate_type, to.cols, from.cols);
     const Weight w_up = weight(up, up_type, to.cols, from.cols);
     require(to.rows == from.rows, "shapes do not match");
-    self.run(nullptr, [&](Call& c) { c.ops->gated_linear(c.inout(to), c.in(from), c.in(w_gate), c.in(w_up)); });
+    NormedInput input(from, norm);
+    self.run(nullptr, [&](Call& c) { c.ops->gated_linear(c.inout(to), input.in(c), c.in(w_gate), c.in(w_up)); });
 }
 
 void add(KernelOps& self, Floats y, const Floats& x) {
@@ -346,9 +376,9 @@ void bind_kernels(py::module_& m) {
         .def_property_readonly("isa", &KernelOps::isa)
         .def_property_readonly("n_threads", &KernelOps::n_threads)
         .def("linear", &linear, to("y"), to("x"), py::arg("bytes"), py::arg("type"), py::arg("bias") = py::none(),
-             control, py::arg("then") = "store")
+             control, py::arg("then") = "store", py::arg("norm") = py::none())
         .def("gated_linear", &gated_linear, to("y"), to("x"), py::arg("gate"), py::arg("gate_type"), py::arg("up"),
-             py::arg("up_type"))
+             py::arg("up_type"), py::arg("norm") = py::none())
         .def("layer_norm", &layer_norm, to("y"), to("x"), py::arg("weight"), py::arg("bias"), py::arg("eps"))
         .def("rms_norm", &rms_norm, to("y"), to("x"), py::arg("weight"), py::arg("eps"))
         .def("gelu", &gelu, to("x"))

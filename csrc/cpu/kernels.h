@@ -51,9 +51,9 @@ struct PackedAttention {
 
 // x of a product of packed operands.
 struct PackedInput {
-    const float* x;
+    const float* x;  // of the first token of the group that is packed
     int64_t x_stride;
-    int64_t n_tokens;
+    int64_t n_tokens;  // of all
     int64_t cols;
     int order;  // of the columns, as the type of the weights wants it
 };

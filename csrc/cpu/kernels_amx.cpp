@@ -112,8 +112,8 @@ void pack(std::byte* dst, const PackedInput& p, int64_t group) {
         const int64_t chunk = step / kChunkSteps * kChunkSteps;
         const int64_t n_steps = min64(kChunkSteps, steps - chunk);
         const int64_t col = step * kTileCols;
-        pack_tile(dst + (chunk * token_tiles + group * n_steps + step - chunk) * kTileBytes,
-                  p.x + token * p.x_stride + col, p.x_stride, n, p.cols - col, p.order == 1);
+        pack_tile(dst + (chunk * token_tiles + group * n_steps + step - chunk) * kTileBytes, p.x + col, p.x_stride, n,
+                  p.cols - col, p.order == 1);
     }
 }
 

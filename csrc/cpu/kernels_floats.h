@@ -37,14 +37,15 @@ int64_t packed_float_bytes(int64_t n_tokens, int64_t cols) {
 
 // x lies in slabs of kWideCols columns, in these the tiles of each_tile, (columns, R) each.
 void pack_floats(std::byte* dst, const PackedInput& p, int64_t group) {
-    const int64_t end = min64((group + 1) * kTileRows, p.n_tokens);
-    each_tile(group * kTileRows, end, [&]<int R>(int64_t first) YIVL_TARGET_LAMBDA {
+    const int64_t begin = group * kTileRows, end = min64(begin + kTileRows, p.n_tokens);
+    each_tile(begin, end, [&]<int R>(int64_t first) YIVL_TARGET_LAMBDA {
+        const float* const x = p.x + (first - begin) * p.x_stride;
         for (int64_t col = 0; col < p.cols; col += kWideCols) {
             const int64_t n = min64(kWideCols, p.cols - col);
             float* const to = reinterpret_cast<float*>(dst) + col * p.n_tokens + first * n;
             for (int64_t i = 0; i < n; ++i) {
                 YIVL_UNROLL
-                for (int r = 0; r < R; ++r) to[i * R + r] = p.x[(first + r) * p.x_stride + col + i];
+                for (int r = 0; r < R; ++r) to[i * R + r] = x[r * p.x_stride + col + i];
             }
         }
     });

@@ -157,7 +157,7 @@ void pack_integers(std::byte* dst, const PackedInput& p, int64_t group) {
     const int64_t begin = group * kTokensOfGroup, end = min64(begin + kTokensOfGroup, p.n_tokens);
     for (int64_t t = begin; t < end; ++t) {
         for (int64_t col = 0; col < p.cols; col += kBlock) {
-            const float* x = p.x + t * p.x_stride + col;
+            const float* x = p.x + (t - begin) * p.x_stride + col;
             const int64_t b = col % kSlabCols / kBlock;
             float turned[kBlock];
             if (p.order != kPlainOrder && b % 2 == 0) {

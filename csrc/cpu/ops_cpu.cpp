@@ -41,6 +41,7 @@ constexpr int64_t kPackedSpeed = 4;
 // Multiply-adds that take as long as one transcendental function, or as one value read and written.
 constexpr int64_t kFunctionWork = 16;
 constexpr int64_t kCopyWork = 2;
+constexpr int64_t kNormWork = 3 * kCopyWork;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -85,10 +86,11 @@ public:
         each_row(x, kCopyWork, [&](int64_t i) { std::ranges::copy(x.row(i), y.row(i).begin()); });
     }
 
-    void linear(ConstMat x, std::span<const Product> products) override {
+    void linear(const Input& input, std::span<const Product> products) override {
+        const ConstMat x = input.x;
         for (int64_t token = 0; token < x.rows; token += kTokenBlock) {
             const int64_t n = std::min(kTokenBlock, x.rows - token);
-            linear_block(x.row_range(token, n), products, token);
+            linear_block(input.row_range(token, n), products, token);
         }
         for (const Product& p : products) {
             const Rotation& r = p.rotation;
@@ -96,25 +98,17 @@ public:
         }
     }
 
-    void gated_linear(Mat y, ConstMat x, const Weight& gate, const Weight& up) override {
+    void gated_linear(Mat y, const Input& input, const Weight& gate, const Weight& up) override {
+        const ConstMat x = input.x;
         for (int64_t token = 0; token < x.rows; token += kTokenBlock) {
             const int64_t n = std::min(kTokenBlock, x.rows - token);
-            gated_linear_block(y.row_range(token, n), x.row_range(token, n), gate, up);
+            gated_linear_block(y.row_range(token, n), input.row_range(token, n), gate, up);
         }
     }
 
-    void layer_norm(Mat y, ConstMat x, Vec weight, Vec bias, float eps) override {
+    void norm(Mat y, ConstMat x, const Norm& norm) override {
         assert(y.rows == x.rows && y.cols == x.cols);
-        assert(static_cast<int64_t>(weight.size()) == x.cols && weight.size() == bias.size());
-        each_row(x, kCopyWork * 3, [&](int64_t i) {
-            kernels_.layer_norm(y.row(i).data(), x.row(i).data(), weight.data(), bias.data(), eps, x.cols);
-        });
-    }
-
-    void rms_norm(Mat y, ConstMat x, Vec weight, float eps) override {
-        assert(y.rows == x.rows && y.cols == x.cols && static_cast<int64_t>(weight.size()) == x.cols);
-        each_row(x, kCopyWork * 2,
-                 [&](int64_t i) { kernels_.rms_norm(y.row(i).data(), x.row(i).data(), weight.data(), eps, x.cols); });
+        each_row(x, kNormWork, [&](int64_t i) { norm_row(y.row(i), x.row(i), norm); });
     }
 
     void gelu(Mat x) override {
@@ -269,14 +263,14 @@ private:
     struct Form {
         const PackedKernels& kernels;
         int order;
-        int slot;  // of Input
+        int slot;  // of Forms
     };
     static constexpr int kForms = PackedKernels::kOrders + 1;
 
-    // x in the forms that some weights want; all are for one number of tokens, so that those of `packed` and of `few`
-    // never meet.
-    struct Input {
-        ConstMat x;
+    // An input in the forms that some weights want; all are for one number of tokens, so that those of `packed` and of
+    // `few` never meet.
+    struct Forms {
+        const Input& input;
         const std::byte* packed[kForms] = {};
     };
 
@@ -288,16 +282,37 @@ private:
         return {*kernels_.floats, kernels_.floats->order(w.type), PackedKernels::kOrders};
     }
 
-    // Packs x for w, unless it is already.
-    void prepare(Input& input, const Weight& w) {
+    void norm_row(std::span<float> y, std::span<const float> x, const Norm& n) {
+        const auto size = static_cast<int64_t>(x.size());
+        assert(n.weight.size() == x.size() && (n.bias.empty() || n.bias.size() == x.size()));
+        if (n.bias.empty()) {
+            kernels_.rms_norm(y.data(), x.data(), n.weight.data(), n.eps, size);
+        } else {
+            kernels_.layer_norm(y.data(), x.data(), n.weight.data(), n.bias.data(), n.eps, size);
+        }
+    }
+
+    // Packs the input for w, unless it is already. What is normalised goes from one cache line to the next: it takes no
+    // room in memory.
+    void prepare(Forms& forms, const Weight& w) {
+        const Input& input = forms.input;
         const ConstMat x = input.x;
         const Form form = form_for(w, x.rows);
-        if (input.packed[form.slot] != nullptr) return;
-        const PackedInput from{x.data, x.stride, x.rows, x.cols, form.order};
-        std::byte* to = packed_[form.slot].bytes(form.kernels.packed_bytes(x.rows, x.cols));
-        run(divide_up(x.rows, form.kernels.tokens), form.kernels.tokens * x.cols * kCopyWork,
-            [&](int64_t group, Scratch&) { form.kernels.pack(to, from, group); });
-        input.packed[form.slot] = to;
+        if (forms.packed[form.slot] != nullptr) return;
+        const int64_t tokens = std::min(form.kernels.tokens, x.rows);
+        std::byte* const to = packed_[form.slot].bytes(form.kernels.packed_bytes(x.rows, x.cols));
+        run(divide_up(x.rows, tokens), tokens * x.cols * (input.norm ? kNormWork + kCopyWork : kCopyWork),
+            [&](int64_t group, Scratch& scratch) {
+                const int64_t first = group * tokens;
+                ConstMat from = x.row_range(first, std::min(tokens, x.rows - first));
+                if (input.norm) {
+                    const Mat normal(scratch.floats(from.rows * from.cols), from.rows, from.cols);
+                    for (int64_t i = 0; i < from.rows; ++i) norm_row(normal.row(i), from.row(i), *input.norm);
+                    from = normal;
+                }
+                form.kernels.pack(to, {from.data, from.stride, x.rows, x.cols, form.order}, group);
+            });
+        forms.packed[form.slot] = to;
     }
 
     // Rows of one piece: several pieces for each thread, so that all end at about the same time.
@@ -315,15 +330,16 @@ private:
         return form_for(w, n_tokens).kernels.scratch_bytes(n_tokens, row_block(w, n_tokens), w.cols);
     }
 
-    void linear_block(ConstMat x, std::span<const Product> products, int64_t first_token) {
-        Input input{.x = x};
+    void linear_block(const Input& input, std::span<const Product> products, int64_t first_token) {
+        const ConstMat x = input.x;
+        Forms forms{input};
         pieces_.clear();
         int64_t work = 0;
         int64_t scratch_size = 0;
         for (const Product& p : products) {
             assert(x.cols == p.w.cols && p.y.cols == p.w.rows && p.row + first_token + x.rows <= p.y.rows);
             assert(p.bias.empty() || static_cast<int64_t>(p.bias.size()) == p.w.rows);
-            prepare(input, p.w);
+            prepare(forms, p.w);
             const int64_t block = row_block(p.w, x.rows);
             for (int64_t row = 0; row < p.w.rows; row += block) {
                 pieces_.push_back({&p, row, std::min(block, p.w.rows - row)});
@@ -335,17 +351,18 @@ private:
             const Piece& piece = pieces_[static_cast<size_t>(item)];
             const Product& p = *piece.product;
             const Mat y = p.y.row_range(p.row + first_token, x.rows).col_range(piece.row, piece.n_rows);
-            linear_rows(y, input, p.w, piece.row, p.bias, p.then == Then::add, scratch.bytes(scratch_size));
+            linear_rows(y, forms, p.w, piece.row, p.bias, p.then == Then::add, scratch.bytes(scratch_size));
             if (p.then != Then::gelu) return;
             for (int64_t t = 0; t < y.rows; ++t) kernels_.gelu(y.row(t).data(), y.cols);
         });
     }
 
-    void gated_linear_block(Mat y, ConstMat x, const Weight& gate, const Weight& up) {
+    void gated_linear_block(Mat y, const Input& input, const Weight& gate, const Weight& up) {
+        const ConstMat x = input.x;
         assert(x.cols == gate.cols && x.cols == up.cols && y.cols == gate.rows && y.cols == up.rows);
-        Input input{.x = x};
-        prepare(input, gate);
-        prepare(input, up);
+        Forms forms{input};
+        prepare(forms, gate);
+        prepare(forms, up);
         const int64_t block = std::min(row_block(gate, x.rows), row_block(up, x.rows));
         const int64_t up_bytes = block * x.rows * static_cast<int64_t>(sizeof(float));
         const int64_t scratch_size = std::max(scratch_bytes(gate, x.rows), scratch_bytes(up, x.rows));
@@ -356,8 +373,8 @@ private:
                 std::byte* const memory = scratch.bytes(divide_up(up_bytes, 64) * 64 + scratch_size);
                 const Mat gates = y.col_range(row, n_rows);
                 const Mat ups(reinterpret_cast<float*>(memory + scratch_size), x.rows, n_rows);
-                linear_rows(gates, input, gate, row, {}, false, memory);
-                linear_rows(ups, input, up, row, {}, false, memory);
+                linear_rows(gates, forms, gate, row, {}, false, memory);
+                linear_rows(ups, forms, up, row, {}, false, memory);
                 for (int64_t t = 0; t < x.rows; ++t) {
                     kernels_.swiglu(gates.row(t).data(), ups.row(t).data(), n_rows);
                 }
@@ -365,13 +382,13 @@ private:
     }
 
     // y (T, n) = or += the outputs [row, row + n) of a product.
-    void linear_rows(Mat y, const Input& input, const Weight& w, int64_t row, Vec bias, bool add, std::byte* scratch) {
+    void linear_rows(Mat y, const Forms& forms, const Weight& w, int64_t row, Vec bias, bool add, std::byte* scratch) {
         const Form form = form_for(w, y.rows);
         const PackedPiece piece{
             .y = y.data,
             .y_stride = y.stride,
             .add = add,
-            .x = input.packed[form.slot],
+            .x = forms.packed[form.slot],
             .n_tokens = y.rows,
             .type = w.type,
             .w = w.data + row * w.row_bytes(),

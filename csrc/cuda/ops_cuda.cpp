@@ -185,7 +185,8 @@ public:
         stream_.copy(y.data, bytes(y.stride), x.data, bytes(x.stride), bytes(x.cols), x.rows);
     }
 
-    void linear(ConstMat x, std::span<const Product> products) override {
+    void linear(const Input& input, std::span<const Product> products) override {
+        const ConstMat x = normalised(input);
         next();
         std::vector<FinishedProduct> finished;
         for (const Product& p : products) {
@@ -197,7 +198,8 @@ public:
         }
         multiply(x, finished);
     }
-    void gated_linear(Mat y, ConstMat x, const Weight& gate, const Weight& up) override {
+    void gated_linear(Mat y, const Input& input, const Weight& gate, const Weight& up) override {
+        const ConstMat x = normalised(input);
         assert(y.rows == x.rows && y.cols == gate.rows && gate.cols == x.cols);
         assert(up.rows == gate.rows && up.cols == gate.cols);
         next();
@@ -214,16 +216,15 @@ public:
                                             {.y = y, .w = up, .finish = Finish::times}};
         multiply(x, products);
     }
-    void layer_norm(Mat y, ConstMat x, Vec weight, Vec bias, float eps) override {
-        assert(y.rows == x.rows && y.cols == x.cols);
-        assert(static_cast<int64_t>(weight.size()) == x.cols && weight.size() == bias.size());
+    void norm(Mat y, ConstMat x, const Norm& norm) override {
+        assert(y.rows == x.rows && y.cols == x.cols && static_cast<int64_t>(norm.weight.size()) == x.cols);
         next();
-        cuda::layer_norm(stream_, y, x, weight, bias, eps);
-    }
-    void rms_norm(Mat y, ConstMat x, Vec weight, float eps) override {
-        assert(y.rows == x.rows && y.cols == x.cols && static_cast<int64_t>(weight.size()) == x.cols);
-        next();
-        cuda::rms_norm(stream_, y, x, weight, eps, round_ahead(y));
+        if (norm.bias.empty()) {
+            cuda::rms_norm(stream_, y, x, norm.weight, norm.eps, round_ahead(y));
+        } else {
+            assert(norm.weight.size() == norm.bias.size());
+            cuda::layer_norm(stream_, y, x, norm.weight, norm.bias, norm.eps);
+        }
     }
     void gelu(Mat x) override {
         next();
@@ -345,6 +346,12 @@ private:
         const int64_t pairs = q.rows * k.rows - (shape.causal ? q.rows * (q.rows - 1) / 2 : 0);
         return {.bytes = static_cast<int64_t>(bytes(2 * (k.rows * k.cols + q.rows * q.cols))),
                 .flop = 4 * pairs * q.cols};
+    }
+
+    ConstMat normalised(const Input& input) {
+        if (!input.norm) return input.x;
+        norm(input.room, input.x, *input.norm);
+        return input.room;
     }
 
     RowNumber position() const { return step_ == nullptr ? nullptr : &step_->on_device()->position; }

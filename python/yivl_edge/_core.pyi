@@ -143,6 +143,7 @@ class KernelOps:
         bias: NDArray[np.float32] | None = None,
         control: KernelControl | None = None,
         then: str = "store",
+        norm: tuple[NDArray[np.float32], NDArray[np.float32] | None, float] | None = None,
     ) -> None: ...
     def gated_linear(
         self,
@@ -152,6 +153,7 @@ class KernelOps:
         gate_type: int,
         up: NDArray[np.uint8],
         up_type: int,
+        norm: tuple[NDArray[np.float32], NDArray[np.float32] | None, float] | None = None,
     ) -> None: ...
     def layer_norm(
         self,

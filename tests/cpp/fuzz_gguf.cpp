@@ -151,10 +151,9 @@ public:
     void upload(Mat, ConstMat) override { unused(); }
     void download(Mat, ConstMat) override { unused(); }
     void copy(Mat, ConstMat) override { unused(); }
-    void linear(ConstMat, std::span<const Product>) override { unused(); }
-    void gated_linear(Mat, ConstMat, const Weight&, const Weight&) override { unused(); }
-    void layer_norm(Mat, ConstMat, Vec, Vec, float) override { unused(); }
-    void rms_norm(Mat, ConstMat, Vec, float) override { unused(); }
+    void linear(const Input&, std::span<const Product>) override { unused(); }
+    void gated_linear(Mat, const Input&, const Weight&, const Weight&) override { unused(); }
+    void norm(Mat, ConstMat, const Norm&) override { unused(); }
     void gelu(Mat) override { unused(); }
     void add(Mat, ConstMat) override { unused(); }
     void rope(Mat, int64_t, int64_t, float) override { unused(); }
