@@ -147,6 +147,11 @@ MappedFile::MappedFile(const std::string& path) : path_(path) {
     const auto size = static_cast<size_t>(status.st_size);
     void* data = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.fd, 0);
     if (data == MAP_FAILED) fail_file(path, "cannot map into memory: " + system_message(errno));
+#if defined(__linux__)
+    // What is not in the page cache then comes from the disk 2 MB at a time and is mapped so: with small pages every
+    // walk through the weights waits for addresses. Only a hint.
+    ::madvise(data, size, MADV_HUGEPAGE);
+#endif
     bytes_ = {static_cast<const std::byte*>(data), size};
 }
 

@@ -58,13 +58,23 @@ std::vector<float> downloaded(ConstMat x, Ops& ops) {
     return values;
 }
 
+// A picture is seen before its question is read. What a GPU has is not read again.
+std::vector<std::span<const std::byte>> files_to_read(const Placement& placement, const Weights& weights) {
+    std::vector<std::span<const std::byte>> files;
+    if (placement.cpu != nullptr || placement.n_gpu_layers > 0) return files;
+    if (weights.vision_file != nullptr) files.push_back(weights.vision_file->bytes());
+    if (weights.text_file != weights.vision_file) files.push_back(weights.text_file->bytes());
+    return files;
+}
+
 }  // namespace
 
 Model::Model(Config config, Placement placement, Weights weights, Tokenizer tokenizer)
     : config_(std::move(config)),
       placement_(std::move(placement)),
       weights_(std::move(weights)),
-      tokenizer_(std::move(tokenizer)) {}
+      tokenizer_(std::move(tokenizer)),
+      read_ahead_(files_to_read(placement_, weights_)) {}
 
 std::shared_ptr<const Model> Model::open(const ModelOptions& options, Control& control) {
     control.progress(Stage::load, 0.0);

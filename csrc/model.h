@@ -10,6 +10,7 @@
 #include "config.h"
 #include "placement.h"
 #include "prompt.h"
+#include "read_ahead.h"
 #include "sampler.h"
 #include "state.h"
 #include "text_stream.h"
@@ -74,6 +75,7 @@ private:
     Placement placement_;
     Weights weights_;
     Tokenizer tokenizer_;
+    ReadAhead read_ahead_;
 };
 
 // pixels (3, S, S) of one picture; also the key under which its embeddings are kept.
