@@ -495,8 +495,6 @@ void start(Stream& stream, const char* name, const HalfInput& x, const Targets& 
 
 }  // namespace
 
-bool has_gemm(WeightType type) { return type != WeightType::F32; }
-
 size_t half_bytes(int64_t rows, int64_t cols) {
     return half_value_bytes(rows, cols) + static_cast<size_t>(rows) * sizeof(float);
 }

@@ -74,10 +74,8 @@ inline constexpr size_t kMostProducts = 3;
 // With F32 weights; rotates nothing.
 void linear(Stream& stream, ConstMat x, const FinishedProduct& product);
 
-// matvec.cu
-// Of all types but F32.
-bool has_matvec(WeightType type);
-// Of these types with weights that need x rounded.
+// matvec.cu: weights of all types but F32
+// Whether the type's kernels need x rounded.
 bool takes_rounded(WeightType type);
 size_t rounded_bytes(int64_t rows, int64_t cols);
 // In `memory`, rounded_bytes(T, I) of it, aligned to 16.
@@ -89,7 +87,7 @@ void matvec(Stream& stream, ConstMat x, const RoundedInput& rounded, std::span<c
 void gated_matvec(Stream& stream, Mat y, ConstMat x, const RoundedInput& rounded, const Weight& gate, const Weight& up,
                   const RoundedInput& rounded_y);
 
-// gemm.cu
+// gemm.cu: weights of all types but F32, which half precision would round
 struct Half;  // of device.h, which kernels alone can include
 // x in half precision: each row times a power of two that brings its largest value to 2^14 or more, below 2^15.
 struct HalfInput {
@@ -97,8 +95,6 @@ struct HalfInput {
     float* unscaled;  // (T): what takes a row back to x
     int64_t rows, cols, stride;
 };
-// Of all types but F32, which half precision would round.
-bool has_gemm(WeightType type);
 size_t half_bytes(int64_t rows, int64_t cols);
 // In `memory`, half_bytes(T, I) of it, aligned to 16.
 HalfInput halves_in(std::byte* memory, int64_t rows, int64_t cols);

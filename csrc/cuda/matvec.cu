@@ -174,8 +174,9 @@ int64_t blocks(int64_t n, int64_t of) { return (n + of - 1) / of; }
 
 }  // namespace
 
-bool has_matvec(WeightType type) { return type != WeightType::F32; }
-bool takes_rounded(WeightType type) { return has_matvec(type) && type != WeightType::F16 && type != WeightType::BF16; }
+bool takes_rounded(WeightType type) {
+    return type != WeightType::F32 && type != WeightType::F16 && type != WeightType::BF16;
+}
 
 size_t rounded_bytes(int64_t rows, int64_t cols) {
     return static_cast<size_t>(rows * cols * 2 + rows * (cols / kBlock) * int64_t{sizeof(RoundedBlock)});

@@ -203,11 +203,8 @@ public:
         assert(y.rows == x.rows && y.cols == gate.rows && gate.cols == x.cols);
         assert(up.rows == gate.rows && up.cols == gate.cols);
         next();
-        if (gate.type == up.type && takes_gemm(x, gate.type)) {
-            cuda::gated_gemm(stream_, y, halves(x), gate, up);
-            return;
-        }
-        if (gate.type == up.type && has_matvec(gate.type)) {
+        if (gate.type == up.type && gate.type != WeightType::F32) {
+            if (x.rows > kFewRows) return cuda::gated_gemm(stream_, y, halves(x), gate, up);
             const RoundedInput in = takes_rounded(gate.type) ? rounded(x) : RoundedInput{};
             cuda::gated_matvec(stream_, y, x, in, gate, up, round_ahead(y));
             return;
@@ -387,9 +384,6 @@ private:
         return rounded_in(intermediates_->rounded[turn_].at_least(stream_, bytes), x.rows, x.cols);
     }
 
-    // Of more rows, each costs less on tensor cores.
-    static bool takes_gemm(ConstMat x, WeightType type) { return x.rows > kFewRows && has_gemm(type); }
-
     HalfInput halves(ConstMat x) {
         const auto bytes = static_cast<int64_t>(half_bytes(x.rows, x.cols));
         const HalfInput to = halves_in(intermediates_->halves.at_least(stream_, bytes), x.rows, x.cols);
@@ -405,11 +399,11 @@ private:
             const WeightType type = products[0].w.type;
             size_t n = 1;
             while (n < products.size() && n < kMostProducts && products[n].w.type == type) ++n;
-            if (!takes_gemm(x, type) && has_matvec(type)) {
+            if (type != WeightType::F32 && x.rows <= kFewRows) {
                 if (takes_rounded(type) && !in_integers) in_integers = rounded(x);
                 cuda::matvec(stream_, x, in_integers.value_or(RoundedInput{}), products.first(n));
             } else {
-                if (takes_gemm(x, type)) {
+                if (type != WeightType::F32) {
                     if (!in_halves) in_halves = halves(x);
                     cuda::gemm(stream_, *in_halves, products.first(n));
                 } else {
