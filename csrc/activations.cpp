@@ -31,7 +31,7 @@ public:
     void gelu(Mat x) override { ops_->gelu(x); }
     void add(Mat y, ConstMat x) override { ops_->add(y, x); }
     void rope(Mat x, int64_t head_dim, int64_t first, float theta) override { ops_->rope(x, head_dim, first, theta); }
-    void attention(Mat out, ConstMat q, ConstMat k, ConstMat v, const AttentionShape& shape) override {
+    void attention(Mat out, ConstMat q, ConstHeads k, ConstHeads v, const AttentionShape& shape) override {
         ops_->attention(out, q, k, v, shape);
     }
     void embed(Mat y, const Weight& table, std::span<const int32_t> ids) override { ops_->embed(y, table, ids); }

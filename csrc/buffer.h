@@ -9,16 +9,14 @@ namespace yivl {
 class Buffer {
 public:
     Buffer() = default;
-    Buffer(Backend& backend, int64_t rows, int64_t cols) : Buffer(backend, rows, cols, cols) {}
-    Buffer(Backend& backend, int64_t rows, int64_t cols, int64_t stride);
-    Mat view() const { return {reinterpret_cast<float*>(memory_.get()), rows_, cols_, stride_}; }
+    Buffer(Backend& backend, int64_t rows, int64_t cols);
+    Mat view() const { return {reinterpret_cast<float*>(memory_.get()), rows_, cols_}; }
     Mat rows(int64_t count) const { return view().row_range(0, count); }
 
 private:
     Memory memory_;
     int64_t rows_ = 0;
     int64_t cols_ = 0;
-    int64_t stride_ = 0;
 };
 
 }  // namespace yivl

@@ -10,8 +10,8 @@ void self_attention(const DecoderLayerWeights& w, const DecoderConfig& c, Decode
                     int64_t first, Mat x, Ops& ops) {
     const Input h{s.x.rows(T), {.weight = w.attn_norm, .eps = c.norm_eps}, s.h.rows(T)};
     const Mat q = s.q.rows(x.rows);
-    const Mat k = s.keys(layer);
-    const Mat v = s.values(layer);
+    const Heads k = s.keys(layer);
+    const Heads v = s.values(layer);
     const auto rope = [&](int64_t position) {
         return Rotation{.head_dim = c.head_dim, .first = position, .theta = c.rope_theta};
     };

@@ -67,7 +67,7 @@ public:
     virtual void rope(Mat x, int64_t head_dim, int64_t first, float theta) = 0;
     // out (T, H*hd) = softmax(q k^T / sqrt(hd)) v with q (T, H*hd), k and v (S, K*hd); query head h reads KV head
     // h / (H/K).
-    virtual void attention(Mat out, ConstMat q, ConstMat k, ConstMat v, const AttentionShape& shape) = 0;
+    virtual void attention(Mat out, ConstMat q, ConstHeads k, ConstHeads v, const AttentionShape& shape) = 0;
     // y (T, D) = rows `ids` of the table (V, D).
     virtual void embed(Mat y, const Weight& table, std::span<const int32_t> ids) = 0;
     // The id that Sampler::choose takes of the logits x (1, V), without a change to them; -1 for logits that it
@@ -110,8 +110,8 @@ public:
     // Bytes of a mapped file where operations can read them: the same ones, or a copy that lives as long as the
     // backend.
     virtual const std::byte* place(std::span<const std::byte> bytes, Control& control) = 0;
-    // Floats from one row of a KV cache to the next.
-    virtual int64_t cache_stride(int64_t kv_width) const { return kv_width; }
+    // Whether a KV cache has the tokens of a head side by side, or else the heads of a token.
+    virtual bool cache_by_head() const { return false; }
 
     // Keeps a unit as busy as it gets; how many operations, or bytes, that was. 0: this backend has no way to.
     virtual int64_t exert(Unit, int64_t /*rounds*/) { return 0; }
@@ -123,7 +123,6 @@ public:
 // n_threads 0 means one per physical core. Throws std::invalid_argument when YIVL_ISA names an instruction set that is
 // unknown or that this CPU lacks.
 std::unique_ptr<Backend> make_cpu_backend(int n_threads);
-int64_t cpu_cache_stride(int64_t kv_width);
 
 struct DeviceMemory {
     std::string name;

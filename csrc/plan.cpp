@@ -60,7 +60,7 @@ MemoryPlan plan_memory(const GgufFile& text, const GgufFile* vision, const Confi
         }
         plan.vision_activations = VitState::bytes(*c.vit, c.decoder.width);
     }
-    plan.layer_kv = DecoderState::kv_bytes(c.decoder.kv_width(), 1, n_ctx);
+    plan.layer_kv = DecoderState::kv_bytes(c.decoder, 1, n_ctx);
     plan.decoder_activations = DecoderState::activation_bytes(c.decoder, std::min(kDefaultBatch, n_ctx));
     return plan;
 }

@@ -43,15 +43,19 @@ struct DecoderState {
     Buffer attn;              // (B, H hd)
     Buffer gate;              // (B, F)
     Buffer logits;            // (1, V)
-    Buffer k_cache, v_cache;  // (layers n_ctx, K hd)
+    int64_t n_kv_heads;       // K
+    bool by_head;             // how the cache lies in memory
+    Buffer k_cache, v_cache;  // (layers n_ctx, K hd), or by head (layers K n_ctx, hd)
 
     // Of one of the layers: (n_ctx, K hd).
-    Mat keys(int64_t layer) const { return k_cache.view().row_range((layer - layers.begin) * n_ctx, n_ctx); }
-    Mat values(int64_t layer) const { return v_cache.view().row_range((layer - layers.begin) * n_ctx, n_ctx); }
+    Heads keys(int64_t layer) const { return of_layer(k_cache, layer); }
+    Heads values(int64_t layer) const { return of_layer(v_cache, layer); }
 
-    // `stride`: what the backend says of its cache.
-    static int64_t kv_bytes(int64_t stride, int64_t n_layers, int64_t n_ctx);
+    static int64_t kv_bytes(const DecoderConfig& c, int64_t n_layers, int64_t n_ctx);
     static int64_t activation_bytes(const DecoderConfig& c, int64_t batch);
+
+private:
+    Heads of_layer(const Buffer& cache, int64_t layer) const;
 };
 
 // Positions computed at once when nothing else is asked for: a picture with its question in one go (1024 image tokens,

@@ -44,6 +44,72 @@ struct View {
 using Mat = View<float>;
 using ConstMat = View<const float>;
 
+// Columns of several heads that somebody else owns: token t of head h begins at h * head_stride + t * stride.
+template <class T>
+struct HeadsView {
+    T* data = nullptr;
+    int64_t rows = 0;
+    int64_t n_heads = 0;
+    int64_t head_dim = 0;
+    int64_t stride = 0;
+    int64_t head_stride = 0;
+
+    // Heads side by side in the rows of a matrix.
+    HeadsView(const View<T>& x, int64_t n_heads)
+        : data(x.data),
+          rows(x.rows),
+          n_heads(n_heads),
+          head_dim(x.cols / n_heads),
+          stride(x.stride),
+          head_stride(head_dim) {
+        assert(x.cols % n_heads == 0);
+    }
+    HeadsView(const View<T>& x) : HeadsView(x, 1) {}
+    // Tokens of a head side by side: a matrix (n_heads rows, head_dim).
+    static HeadsView by_head(const View<T>& x, int64_t n_heads) {
+        HeadsView heads(x, 1);
+        heads.rows = x.rows / n_heads;
+        heads.n_heads = n_heads;
+        heads.head_stride = heads.rows * x.stride;
+        return heads;
+    }
+    template <class U>
+        requires std::is_convertible_v<U (*)[], T (*)[]>
+    HeadsView(const HeadsView<U>& x)
+        : data(x.data),
+          rows(x.rows),
+          n_heads(x.n_heads),
+          head_dim(x.head_dim),
+          stride(x.stride),
+          head_stride(x.head_stride) {}
+
+    int64_t cols() const { return n_heads * head_dim; }
+    HeadsView row_range(int64_t begin, int64_t count) const {
+        assert(begin >= 0 && begin + count <= rows);
+        HeadsView some = *this;
+        some.data += begin * stride;
+        some.rows = count;
+        return some;
+    }
+    // Some columns, of one head if heads do not lie side by side.
+    View<T> col_range(int64_t begin, int64_t count) const {
+        assert(begin >= 0 && begin + count <= cols() && (side_by_side() || begin % head_dim + count <= head_dim));
+        return {data + begin / head_dim * head_stride + begin % head_dim, rows, count, stride};
+    }
+    View<T> head(int64_t h) const {
+        assert(h >= 0 && h < n_heads);
+        return {data + h * head_stride, rows, head_dim, stride};
+    }
+    bool side_by_side() const { return n_heads == 1 || head_stride == head_dim; }
+    // Of all heads, if they lie side by side.
+    View<T> matrix() const {
+        assert(side_by_side());
+        return {data, rows, cols(), stride};
+    }
+};
+using Heads = HeadsView<float>;
+using ConstHeads = HeadsView<const float>;
+
 // A weight matrix (O, I) as the file holds it: rows of quantised blocks, one after the other.
 struct Weight {
     WeightType type = WeightType::F32;
@@ -98,7 +164,7 @@ struct Rotation {
 
 // Rows [row, row + T) of y = x W^T + b, rotated, for the x (T, I) of the call; an empty bias is none.
 struct Product {
-    Mat y;
+    Heads y;
     Weight w;
     Vec bias = {};
     Then then = Then::store;

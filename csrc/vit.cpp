@@ -41,7 +41,7 @@ void self_attention(const VitBlockWeights& w, const VitConfig& c, VitState& s, O
     ops.linear(
         {s.x.view(), w.ln1.with(c.norm_eps), s.h.view()},
         {{s.q.view(), w.q.weight, w.q.bias}, {s.k.view(), w.k.weight, w.k.bias}, {s.v.view(), w.v.weight, w.v.bias}});
-    ops.attention(s.attn.view(), s.q.view(), s.k.view(), s.v.view(),
+    ops.attention(s.attn.view(), s.q.view(), {s.k.view(), c.n_heads}, {s.v.view(), c.n_heads},
                   {.n_heads = c.n_heads,
                    .n_kv_heads = c.n_heads,
                    .head_dim = c.head_dim,

@@ -104,8 +104,7 @@ void bind_inspection(py::module_& m) {
         "memory_needed",
         [](const Config& c, int64_t n_ctx) {
             const int64_t batch = std::min(kDefaultBatch, n_ctx);
-            const int64_t stride = cpu_cache_stride(c.decoder.kv_width());
-            return std::tuple(DecoderState::kv_bytes(stride, c.decoder.n_layers, n_ctx),
+            return std::tuple(DecoderState::kv_bytes(c.decoder, c.decoder.n_layers, n_ctx),
                               DecoderState::activation_bytes(c.decoder, batch),
                               c.vit ? VitState::bytes(*c.vit, c.decoder.width) : 0);
         },

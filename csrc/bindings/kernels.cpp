@@ -289,7 +289,8 @@ void attention(KernelOps& self, Floats y, const Floats& q, const Floats& k, cons
                 vs.rows == ks.rows && qs.rows >= 1 && ks.rows >= 1 && (!causal || ks.rows >= qs.rows),
             "shapes do not match");
     self.run(control, [&](Call& c) {
-        c.ops->attention(c.inout(to), c.in(qs), c.in(ks), c.in(vs), {n_heads, n_kv_heads, head_dim, causal, rounded});
+        c.ops->attention(c.inout(to), c.in(qs), {c.in(ks), n_kv_heads}, {c.in(vs), n_kv_heads},
+                         {n_heads, n_kv_heads, head_dim, causal, rounded});
     });
 }
 

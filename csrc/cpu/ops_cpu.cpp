@@ -94,7 +94,8 @@ public:
         }
         for (const Product& p : products) {
             const Rotation& r = p.rotation;
-            if (r.head_dim > 0) rope(p.y.row_range(p.row, x.rows), r.head_dim, r.first, r.theta);
+            const Heads y = p.y.row_range(p.row, x.rows);
+            for (int64_t i = 0; r.head_dim > 0 && i < y.n_heads; ++i) rope(y.head(i), r.head_dim, r.first, r.theta);
         }
     }
 
@@ -130,10 +131,11 @@ public:
         });
     }
 
-    void attention(Mat out, ConstMat q, ConstMat k, ConstMat v, const AttentionShape& shape) override {
+    void attention(Mat out, ConstMat q, ConstHeads k, ConstHeads v, const AttentionShape& shape) override {
         assert(shape.n_kv_heads > 0 && shape.n_heads % shape.n_kv_heads == 0);
-        assert(q.cols == shape.n_heads * shape.head_dim && k.cols == shape.n_kv_heads * shape.head_dim);
-        assert(out.rows == q.rows && out.cols == q.cols && v.rows == k.rows && v.cols == k.cols);
+        assert(q.cols == shape.n_heads * shape.head_dim && out.rows == q.rows && out.cols == q.cols);
+        assert(k.n_heads == shape.n_kv_heads && k.head_dim == shape.head_dim);
+        assert(v.n_heads == k.n_heads && v.head_dim == k.head_dim && v.rows == k.rows);
         assert(q.rows >= 1 && k.rows >= 1 && (!shape.causal || k.rows >= q.rows));
         const int64_t group = shape.n_heads / shape.n_kv_heads;
         const int64_t rows = q.rows * group;
@@ -147,9 +149,9 @@ public:
                 .q_stride = q.stride,
                 .out = out.data + head * group * shape.head_dim,
                 .out_stride = out.stride,
-                .k = k.data + head * shape.head_dim,
+                .k = k.head(head).data,
                 .k_stride = k.stride,
-                .v = v.data + head * shape.head_dim,
+                .v = v.head(head).data,
                 .v_stride = v.stride,
                 .head_dim = shape.head_dim,
                 .group = group,
@@ -337,12 +339,15 @@ private:
         int64_t work = 0;
         int64_t scratch_size = 0;
         for (const Product& p : products) {
-            assert(x.cols == p.w.cols && p.y.cols == p.w.rows && p.row + first_token + x.rows <= p.y.rows);
+            assert(x.cols == p.w.cols && p.y.cols() == p.w.rows && p.row + first_token + x.rows <= p.y.rows);
             assert(p.bias.empty() || static_cast<int64_t>(p.bias.size()) == p.w.rows);
             prepare(forms, p.w);
             const int64_t block = row_block(p.w, x.rows);
-            for (int64_t row = 0; row < p.w.rows; row += block) {
-                pieces_.push_back({&p, row, std::min(block, p.w.rows - row)});
+            // A piece has its results side by side.
+            const int64_t side = p.y.side_by_side() ? p.w.rows : p.y.head_dim;
+            for (int64_t row = 0, n = 0; row < p.w.rows; row += n) {
+                n = std::min(block, side - row % side);
+                pieces_.push_back({&p, row, n});
             }
             work = std::max(work, piece_work(p.w, x.rows));
             scratch_size = std::max(scratch_size, scratch_bytes(p.w, x.rows));
@@ -445,20 +450,14 @@ public:
         return {static_cast<std::byte*>(memory), std::free};
     }
     const std::byte* place(std::span<const std::byte> bytes, Control&) override { return bytes.data(); }
-    int64_t cache_stride(int64_t kv_width) const override { return cpu_cache_stride(kv_width); }
+    // One token's attention reads it all, head by head, and memory is quick in its own order.
+    bool cache_by_head() const override { return true; }
 
 private:
     CpuState state_;
 };
 
 }  // namespace
-
-int64_t cpu_cache_stride(int64_t kv_width) {
-    // The same columns of keys that lie whole kilobytes apart share a few sets of the first-level cache, which has no
-    // room for a tile of them: a line more leads to all sets in turn.
-    constexpr int64_t kKilobyte = 256, kLine = 16;
-    return kv_width % kKilobyte == 0 ? kv_width + kLine : kv_width;
-}
 
 std::unique_ptr<Backend> make_cpu_backend(int n_threads, const Kernels& kernels) {
     return std::make_unique<CpuBackend>(n_threads, kernels);

@@ -190,10 +190,11 @@ public:
         next();
         std::vector<FinishedProduct> finished;
         for (const Product& p : products) {
-            assert(p.row + x.rows <= p.y.rows && p.y.cols == p.w.rows && p.w.cols == x.cols);
+            const Mat y = p.y.matrix();
+            assert(p.row + x.rows <= y.rows && y.cols == p.w.rows && p.w.cols == x.cols);
             // In a step, a row that is not the first is that of the position.
             const bool moves = step_ != nullptr && p.row > 0;
-            finished.push_back({p.y.row_range(moves ? 0 : p.row, x.rows), p.w, p.bias, finish_of(p.then),
+            finished.push_back({y.row_range(moves ? 0 : p.row, x.rows), p.w, p.bias, finish_of(p.then),
                                 moves ? &step_->on_device()->position : nullptr, turns(p.rotation, x.rows)});
         }
         multiply(x, finished);
@@ -237,7 +238,8 @@ public:
         next();
         cuda::rotate(stream_, x, turns({.head_dim = head_dim, .first = first, .theta = theta}, x.rows), nullptr);
     }
-    void attention(Mat out, ConstMat q, ConstMat k, ConstMat v, const AttentionShape& shape) override {
+    void attention(Mat out, ConstMat q, ConstHeads keys, ConstHeads values, const AttentionShape& shape) override {
+        ConstMat k = keys.matrix(), v = values.matrix();
         assert(shape.n_kv_heads > 0 && shape.n_heads % shape.n_kv_heads == 0);
         assert(q.cols == shape.n_heads * shape.head_dim && k.cols == shape.n_kv_heads * shape.head_dim);
         assert(out.rows == q.rows && out.cols == q.cols && v.rows == k.rows && v.cols == k.cols);

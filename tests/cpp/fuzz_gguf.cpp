@@ -157,7 +157,7 @@ public:
     void gelu(Mat) override { unused(); }
     void add(Mat, ConstMat) override { unused(); }
     void rope(Mat, int64_t, int64_t, float) override { unused(); }
-    void attention(Mat, ConstMat, ConstMat, ConstMat, const AttentionShape&) override { unused(); }
+    void attention(Mat, ConstMat, ConstHeads, ConstHeads, const AttentionShape&) override { unused(); }
     int32_t draw(ConstMat, std::span<const int32_t>, const Draw&) override { unused(); }
 
 private:
