@@ -18,11 +18,9 @@ from pathlib import Path
 
 import pytest
 import yivl_edge
-from checkpoints import write_checkpoint
 from yivl_edge import _core
 from yivl_edge.cli import main
 from yivl_edge.cli.terminal import visible
-from yivl_edge.convert import convert
 
 COMMAND = [sys.executable, "-m", "yivl_edge"]
 # With Python's UTF-8 mode, what the tests see does not depend on the locale they run in.
