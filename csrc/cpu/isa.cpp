@@ -56,7 +56,7 @@ const Kernels& amx_kernels() {
         k.variant = "";
         k.few = k.packed;
         k.packed = &kAmxPackedKernels;
-        k.packed_attention = &kAmxAttention;
+        k.packed_attention = &kAmxAttentionKernels;
         return k;
     }();
     return kernels;

@@ -15,7 +15,7 @@ extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512VnniKernels;  // quicker on quantised weights
 extern const Kernels kAvx512VnniSumsKernels;
 extern const PackedKernels kAmxPackedKernels;
-extern const PackedAttention kAmxAttention;
+extern const PackedAttention kAmxAttentionKernels;
 extern const Kernels kNeonKernels;
 extern const Kernels kNeonDotprodKernels;  // quicker on quantised weights
 extern const Kernels kNeonI8mmKernels;     // quicker still

@@ -343,7 +343,7 @@ const PackedKernels kAmxPackedKernels = {
     .multiply_add = amx::multiply_add,
 };
 
-const PackedAttention kAmxAttention = {
+const PackedAttention kAmxAttentionKernels = {
     .key_block = amx::kKeyBlock,
     .packed_bytes = amx::packed_keys_bytes,
     .pack = amx::pack_keys,
