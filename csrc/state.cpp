@@ -35,13 +35,13 @@ DecoderState::DecoderState(Backend& backend, const DecoderConfig& c, Layers laye
       logits(backend, 1, c.vocab_size),
       n_kv_heads(c.n_kv_heads),
       by_head(backend.cache_by_head()),
-      k_cache(backend, layers.count() * n_ctx * (by_head ? n_kv_heads : 1), by_head ? c.head_dim : c.kv_width()),
-      v_cache(backend, layers.count() * n_ctx * (by_head ? n_kv_heads : 1), by_head ? c.head_dim : c.kv_width()) {}
+      k_cache(backend, layers.count() * n_ctx, c.kv_width()),
+      v_cache(backend, layers.count() * n_ctx, c.kv_width()) {}
 
 Heads DecoderState::of_layer(const Buffer& cache, int64_t layer) const {
-    const int64_t rows = by_head ? n_kv_heads * n_ctx : n_ctx;
-    const Mat all = cache.view().row_range((layer - layers.begin) * rows, rows);
-    return by_head ? Heads::by_head(all, n_kv_heads) : Heads(all, n_kv_heads);
+    const Mat all = cache.view().row_range((layer - layers.begin) * n_ctx, n_ctx);
+    return by_head ? Heads::by_head(Mat(all.data, n_kv_heads * n_ctx, all.cols / n_kv_heads), n_kv_heads)
+                   : Heads(all, n_kv_heads);
 }
 
 int64_t DecoderState::kv_bytes(const DecoderConfig& c, int64_t n_layers, int64_t n_ctx) {

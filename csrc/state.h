@@ -44,8 +44,8 @@ struct DecoderState {
     Buffer gate;              // (B, F)
     Buffer logits;            // (1, V)
     int64_t n_kv_heads;       // K
-    bool by_head;             // how the cache lies in memory
-    Buffer k_cache, v_cache;  // (layers n_ctx, K hd), or by head (layers K n_ctx, hd)
+    bool by_head;             // in the cache each layer is (K, n_ctx, hd)
+    Buffer k_cache, v_cache;  // (layers n_ctx, K hd)
 
     // Of one of the layers: (n_ctx, K hd).
     Heads keys(int64_t layer) const { return of_layer(k_cache, layer); }

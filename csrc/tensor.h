@@ -47,12 +47,9 @@ using ConstMat = View<const float>;
 // Columns of several heads that somebody else owns: token t of head h begins at h * head_stride + t * stride.
 template <class T>
 struct HeadsView {
-    T* data = nullptr;
-    int64_t rows = 0;
-    int64_t n_heads = 0;
-    int64_t head_dim = 0;
-    int64_t stride = 0;
-    int64_t head_stride = 0;
+    T* data;
+    int64_t rows, n_heads, head_dim;
+    int64_t stride, head_stride;
 
     // Heads side by side in the rows of a matrix.
     HeadsView(const View<T>& x, int64_t n_heads)

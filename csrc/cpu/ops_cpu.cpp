@@ -143,7 +143,7 @@ public:
         const int64_t block = std::min(divide_up(share, kQueryTiles) * kQueryTiles, rows);
         const int64_t blocks = divide_up(rows, block);
         const auto cancelled = [](const void* control) { return static_cast<const Control*>(control)->cancelled(); };
-        const auto head = [&](int64_t head) {
+        const auto all_rows = [&](int64_t head) {
             return AttentionPiece{
                 .q = q.data + head * group * shape.head_dim,
                 .q_stride = q.stride,
@@ -166,7 +166,7 @@ public:
         // the longest.
         const auto each_piece = [&](int64_t work, auto&& fn) {
             run(blocks * shape.n_kv_heads, work, [&](int64_t item, Scratch& scratch) {
-                AttentionPiece piece = head(item % shape.n_kv_heads);
+                AttentionPiece piece = all_rows(item % shape.n_kv_heads);
                 piece.row_begin = (blocks - 1 - item / shape.n_kv_heads) * block;
                 piece.row_end = std::min(piece.row_begin + block, rows);
                 fn(piece, item % shape.n_kv_heads, scratch);
@@ -181,7 +181,7 @@ public:
             run(key_blocks * shape.n_kv_heads, packed->key_block * shape.head_dim * 2 * kCopyWork,
                 [&](int64_t item, Scratch&) {
                     const int64_t i = item / key_blocks;
-                    packed->pack(keys + i * head_bytes, head(i), item % key_blocks);
+                    packed->pack(keys + i * head_bytes, all_rows(i), item % key_blocks);
                 });
             const int64_t bytes = packed->scratch_bytes(shape.head_dim);
             each_piece(work / kPackedSpeed, [&](const AttentionPiece& piece, int64_t i, Scratch& scratch) {
