@@ -5,11 +5,11 @@
 
 namespace {
 
-// Weights come in two steps, a little at a time: fetched in one burst, they would keep loads from the cache waiting.
-// Groups of kLanes rows that come later are fetched to the second-level cache in the order of the file, which is how
-// memory and the hardware's own prefetching are quick; from there the next slab of these rows to the first-level cache,
-// row by row.
-constexpr int64_t kGroupsAhead = 2;
+// Weights come in two steps, a little at a time: fetched in one burst, they would keep loads from the cache waiting,
+// and where a CPU has no place left for lines under way, it drops the rest. The next group of kLanes rows is fetched in
+// the order of the file, which is how memory and the hardware's own prefetching are quick; then slabs of each of these
+// rows, kSlabsAhead of their use.
+constexpr int64_t kSlabsAhead = 2;
 
 template <class Rows>
 struct Ahead {
@@ -24,13 +24,16 @@ struct Ahead {
     // What step `step` of the n_steps of a slab fetches.
     template <int step, int n_steps>
     YIVL_INLINE void fetch() {
+        YIVL_STAYS_HERE();
         repeat<(step + 1) * kNear / n_steps - step * kNear / n_steps>([&]<int i>() YIVL_INLINE_LAMBDA {
             constexpr int n = step * kNear / n_steps + i;
             prefetch(near + n % kRowLines * 64);
             if constexpr (n % kRowLines == kRowLines - 1) near += row_bytes;
         });
-        repeat<(step + 1) * kFar / n_steps - step * kFar / n_steps>(
-            [&]<int i>() YIVL_INLINE_LAMBDA { prefetch_far(far + (step * kFar / n_steps + i) * 64); });
+        repeat<(step + 1) * kFar / n_steps - step * kFar / n_steps>([&]<int i>() YIVL_INLINE_LAMBDA {
+            const std::byte* const line = far + (step * kFar / n_steps + i) * 64;
+            kManyLines ? prefetch(line) : prefetch_far(line);
+        });
     }
 };
 
@@ -282,8 +285,9 @@ void multiply_one(const PackedPiece& p) {
         F total = zero();
         for (int64_t slab = 0; slab < n_slabs; ++slab) {
             // Beyond the end of these rows the next begin.
-            const std::byte* const near = slab + 1 < n_slabs ? w + (slab + 1) * Rows::kBytes : w + kLanes * p.row_bytes;
-            Ahead<Rows> ahead{near, p.row_bytes, w + kLanes * (kGroupsAhead * p.row_bytes + slab * Rows::kBytes)};
+            const int64_t later = slab + kSlabsAhead;
+            const std::byte* const near = w + later * Rows::kBytes + (later < n_slabs ? 0 : (kLanes - 1) * p.row_bytes);
+            Ahead<Rows> ahead{near, p.row_bytes, w + kLanes * (p.row_bytes + slab * Rows::kBytes)};
             const int64_t n_blocks = min64(kSlabBlocks, p.cols / kBlock - slab * kSlabBlocks);
             const std::byte* from = w + slab * Rows::kBytes;
             int64_t stride = p.row_bytes;

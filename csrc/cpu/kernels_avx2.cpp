@@ -94,6 +94,7 @@ inline F from_bfloat(const std::byte* p) {
 
 typedef __m256i I;
 
+constexpr bool kManyLines = false;
 constexpr bool kSumsOfPairs = false;
 constexpr int kIntegerTokens = 6;
 

@@ -181,6 +181,7 @@ inline void round_block(const float* x, float factor, int16_t* dst, int32_t* sum
 namespace plain {
 
 namespace {
+constexpr bool kManyLines = false;
 constexpr bool kSumsOfPairs = false;
 constexpr bool kFours = false;
 
@@ -219,19 +220,21 @@ YIVL_INLINE I multiply_at(I sums, I a, const int16_t* p) {
 namespace products {
 
 namespace {
+constexpr bool kManyLines = false;
 constexpr bool kSumsOfPairs = false;
-}
+}  // namespace
 
 #include "cpu/kernels_integer.h"
 
 }  // namespace products
 
-// For CPUs that add in other units than they multiply in.
+// For AMD's CPUs, which add in other units than they multiply in.
 namespace sums {
 
 namespace {
+constexpr bool kManyLines = true;
 constexpr bool kSumsOfPairs = true;
-}
+}  // namespace
 
 #include "cpu/kernels_integer.h"
 

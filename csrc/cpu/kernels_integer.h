@@ -10,6 +10,7 @@
 //
 //   I                              a vector of kLanes int32, or of 2 * kLanes int16
 //   kIntegerTokens                 tokens of a tile, which is two vectors of rows high
+//   kManyLines                     whether as many lines can be under way to the first-level cache as to the second
 //   kSumsOfPairs                   whether many tokens are multiplied as sums: see multiplied_as_sums
 //   load_integers(p) store_integers(p, v) integers(n) no_integers() add_integers(a, b) times_integers(a, b)
 //   negative(v)                    of int32

@@ -37,3 +37,7 @@
 // An address that is worked out here, from others: GCC would keep the offsets of all rows for the whole loop, in
 // registers that it does not have.
 #define YIVL_IN_REGISTER(pointer) asm("" : "+r"(pointer))
+
+// What fetches a little between multiplications stays between them: to GCC it depends on nothing, and it would bring
+// the fetches of a whole unrolled block together.
+#define YIVL_STAYS_HERE() asm volatile("" : : : "memory")
