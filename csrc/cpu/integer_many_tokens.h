@@ -249,14 +249,17 @@ void multiply_some(const PackedPiece& p, int64_t token, int64_t n_tokens, std::b
             }
         }
     }
-    for (int64_t row = 0; row < p.n_rows; row += kLanes) {
-        const F* mine = sums + row / kSideRows * tiles.count() * kTileSums + row % kSideRows / kLanes * kIntegerTokens;
-        for (int64_t tile = 0; tile < tiles.count(); ++tile, mine += kTileSums) {
-            const int64_t first = tiles.first_token(tile), end = min64(tiles.first_token(tile + 1), n_tokens);
+    // All rows of a tile's tokens together: each token's row of y lies in pages of its own.
+    for (int64_t tile = 0; tile < tiles.count(); ++tile) {
+        const int64_t first = tiles.first_token(tile), end = min64(tiles.first_token(tile + 1), n_tokens);
+        for (int64_t row = 0; row < p.n_rows; row += kLanes) {
+            const F* const mine =
+                sums + (row / kSideRows * tiles.count() + tile) * kTileSums + row % kSideRows / kLanes * kIntegerTokens;
             for (int64_t t = first; t < end; ++t) {
                 put_outputs(p, token + t, row, mine[t - first], min64(kLanes, p.n_rows - row));
             }
         }
+        for (int64_t t = first; t < end; ++t) p.finished(token + t, 0, p.n_rows);
     }
 }
 
@@ -267,6 +270,7 @@ constexpr int64_t kFewValues = 3 << 16;
 template <class Rows>
 void multiply_few(const PackedPiece& p, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
     PackedPiece side = p;
+    side.finish = nullptr;
     for (int64_t row = 0; row < p.n_rows; row += kSideRows) {
         side.y = p.y + row;
         side.w = p.w + row * p.row_bytes;
@@ -274,6 +278,7 @@ void multiply_few(const PackedPiece& p, std::byte* scratch, bool (*stop)(const v
         if (p.bias != nullptr) side.bias = p.bias + row;
         multiply_some<Rows, true>(side, 0, p.n_tokens, scratch, stop, stop_arg);
     }
+    for (int64_t t = 0; t < p.n_tokens; ++t) p.finished(t, 0, p.n_rows);
 }
 
 template <class Rows>

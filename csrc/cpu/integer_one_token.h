@@ -296,6 +296,7 @@ void multiply_one(const PackedPiece& p) {
         }
         put_outputs(p, 0, row, total, n);
     }
+    p.finished(0, 0, p.n_rows);
 }
 
 }  // namespace

@@ -71,6 +71,13 @@ struct PackedPiece {
     int64_t n_rows;
     int64_t cols;
     const float* bias;  // of the first row; null: none
+    // Called for outputs [row, row + n) of a token when they are complete, while a near cache holds them; null: nothing.
+    void (*finish)(const void* arg, int64_t token, int64_t row, int64_t n);
+    const void* finish_arg;
+
+    void finished(int64_t token, int64_t row, int64_t n) const {
+        if (finish != nullptr) finish(finish_arg, token, row, n);
+    }
 };
 
 // Products, whose operands are brought into another form first.

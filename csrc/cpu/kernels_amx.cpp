@@ -294,6 +294,8 @@ void linear(const PackedPiece& p, std::byte* scratch, bool (*stop)(const void*),
                                  min64(kTileRows, p.n_rows - r * kTileRows), token,
                                  min64(kTileTokens, p.n_tokens - token));
                     }
+                    const int64_t row = first * kTileRows, n_rows = min64(last * kTileRows, p.n_rows) - row;
+                    for (int64_t j = token; j < min64(token + kTileTokens, p.n_tokens); ++j) p.finished(j, row, n_rows);
                 }
             }
         }

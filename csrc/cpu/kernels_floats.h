@@ -94,6 +94,7 @@ inline void put_floats(const PackedPiece& p, const float* sums, int64_t token, i
         if (p.add) sum = add(load_some(y, n), sum);
         store_some(y, sum, n);
     }
+    p.finished(token, row, n_rows);
 }
 
 // Of each row, between what is multiplied and what is fetched.

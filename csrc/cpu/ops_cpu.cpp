@@ -356,9 +356,9 @@ private:
             const Piece& piece = pieces_[static_cast<size_t>(item)];
             const Product& p = *piece.product;
             const Mat y = p.y.row_range(p.row + first_token, x.rows).col_range(piece.row, piece.n_rows);
-            linear_rows(y, forms, p.w, piece.row, p.bias, p.then == Then::add, scratch.bytes(scratch_size));
-            if (p.then != Then::gelu) return;
-            for (int64_t t = 0; t < y.rows; ++t) kernels_.gelu(y.row(t).data(), y.cols);
+            const auto gelu = [&](int64_t t, int64_t first, int64_t n) { kernels_.gelu(y.row(t).data() + first, n); };
+            linear_rows(y, forms, p.w, piece.row, p.bias, p.then == Then::add, scratch.bytes(scratch_size),
+                        p.then == Then::gelu ? &gelu : nullptr);
         });
     }
 
@@ -378,16 +378,25 @@ private:
                 std::byte* const memory = scratch.bytes(divide_up(up_bytes, 64) * 64 + scratch_size);
                 const Mat gates = y.col_range(row, n_rows);
                 const Mat ups(reinterpret_cast<float*>(memory + scratch_size), x.rows, n_rows);
+                const auto swiglu = [&](int64_t t, int64_t first, int64_t n) {
+                    kernels_.swiglu(gates.row(t).data() + first, ups.row(t).data() + first, n);
+                };
                 linear_rows(gates, forms, gate, row, {}, false, memory);
-                linear_rows(ups, forms, up, row, {}, false, memory);
-                for (int64_t t = 0; t < x.rows; ++t) {
-                    kernels_.swiglu(gates.row(t).data(), ups.row(t).data(), n_rows);
-                }
+                linear_rows(ups, forms, up, row, {}, false, memory, &swiglu);
             });
     }
 
-    // y (T, n) = or += the outputs [row, row + n) of a product.
-    void linear_rows(Mat y, const Forms& forms, const Weight& w, int64_t row, Vec bias, bool add, std::byte* scratch) {
+    struct Nothing {
+        void operator()(int64_t, int64_t, int64_t) const {}
+    };
+
+    // y (T, n) = or += the outputs [row, row + n) of a product; finish(token, first, n) when n of them are complete.
+    template <class Finish = Nothing>
+    void linear_rows(Mat y, const Forms& forms, const Weight& w, int64_t row, Vec bias, bool add, std::byte* scratch,
+                     const Finish* finish = nullptr) {
+        const auto call = [](const void* arg, int64_t token, int64_t first, int64_t n) {
+            (*static_cast<const Finish*>(arg))(token, first, n);
+        };
         const Form form = form_for(w, y.rows);
         const PackedPiece piece{
             .y = y.data,
@@ -401,6 +410,8 @@ private:
             .n_rows = y.cols,
             .cols = w.cols,
             .bias = bias.empty() ? nullptr : bias.data() + row,
+            .finish = finish == nullptr ? nullptr : +call,
+            .finish_arg = finish,
         };
         const auto cancelled = [](const void* control) { return static_cast<const Control*>(control)->cancelled(); };
         form.kernels.linear(piece, scratch, cancelled, &control_);
