@@ -127,6 +127,9 @@ inline F half_of_lane(I v) {
     return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(v, n * 16)));
 }
 inline I lanes_swapped(I v) { return _mm512_shuffle_epi32(v, _MM_PERM_CDAB); }
+inline int32_t sum_of_lanes(I v, uint32_t bits) {
+    return _mm512_mask_reduce_add_epi32(static_cast<__mmask16>(bits), v);
+}
 inline I low_and_high(I a, I b) { return _mm512_mask_blend_epi16(0x55555555, b, a); }
 
 // 16 bytes of four rows side by side, four rows apart, then a transposition of each four by four.

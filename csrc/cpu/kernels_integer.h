@@ -26,7 +26,7 @@
 //   signed_byte<n>(v)              byte n of each lane with its sign, as int32
 //   spread_byte<n>(v)              the same as two int16
 //   half_of_lane<n>(v)             half n of each lane, a half-precision number, as a float
-//   lanes_swapped(v)               with kSumsOfPairs: each two lanes in the other order
+//   lanes_swapped(v), sum_of_lanes(v, bits)    with kSumsOfPairs: each two lanes in the other order; the sum of some
 //   low_and_high(a, b)             the low half of each lane of a, the high one of b
 //   shuffle_eights(v)              with kFours: bytes 0, 4, 2, 6, 1, 5, 3, 7 of each eight
 //   dwords(p, stride, out)         out[j] = bytes [4j, 4j + 4) at p + l * stride in lane l, j in [0, 4)
@@ -56,6 +56,14 @@ constexpr int kPlainOrder = 0, kOrderQ4_0 = 1, kOrderQ8_0 = 2;
 // without them. All is exact modulo 2^32. Of every four steps, four columns of a block each, one is left as it is: a
 // CPU with two units that multiply and add, and two more that add, is then busy in all.
 constexpr bool multiplied_as_sums(int step) { return step % 4 != 3; }
+// The first of the two pairs of each such step, bits of kLanes pairs from `pair`.
+constexpr uint32_t lanes_multiplied_as_sums(int pair) {
+    uint32_t lanes = 0;
+    for (int lane = 0; lane < kLanes; lane += 2) {
+        if (multiplied_as_sums((pair + lane) / 2)) lanes |= 1u << lane;
+    }
+    return lanes;
+}
 
 // A slab of one row of x.
 struct alignas(64) InputSlab {
@@ -112,14 +120,11 @@ YIVL_INLINE void cut_in_bytes(Vector* x) {
 // The products of columns that are multiplied as sums, modulo 2^32.
 template <class Vector>
 YIVL_INLINE uint32_t products_of_columns(const Vector* x) {
-    alignas(Vector) uint32_t products[kPairs];  // of two neighbouring pairs, each twice
-    for (int i = 0; i < kPairs / kLanes; ++i) {
-        store_integers(reinterpret_cast<Vector*>(products) + i,
-                       multiply_pairs(no_integers(), x[i], lanes_swapped(x[i])));
-    }
     uint32_t sum = 0;
-    for (int step = 0; step < kPairs / 2; ++step) {
-        if (multiplied_as_sums(step)) sum += products[step * 2];
+    for (int i = 0; i < kPairs / kLanes; ++i) {
+        // Of two neighbouring pairs, each twice.
+        const Vector products = multiply_pairs(no_integers(), x[i], lanes_swapped(x[i]));
+        sum += static_cast<uint32_t>(sum_of_lanes(products, lanes_multiplied_as_sums(i * kLanes)));
     }
     return sum;
 }
