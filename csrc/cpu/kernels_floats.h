@@ -97,20 +97,16 @@ inline void put_floats(const PackedPiece& p, const float* sums, int64_t token, i
     p.finished(token, row, n_rows);
 }
 
-// Of each row, between what is multiplied and what is fetched.
-constexpr int64_t kBytesAhead = 512;
-
-// One token with weights of 16 bits, rows [row, row + kPanel): from memory to the sums without a stop.
+// One token with weights of 16 bits, rows [row, row + kPanel): from memory to the sums without a stop. The next rows
+// are fetched meanwhile in the order of the file, which is how memory is quick.
 template <F from(const std::byte*)>
 void multiply_one_panel(const PackedPiece& p, int64_t row) {
     const float* const x = reinterpret_cast<const float*>(p.x);
     const std::byte* const w = p.w + row * p.row_bytes;
     F sums[kTileVectors];
     for (F& sum : sums) sum = zero();
+    const std::byte* next = w + kPanel * p.row_bytes;
     for (int64_t col = 0; col < p.cols; col += kLanes) {
-        // Beyond the end of these rows the next begin.
-        const int64_t later = col * 2 + kBytesAhead;
-        const int64_t ahead = later < p.row_bytes ? kBytesAhead : kBytesAhead + (kPanel - 1) * p.row_bytes;
         YIVL_UNROLL
         for (int v = 0; v < kTileVectors; ++v) {
             F lanes[kLanes];
@@ -118,11 +114,12 @@ void multiply_one_panel(const PackedPiece& p, int64_t row) {
             for (int l = 0; l < kLanes; l += 4) {
                 const std::byte* four = w + (v * kLanes + l) * p.row_bytes + col * 2;
                 YIVL_IN_REGISTER(four);
+                YIVL_STAYS_HERE();
+                constexpr int64_t kBytes = 4 * kLanes * 2;  // of these four rows
+                for (int64_t line = 0; line < kBytes; line += 64) prefetch_far(next + line);
+                next += kBytes;
                 YIVL_UNROLL
-                for (int i = 0; i < 4; ++i) {
-                    prefetch(four + ahead + i * p.row_bytes);
-                    lanes[l + i] = from(four + i * p.row_bytes);
-                }
+                for (int i = 0; i < 4; ++i) lanes[l + i] = from(four + i * p.row_bytes);
             }
             transpose(lanes);
             YIVL_UNROLL
