@@ -71,8 +71,7 @@ struct PackedPiece {
     int64_t n_rows;
     int64_t cols;
     const float* bias;  // of the first row; null: none
-    // Called for outputs [row, row + n) of a token when they are complete, while a near cache holds them; null:
-    // nothing.
+    // Called for outputs [row, row + n) of a token when they are complete and a near cache holds them; or null.
     void (*finish)(const void* arg, int64_t token, int64_t row, int64_t n);
     const void* finish_arg;
 
