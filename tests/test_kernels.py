@@ -252,7 +252,7 @@ def test_gated_linear_is_the_gated_product_of_two(isa: str) -> None:
     ops = _core.KernelOps(isa, 2)
     kinds = [GGMLQuantizationType.F16, GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q6_K]
     for gate_type, up_type in itertools.product(kinds, kinds):
-        for rows, tokens in ((70, 1), (300, 19)):
+        for rows, tokens in ((70, 1), (300, 19), (40, 300)):
             (gate, _), (up, _) = (
                 random_weights(gate_type, rows, 256, 1),
                 random_weights(up_type, rows, 256, 2),
