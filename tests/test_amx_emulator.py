@@ -9,7 +9,7 @@ import pytest
 
 EMULATOR = os.environ.get("YIVL_AMX_EMULATOR")
 
-pytestmark = pytest.mark.skipif(not EMULATOR, reason="make test-amx runs this")
+pytestmark = pytest.mark.skipif(not EMULATOR, reason="needs the AMX emulator: make test-amx runs this")
 
 
 def tiles(case: str) -> subprocess.CompletedProcess[str]:

@@ -21,7 +21,9 @@ from yivl_edge import Model, _core
 
 # A Python that runs on the CPU that YIVL_ARM_CPU names.
 PYTHON = os.environ.get("YIVL_ARM_PYTHON", "")
-pytestmark = pytest.mark.skipif(not PYTHON, reason="make test-neon runs this")
+pytestmark = pytest.mark.skipif(
+    not PYTHON, reason="needs qemu and a cross compiler: make test-neon runs this"
+)
 
 ON_ARM = Path(__file__).with_name("on_arm.py")
 

@@ -67,7 +67,9 @@ def primitive(case: str, order: str = "forward") -> subprocess.CompletedProcess[
     )
 
 
-needs_emulator = pytest.mark.skipif(not EMULATOR, reason="needs the emulator's test program")
+needs_emulator = pytest.mark.skipif(
+    not EMULATOR, reason="needs the emulator's test program: make test-cuda-emulator runs this"
+)
 
 
 @needs_emulator

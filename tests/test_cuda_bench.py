@@ -12,7 +12,7 @@ from yivl_edge import Model
 from yivl_edge.cli import main
 from yivl_edge.measure import device_ceilings
 
-pytestmark = pytest.mark.skipif(not EMULATOR, reason="slow figures are enough: needs the emulator")
+pytestmark = pytest.mark.skipif(not EMULATOR, reason="make test-cuda-emulator runs this")
 
 QUICK = ["--device", "cuda", "--prompt-tokens", "40", "--generate", "3", "--runs", "1", "--threads", "1"]
 

@@ -10,7 +10,9 @@ import pytest
 from emulated import EMULATOR
 from yivl_edge import DeviceError, Model, _core
 
-pytestmark = pytest.mark.skipif(not EMULATOR, reason="needs a device that fails when asked to")
+pytestmark = pytest.mark.skipif(
+    not EMULATOR, reason="needs a device that fails when asked to: make test-cuda-emulator runs this"
+)
 
 FAIL = "YIVL_EMULATOR_FAIL"
 QUESTION = "What is this?"

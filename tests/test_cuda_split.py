@@ -13,7 +13,9 @@ from test_golden import QUESTIONS
 from yivl_edge import DeviceError, Model, _core
 
 pytestmark = pytest.mark.skipif(bool(missing_device()), reason=missing_device())
-needs_emulator = pytest.mark.skipif(not EMULATOR, reason="needs a device whose memory can be set")
+needs_emulator = pytest.mark.skipif(
+    not EMULATOR, reason="needs a device whose memory can be set: make test-cuda-emulator runs this"
+)
 
 LAYERS = 3  # of the golden model
 
