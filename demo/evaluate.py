@@ -192,6 +192,8 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=0, help="print this many wrong answers of each column")
     parser.add_argument("--json", type=Path, help="also write the share of right answers of each column")
     args = parser.parse_args()
+    if not args.checkpoint and not args.files:
+        parser.error("nobody to ask: expected --checkpoint, --files or both")
     asked = questions(args.scenes)
     columns: dict[str, list[str]] = {}
     if args.checkpoint:

@@ -71,3 +71,13 @@ def test_decoder_is_llama(folder: Path) -> None:
         mask = (torch.arange(20)[None] <= torch.arange(12, 20)[:, None])[None, None]
         hidden, _ = decoder(decoder.embed(ids[:, 12:]), torch.arange(12, 20)[None], mask, past)
         torch.testing.assert_close(decoder.head(hidden), expected[:, 12:], atol=1e-4, rtol=1e-4)
+
+
+def test_an_evaluation_of_nobody_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate = pytest.importorskip("demo.evaluate")
+    monkeypatch.setattr("sys.argv", ["evaluate"])
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    assert "expected --checkpoint, --files or both" in capsys.readouterr().err
