@@ -21,6 +21,7 @@ class YivlEdge:
 
     def open(self, text: str, mmproj: str, n_threads: int) -> float:
         """Seconds until both files are ready for the first question."""
+        vars(self).clear()  # the model before this one: the peak is one model's
         began = time.perf_counter()
         self._model = Model(text, mmproj=mmproj, n_threads=n_threads)
         seconds = time.perf_counter() - began

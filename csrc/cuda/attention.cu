@@ -18,6 +18,7 @@ struct AttentionTile {
 
 __global__ void attention_kernel(Mat out, ConstMat q, ConstMat k, ConstMat v, AttentionShape shape,
                                  RowNumber position) {
+    wait_for_earlier_kernels();
     AttentionTile& tile = shared<AttentionTile>();
     const int64_t row = block_x(), head = block_y();
     const int64_t head_dim = shape.head_dim;

@@ -77,18 +77,39 @@ __device__ __forceinline__ T& shared() {
     __shared__ T object;
     return object;
 }
-// The bytes that the launch asked for, aligned to 16.
+// The bytes that the launch asked for, aligned to 1024.
 __device__ __forceinline__ std::byte* dynamic_shared() {
-    extern __shared__ Words dynamic_shared_words[];
+    extern __shared__ __align__(1024) Words dynamic_shared_words[];
     return reinterpret_cast<std::byte*>(dynamic_shared_words);
 }
 
 // ---- memory ----
 
-// 16 bytes, aligned, of memory that no thread of the kernel writes.
+// Until this returns a kernel may write nothing, and read only what no kernel writes: it may have begun while those
+// before it on the stream are still at work. To be called by every thread; again it does nothing. Then the next kernel
+// may begin.
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// 16 bytes, aligned.
 __device__ __forceinline__ Words load_words(const void* from) {
+    const uint4 v = *static_cast<const uint4*>(from);
+    return {{v.x, v.y, v.z, v.w}};
+}
+// The same, of memory that no kernel writes.
+__device__ __forceinline__ Words load_constant_words(const void* from) {
     const uint4 v = __ldg(static_cast<const uint4*>(from));
     return {{v.x, v.y, v.z, v.w}};
+}
+
+// Begins to bring the line of an address to the second-level cache.
+inline constexpr int kLine = 128;
+__device__ __forceinline__ void prefetch_line(const void* from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
 }
 
 // Begins to copy 16 bytes from global to shared memory, both aligned to 16: the first `bytes` of `from`, an even
@@ -222,6 +243,67 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const
                  : "r"(address)
                  : "memory");
 }
+
+// ---- matrices in the registers of a warpgroup ----
+// Four warps, of which the first has a number that is a multiple of four, all lanes together. Only cards of compute
+// capability 9.0 can: there YIVL_WARPGROUPS is defined.
+
+// Columns of d and b, eight by eight.
+inline constexpr int kAsyncColumns = 184;
+using AsyncSums = float[kAsyncColumns / 8][4];
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define YIVL_WARPGROUPS
+
+// The values are complete here: the compiler moves nothing that makes or uses them past it.
+__device__ __forceinline__ void hold(AsyncSums& d) {
+    YIVL_UNROLL
+    for (auto& columns : d) {
+        for (float& value : columns) asm volatile("" : "+f"(value)::"memory");
+    }
+}
+
+// What this thread wrote to shared memory, also by copy_async, can be multiplied by all after a sync.
+__device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Before the first multiply_async of a group.
+__device__ __forceinline__ void begin_products(AsyncSums& d) {
+    hold(d);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+// Begins d += a b, of a (64, 16), each warp with 16 rows of a and d as mma_half has them, d[j] for columns from 8j on.
+// b is in shared memory: a Tile with eight chunks at a multiple of 1024 bytes, whose rows are b's columns, and `b` the
+// first of two chunks of its row 0. What is multiplied may not change, nor d be used, until wait_products.
+__device__ __forceinline__ void multiply_async(AsyncSums& d, const uint32_t (&a)[4], const void* b) {
+    // Of the descriptor: the address, eight rows 1024 bytes apart, chunks exchanged within 128 bytes.
+    const uint64_t at = (__cvta_generic_to_shared(b) & 0x3ffff) >> 4;
+    const uint64_t descriptor = at | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+#define YIVL_FOUR(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %97, 0;\nwgmma.mma_async.sync.aligned.m64n184k16.f32.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
+        "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+        "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, "
+        "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, "
+        "%72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, "
+        "%90, %91}, "
+        "{%92, %93, %94, %95}, %96, add, 1, 1, 0;\n}"
+        : YIVL_FOUR(0), YIVL_FOUR(1), YIVL_FOUR(2), YIVL_FOUR(3), YIVL_FOUR(4), YIVL_FOUR(5), YIVL_FOUR(6),
+          YIVL_FOUR(7), YIVL_FOUR(8), YIVL_FOUR(9), YIVL_FOUR(10), YIVL_FOUR(11), YIVL_FOUR(12), YIVL_FOUR(13),
+          YIVL_FOUR(14), YIVL_FOUR(15), YIVL_FOUR(16), YIVL_FOUR(17), YIVL_FOUR(18), YIVL_FOUR(19), YIVL_FOUR(20),
+          YIVL_FOUR(21), YIVL_FOUR(22)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor), "r"(1));
+#undef YIVL_FOUR
+}
+// Makes a group of what was begun.
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits until all groups are done.
+__device__ __forceinline__ void wait_products(AsyncSums& d) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    hold(d);
+}
+
+#endif
 
 }  // namespace yivl::cuda
 

@@ -23,6 +23,7 @@ struct Candidate {
 // ---- repetition penalty ----
 
 __global__ void penalise_kernel(float* to, const float* logits, const int32_t* ids, int n, float penalty) {
+    wait_for_earlier_kernels();
     const int i = block_x() * kThreads + thread_id();
     if (i >= n || ids[i] < 0) return;
     to[ids[i]] = drawing::penalised(logits[ids[i]], penalty);  // an id that comes twice: the same again
@@ -50,6 +51,7 @@ __device__ __forceinline__ Best best_of_warp(Best best) {
 
 static_assert(kGreatestThreads == kWarp * kWarp);
 __global__ void __launch_bounds__(kGreatestThreads) greatest_kernel(int32_t* index, const float* logits, int n) {
+    wait_for_earlier_kernels();
     struct Partial {
         Best of_warp[kWarp];
     };
@@ -99,6 +101,7 @@ struct Temperature {
 // The weights of a tile of logits, and how many are above 0.
 __global__ void weigh_kernel(uint64_t* weights, int32_t* counts, const float* logits, int n, const int32_t* greatest,
                              Temperature t) {
+    wait_for_earlier_kernels();
     if (*greatest < 0) return;
     const int i = block_x() * kThreads + thread_id();
     uint64_t weight = 0;
@@ -195,6 +198,7 @@ struct Choice {
 
 __global__ void draw_kernel(int32_t* id, Candidate* candidates, const uint64_t* weights, const int32_t* counts,
                             const float* logits, int n_logits, Choice choice) {
+    wait_for_earlier_kernels();
     if (*id < 0) return;  // so far, where the greatest is
     const int n = gather(candidates, weights, counts, logits, n_logits);
     if (choice.top_k > 0 && choice.top_k < n) keep_top_k(candidates, n, choice.top_k);

@@ -13,6 +13,7 @@ constexpr int kThreads = 256;
 Grid over_values(ConstMat x) { return {x.rows, (x.cols + kThreads - 1) / kThreads}; }
 
 __global__ void gelu_kernel(Mat x) {
+    wait_for_earlier_kernels();
     const int64_t col = int64_t{block_y()} * kThreads + thread_id();
     if (col >= x.cols) return;
     float& at = x.data[block_x() * x.stride + col];
@@ -20,6 +21,7 @@ __global__ void gelu_kernel(Mat x) {
 }
 
 __global__ void add_kernel(Mat y, ConstMat x) {
+    wait_for_earlier_kernels();
     const int64_t col = int64_t{block_y()} * kThreads + thread_id();
     if (col < x.cols) y.data[block_x() * y.stride + col] += x.data[block_x() * x.stride + col];
 }

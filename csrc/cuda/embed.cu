@@ -12,6 +12,7 @@ constexpr int64_t kValues = 4 * kThreads;  // of a block
 
 template <WeightType kType>
 __global__ void embed_kernel(Mat y, const std::byte* table, int64_t row_bytes, const int32_t* ids) {
+    wait_for_earlier_kernels();
     const std::byte* row = table + ids[block_x()] * row_bytes;
     const int64_t begin = block_y() * kValues;
     for (int64_t i = begin + thread_id(); i < begin + kValues && i < y.cols; i += kThreads) {

@@ -53,6 +53,7 @@ __device__ __forceinline__ void put_in_halves(RowsInHalves to, ConstMat x, int64
 
 __global__ void keys_in_halves_kernel(RowsInHalves keys, RowsInHalves values, ConstMat k, ConstMat v, int64_t n_heads,
                                       int64_t head_dim, int dim) {
+    wait_for_earlier_kernels();
     if (block_y() == 0) {
         put_in_halves(keys, k, n_heads, head_dim, dim);
     } else {
@@ -114,6 +115,7 @@ struct Rows {
 template <int kDim>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     flash_kernel(Mat out, ConstMat q, RowsInHalves keys, RowsInHalves values, int n_keys, AttentionShape shape) {
+    wait_for_earlier_kernels();
     constexpr int kSteps = kDim / 16;
     constexpr int kTileKeys = kKeys<kDim>;
     FlashTiles<kDim>& tiles = *reinterpret_cast<FlashTiles<kDim>*>(dynamic_shared());

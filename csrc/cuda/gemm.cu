@@ -1,16 +1,10 @@
 // Products of many rows of x on tensor cores: half precision, summed in float32.
 //
-// x is rounded once, before. Weights come as the file has them, in segments of a row, and are unpacked in shared memory
-// slab by slab: each is unpacked once for kTokens rows of x. Rounding is to 11 bits, relative to the largest value of a
-// row of x and to each weight, so that a product of long rows is off by about 2^-12.
-#include <cstddef>
-
-#include "cuda/dequant.cuh"
-#include "cuda/finish.cuh"
-#include "cuda/kernels.h"
-#include "cuda/launch.h"
+// x is rounded once, before. Weights are unpacked in shared memory: each once for kTokens rows of x. Rounding is to 11
+// bits, relative to the largest value of a row of x and to each weight, so that a product of long rows is off by about
+// 2^-12.
+#include "cuda/gemm.cuh"
 #include "cuda/reduce.cuh"
-#include "cuda/tile.cuh"
 
 namespace yivl::cuda {
 
@@ -26,8 +20,6 @@ constexpr int kWarpRows = 64;
 // with 100 KB where a segment takes 17 KB at most.
 constexpr int kBlocksAtOnce = 2;
 
-constexpr int kSlab = 32;  // columns at a time
-constexpr int kChunks = kSlab / kChunkElements;
 // Each thread moves chunks of one number, of every kRowsAtOnce-th row.
 constexpr int kRowsAtOnce = kThreads / kChunks;
 constexpr int kMoves = kRows / kRowsAtOnce;
@@ -45,6 +37,7 @@ size_t half_value_bytes(int64_t rows, int64_t cols) {
 }
 
 __global__ void to_halves_kernel(ConstMat x, HalfInput to) {
+    wait_for_earlier_kernels();
     const float* row = x.data + block_x() * x.stride;
     float largest = 0.0f;
     for (int64_t i = thread_id(); i < x.cols; i += kHalvingThreads) largest = fmaxf(largest, fabsf(row[i]));
@@ -57,45 +50,14 @@ __global__ void to_halves_kernel(ConstMat x, HalfInput to) {
     for (int64_t i = thread_id(); i < to.stride / 2; i += kHalvingThreads) {
         const float low = 2 * i < x.cols ? row[2 * i] : 0.0f;
         const float high = 2 * i + 1 < x.cols ? row[2 * i + 1] : 0.0f;
-        pairs[i] = pack_halves(low * scale, high * scale);
+        constexpr int64_t kPairs = kSlab / 2;
+        const int64_t at = to.in_fragments ? i / kPairs * kPairs + pair_in_fragments(static_cast<int>(i % kPairs)) : i;
+        pairs[at] = pack_halves(low * scale, high * scale);
     }
     if (thread_id() == 0) to.unscaled[block_x()] = float_of_bits(static_cast<uint32_t>(254 - factor) << 23);
 }
 
 // ---- unpacking ----
-
-// Weights but F16 are unpacked times this, so that products of a block's small scales keep their bits in half
-// precision: what is below 2^-22 loses some, and 255 is the largest.
-constexpr float kUnpackedScale = 256.0f;
-template <WeightType kType>
-constexpr float kPackedScale = kType == WeightType::F16 ? 1.0f : 1.0f / kUnpackedScale;
-
-constexpr int blocks_of_segment(WeightType type) {
-    switch (type) {
-        case WeightType::F16:
-        case WeightType::BF16: return 64;
-        case WeightType::Q4_0:
-        case WeightType::Q4_1:
-        case WeightType::Q5_0:
-        case WeightType::Q5_1:
-        case WeightType::Q8_0:
-        case WeightType::IQ4_NL: return 4;
-        default: return 1;
-    }
-}
-
-// Bytes of kRows rows of the weights, at most kWeights of each at a time. A row begins at an even address: up to 14
-// bytes of the first chunk come before it, and 16 more may be read behind it. The number of chunks is odd, so that
-// eight rows lie in different banks.
-template <WeightType kType>
-struct Segment {
-    using Block = typename BlockOf<kType>::Block;
-    static constexpr int kWeights = blocks_of_segment(kType) * BlockOf<kType>::kWeights;
-    static constexpr int kBytes = blocks_of_segment(kType) * static_cast<int>(sizeof(Block));
-    static constexpr int kWords = (14 + kBytes + 16 + 15) / 16 | 1;
-    static constexpr int kSlabs = kWeights / kSlab;
-    Words words[kRows * kWords];
-};
 
 // Words at an even address of shared memory. Whole chunks are read, up to 16 bytes more: of threads in rows one below
 // the other, reads of 16 bytes meet in no bank.
@@ -127,21 +89,6 @@ __device__ __forceinline__ void load_shared_aligned(uint32_t (&words)[8], const 
         for (int j = 0; j < 4; ++j) words[i * 4 + j] = some.word[j];
     }
 }
-
-__device__ __forceinline__ uint32_t twice(float value) { return pack_halves(value, value); }
-
-// scale * (byte - centre) + offset of the unsigned bytes of two words, scale and offset rounded before.
-__device__ __forceinline__ Words scaled_bytes(uint32_t first, uint32_t second, int centre, float scale,
-                                              float offset = 0.0f) {
-    // A byte under 0x64 is the half 1024 + byte.
-    constexpr uint32_t kAbove = 0x64646464;
-    const uint32_t minus = twice(static_cast<float>(-1024 - centre)), s = twice(scale), o = twice(offset);
-    const auto scaled = [&](uint32_t halves) { return fma_halves(add_halves(halves, minus), s, o); };
-    return {{scaled(permute_bytes(first, kAbove, 0x4140)), scaled(permute_bytes(first, kAbove, 0x4342)),
-             scaled(permute_bytes(second, kAbove, 0x4140)), scaled(permute_bytes(second, kAbove, 0x4342))}};
-}
-
-__device__ __forceinline__ half_bits half_at(const std::byte* p) { return *reinterpret_cast<const half_bits*>(p); }
 
 // The weights of a slab, the segment's number `slab`: put(chunk, words) for each of its chunks.
 template <WeightType kType>
@@ -215,15 +162,12 @@ struct Unpack<WeightType::Q4_0> {
     }
 };
 
-// Q4_K and Q5_K blocks lie at multiples of 16, as rows do; `head` is the first 16 bytes. Integers are taken around
-// `centre`: what rounding a scale costs is then a part of the weights, not of their distance from the minimum.
+// Q4_K and Q5_K blocks lie at multiples of 16, as rows do.
 template <class Put>
 __device__ __forceinline__ void put_group(const Words& head, int g, const uint32_t (&q)[8], int centre, Put&& put) {
-    const Group group = group_of(head, g);
-    const float scale = group.scale * kUnpackedScale;
-    const float offset = scale * static_cast<float>(centre) - group.minimum * kUnpackedScale;
+    const Scaling s = scaling_of(head, g, centre);
     YIVL_UNROLL
-    for (int c = 0; c < kChunks; ++c) put(c, scaled_bytes(q[2 * c], q[2 * c + 1], centre, scale, offset));
+    for (int c = 0; c < kChunks; ++c) put(c, scaled_bytes(q[2 * c], q[2 * c + 1], centre, s.scale, s.offset));
 }
 
 template <>
@@ -283,19 +227,6 @@ struct Results {
 };
 static_assert(sizeof(Results) <= sizeof(Tiles));
 
-// The rows of weights that a block computes. Those of gate and up come eight by eight in turn, so that a warp has both
-// of an output. Past the last row it is read again.
-struct Rows {
-    const std::byte *weights, *up;  // the first row
-    int row_bytes, last;            // the last row of the block
-    bool gated;
-
-    __device__ const std::byte* of(int i) const {
-        const int row = gated ? i / 16 * 8 + i % 8 : i;
-        return (gated && i / 8 % 2 != 0 ? up : weights) + int64_t{row < last ? row : last} * row_bytes;
-    }
-};
-
 __device__ __forceinline__ void load_x(HalfTile& tile, const HalfInput& x, int64_t first_token, int slab) {
     const int c = thread_id() % kChunks, first = thread_id() / kChunks;
     const Half* from = x.values + (first_token + first) * x.stride + slab * kSlab + c * kChunkElements;
@@ -318,42 +249,17 @@ __device__ __forceinline__ void load_halves(HalfTile& tile, const Rows& rows, in
     }
 }
 
-// Where a row's part of a segment begins within its first 16 bytes.
-__device__ __forceinline__ int offset_in_chunk(const std::byte* part) {
-    return static_cast<int>(reinterpret_cast<uintptr_t>(part) % sizeof(Words));
-}
-
-template <WeightType kType>
-__device__ __forceinline__ void load_segment(Segment<kType>& to, const Rows& rows, int segment) {
-    using S = Segment<kType>;
-    const int begin = segment * S::kBytes, left = rows.row_bytes - begin, bytes = left < S::kBytes ? left : S::kBytes;
-    for (int i = thread_id(); i < kRows * S::kWords; i += kThreads) {
-        const int chunk = i % S::kWords * static_cast<int>(sizeof(Words));
-        const std::byte* part = rows.of(i / S::kWords) + begin;
-        const int offset = offset_in_chunk(part), there = offset + bytes - chunk;
-        if (there > 0) copy_async(&to.words[i], part - offset + chunk, there < 16 ? there : 16);
-    }
-}
-
 // Each thread a row.
 template <WeightType kType>
-__device__ __forceinline__ void unpack(HalfTile& tile, const Segment<kType>& from, const Rows& rows, int64_t cols,
-                                       int slab) {
-    using S = Segment<kType>;
+__device__ __forceinline__ void unpack(HalfTile& tile, const Segment<kType, kRows>& from, const Rows& rows,
+                                       int64_t cols, int slab) {
+    using S = Segment<kType, kRows>;
     static_assert(kThreads == kRows);
     const int r = thread_id();
     const auto* row = reinterpret_cast<const std::byte*>(&from.words[r * S::kWords]);
     const std::byte* segment = row + offset_in_chunk(rows.of(r) + slab / S::kSlabs * S::kBytes);
     Unpack<kType>::slab(segment, slab % S::kSlabs, [&](int c, Words words) {
-        if constexpr (BlockOf<kType>::kWeights == 1) {
-            // A row's last chunks may lack columns; x has zeros there, but a NaN times zero is one.
-            const int left = static_cast<int>(cols) - slab * kSlab - c * kChunkElements;
-            if (left < kChunkElements) {
-                for (int j = 0; j < kChunkElements; ++j) {
-                    if (j >= left) words.word[j / 2] &= j % 2 == 0 ? 0 : 0xffff;
-                }
-            }
-        }
+        if constexpr (BlockOf<kType>::kWeights == 1) keep_columns(words, cols, slab * kSlab + c * kChunkElements);
         tile.chunk(r, c) = words;
     });
 }
@@ -413,14 +319,14 @@ __device__ void write_results(const float (&results)[16][Results::kPitch], const
 template <WeightType kType, bool kStaged>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     gemm_kernel(Targets targets, HalfInput x, int row_bytes, bool gated) {
-    using S = Segment<kType>;
+    using S = Segment<kType, kRows>;
     Tiles& tiles = *reinterpret_cast<Tiles*>(dynamic_shared());
     S& segment = *reinterpret_cast<S*>(dynamic_shared() + sizeof(Tiles));
 
     const Target& to = targets.of[block_z()];
     const int rows_of_block = gated ? kRows / 2 : kRows;
     const int64_t first_token = int64_t{block_x()} * kTokens, first_row = int64_t{block_y()} * rows_of_block;
-    if (first_row >= to.y.cols) return;  // of several products one may have fewer rows
+    if (first_row >= to.y.cols) return wait_for_earlier_kernels();  // of several products one may have fewer rows
     const int64_t begin = first_row * row_bytes, left = to.y.cols - first_row;
     const Rows rows{to.w + begin, targets.of[1].w + begin, row_bytes,
                     static_cast<int>(left < rows_of_block ? left : rows_of_block) - 1, gated};
@@ -428,12 +334,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     const bool has_tokens = first_token + warp_id() / 2 * kWarpTokens < x.rows;  // this warp, in the last block
 
     Sums sums{};
-    load_x(tiles.x[0], x, first_token, 0);
     if constexpr (kStaged) {
-        load_segment<kType>(segment, rows, 0);
+        load_segment<kThreads>(segment, rows, 0);
     } else {
         load_halves(tiles.w[0], rows, 0);
     }
+    wait_for_earlier_kernels();
+    load_x(tiles.x[0], x, first_token, 0);
     commit_copies();
     for (int slab = 0; slab < n_slabs; ++slab) {
         HalfTile &x_now = tiles.x[slab % 2], &w_now = tiles.w[slab % 2];
@@ -451,7 +358,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
             load_x(tiles.x[next % 2], x, first_token, next);
             if constexpr (!kStaged) load_halves(tiles.w[next % 2], rows, next);
             if constexpr (kStaged) {
-                if (next % S::kSlabs == 0) load_segment<kType>(segment, rows, next / S::kSlabs);
+                if (next % S::kSlabs == 0) load_segment<kThreads>(segment, rows, next / S::kSlabs);
             }
             commit_copies();
         }
@@ -475,15 +382,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     }
 }
 
-void start(Stream& stream, const char* name, const HalfInput& x, const Targets& targets, size_t n_products,
-           int64_t most_rows, const Weight& w, bool gated) {
+void start(Stream& stream, const HalfInput& x, const Weight& w, const GemmLaunch& gemm) {
+    if (x.in_fragments) return start_warpgroup_gemm(stream, x, w, gemm);
     const auto with_staging = [&]<WeightType kType, bool kStaged>() {
-        const int rows_of_block = gated ? kRows / 2 : kRows;
-        const Grid grid{(x.rows + kTokens - 1) / kTokens, (most_rows + rows_of_block - 1) / rows_of_block,
-                        gated ? 1 : static_cast<int64_t>(n_products)};
-        launch(stream, name, gemm_kernel<kType, kStaged>, grid, kThreads,
-               sizeof(Tiles) + (kStaged ? sizeof(Segment<kType>) : 0), targets, x, static_cast<int>(w.row_bytes()),
-               gated);
+        launch(stream, gemm.name, gemm_kernel<kType, kStaged>, gemm_grid(x.rows, kTokens, kRows, gemm), kThreads,
+               sizeof(Tiles) + (kStaged ? sizeof(Segment<kType, kRows>) : 0), gemm.targets, x,
+               static_cast<int>(w.row_bytes()), gemm.gated);
     };
     with_type(w.type, [&]<WeightType kType> {
         if constexpr (kType == WeightType::F16) {
@@ -499,9 +403,13 @@ size_t half_bytes(int64_t rows, int64_t cols) {
     return half_value_bytes(rows, cols) + static_cast<size_t>(rows) * sizeof(float);
 }
 
-HalfInput halves_in(std::byte* memory, int64_t rows, int64_t cols) {
-    return {reinterpret_cast<Half*>(memory), reinterpret_cast<float*>(memory + half_value_bytes(rows, cols)), rows,
-            cols, half_stride(cols)};
+HalfInput halves_in(const Stream& stream, std::byte* memory, int64_t rows, int64_t cols) {
+    return {reinterpret_cast<Half*>(memory),
+            reinterpret_cast<float*>(memory + half_value_bytes(rows, cols)),
+            rows,
+            cols,
+            half_stride(cols),
+            stream.has_warpgroups()};
 }
 
 void to_halves(Stream& stream, ConstMat x, const HalfInput& to) {
@@ -512,13 +420,14 @@ void gemm(Stream& stream, const HalfInput& x, std::span<const FinishedProduct> p
     int64_t most_rows = 0;
     for (const FinishedProduct& p : products) most_rows = p.w.rows > most_rows ? p.w.rows : most_rows;
     stream.expect(work_of(x.rows, products));
-    start(stream, "gemm", x, targets_of(products), products.size(), most_rows, products[0].w, false);
+    const auto n_products = static_cast<int64_t>(products.size());
+    start(stream, x, products[0].w, {"gemm", targets_of(products), n_products, most_rows, false});
 }
 
 void gated_gemm(Stream& stream, Mat y, const HalfInput& x, const Weight& gate, const Weight& up) {
     const FinishedProduct products[] = {{y, gate}, {y, up}};
     stream.expect(work_of(x.rows, products));
-    start(stream, "gated_gemm", x, targets_of(products), 2, gate.rows, gate, true);
+    start(stream, x, gate, {"gated_gemm", targets_of(products), 1, gate.rows, true});
 }
 
 }  // namespace yivl::cuda

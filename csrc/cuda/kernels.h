@@ -94,10 +94,11 @@ struct HalfInput {
     Half* values;     // (T rounded up to blocks, stride): columns past I are 0
     float* unscaled;  // (T): what takes a row back to x
     int64_t rows, cols, stride;
+    bool in_fragments;  // whether columns lie as gemm_warpgroup.cu takes them
 };
 size_t half_bytes(int64_t rows, int64_t cols);
 // In `memory`, half_bytes(T, I) of it, aligned to 16.
-HalfInput halves_in(std::byte* memory, int64_t rows, int64_t cols);
+HalfInput halves_in(const Stream& stream, std::byte* memory, int64_t rows, int64_t cols);
 void to_halves(Stream& stream, ConstMat x, const HalfInput& to);
 // Products of one x with weights of one type, kMostProducts or fewer.
 void gemm(Stream& stream, const HalfInput& x, std::span<const FinishedProduct> products);

@@ -15,9 +15,10 @@ struct Grid {
     int64_t x = 1, y = 1, z = 1;  // blocks; y and z at most 65535
 };
 
-// Starts `kernel` on every thread of the grid, after the stream's earlier work: launch(stream, "name", kernel, grid,
-// threads, dynamic shared bytes, arguments...). A grid without blocks starts nothing. Throws DeviceError naming the
-// kernel. On the card an error inside a kernel shows at a later call of the stream.
+// Starts `kernel` on every thread of the grid, after the stream's earlier work but for what it does before
+// wait_for_earlier_kernels: launch(stream, "name", kernel, grid, threads, dynamic shared bytes, arguments...). A grid
+// without blocks starts nothing. Throws DeviceError naming the kernel. An error inside a kernel shows at a later call
+// of the stream.
 template <class... Parameters, class... Arguments>
 void launch([[maybe_unused]] Stream& stream, const char* name, void (*kernel)(Parameters...), Grid grid, int threads,
             size_t dynamic_shared, Arguments... arguments) {
@@ -33,17 +34,22 @@ void launch([[maybe_unused]] Stream& stream, const char* name, void (*kernel)(Pa
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_shared)),
             name);
     }
-    const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
-    kernel<<<blocks, threads, dynamic_shared, static_cast<cudaStream_t>(stream.handle())>>>(
-        static_cast<Parameters>(arguments)...);
-    check(cudaGetLastError(), name);
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)};
+    config.blockDim = {static_cast<unsigned>(threads), 1, 1};
+    config.dynamicSmemBytes = dynamic_shared;
+    config.stream = static_cast<cudaStream_t>(stream.handle());
+    config.attrs = &early;
+    config.numAttrs = stream.overlaps_kernels() ? 1 : 0;
+    check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), name);
 #else
     (emulator::check_argument(name, arguments), ...);
     const emulator::Index blocks{static_cast<int>(grid.x), static_cast<int>(grid.y), static_cast<int>(grid.z)};
-    emulator::run_or_record(stream.handle(), [=] {
-        emulator::run_grid(name, blocks, threads, dynamic_shared,
-                           [=] { kernel(static_cast<Parameters>(arguments)...); });
-    });
+    emulator::start(stream.handle(),
+                    {name, blocks, threads, dynamic_shared, [=] { kernel(static_cast<Parameters>(arguments)...); }});
 #endif
     if (begin != nullptr) stream.profile->add(stream, name, work, std::move(begin));
 }

@@ -59,6 +59,7 @@ __device__ float dot(ConstMat x, ConstMat w) {
 }
 
 __global__ void linear_kernel(Mat y, ConstMat x, ConstMat w, const float* bias, Finish finish, RowNumber row) {
+    wait_for_earlier_kernels();
     const float sum = dot(x, w);
     const Output at = output_of_thread();
     if (at.row >= y.cols || at.token >= y.rows) return;

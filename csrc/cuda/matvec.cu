@@ -35,6 +35,7 @@ constexpr int gated_blocks_at_once(WeightType type, int tokens) {
 // ---- rounding x ----
 
 __global__ void round_kernel(ConstMat x, RoundedInput to) {
+    wait_for_earlier_kernels();
     const int64_t block = int64_t{block_x()} * kWarps + warp_id(), n_blocks = x.cols / kBlock;
     if (block >= x.rows * n_blocks) return;
     const int64_t row = block / n_blocks, col = block % n_blocks * kBlock + lane_id();
@@ -43,10 +44,12 @@ __global__ void round_kernel(ConstMat x, RoundedInput to) {
 
 // ---- kernels ----
 
-// sums[r][t] = w[r] . x[first_token + t], in every lane. Tokens past the last repeat it.
+// sums[r][t] = w[r] . x[first_token + t], in every lane. Tokens past the last repeat it. The rows are on their way
+// before x is there.
 template <class P, class Input, int kTokens>
 __device__ __forceinline__ void multiply_rows(float (&sums)[kRows][kTokens], const std::byte* const (&w)[kRows],
-                                              const Input& x, int64_t first_token, int64_t n_tokens) {
+                                              int64_t row_bytes, const Input& x, int64_t first_token,
+                                              int64_t n_tokens) {
     const int n_pieces = static_cast<int>((columns(x) + P::kColumns - 1) / P::kColumns);
     for (auto& row : sums) {
         for (float& sum : row) sum = 0.0f;
@@ -56,6 +59,10 @@ __device__ __forceinline__ void multiply_rows(float (&sums)[kRows][kTokens], con
     if (piece < n_pieces) {
         for (int r = 0; r < kRows; ++r) weights[r] = load_piece<P>(w[r], piece, x);
     }
+    for (int64_t i = lane_id() * kLine; i < row_bytes; i += kWarp * kLine) {
+        for (const std::byte* row : w) prefetch_line(row + i);
+    }
+    wait_for_earlier_kernels();
     while (piece < n_pieces) {
         // The next piece is on its way while this one is computed.
         const int next = piece + kWarp;
@@ -88,14 +95,14 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kType, kTokens))
         group -= n;
         to = targets.of[i];
     }
-    if (group >= groups(to.y.cols)) return;
+    if (group >= groups(to.y.cols)) return wait_for_earlier_kernels();
     const int64_t first_row = group * kRows, first_token = int64_t{block_y()} * kTokens;
     const std::byte* w[kRows];
     for (int r = 0; r < kRows; ++r) {
         w[r] = to.w + (first_row + r < to.y.cols ? first_row + r : first_row) * row_bytes;
     }
     float sums[kRows][kTokens];
-    multiply_rows<Piece<kType>>(sums, w, x, first_token, to.y.rows);
+    multiply_rows<Piece<kType>>(sums, w, row_bytes, x, first_token, to.y.rows);
     if (lane_id() != 0) return;
     static_assert(kRows == 2);  // a pair that is rotated together
     const bool has_second = first_row + 1 < to.y.cols;
@@ -131,7 +138,7 @@ __global__ void __launch_bounds__(kGatedWarps* kWarp, gated_blocks_at_once(kType
         static_assert(kRows == 2);
         const std::byte* const w[kRows] = {gate + row * row_bytes, up + row * row_bytes};
         float sums[kRows][kTokens];
-        multiply_rows<Piece<kType>>(sums, w, x, first_token, y.rows);
+        multiply_rows<Piece<kType>>(sums, w, row_bytes, x, first_token, y.rows);
         if (lane_id() != 0) continue;
         YIVL_UNROLL
         for (int t = 0; t < kTokens; ++t) {
@@ -141,6 +148,7 @@ __global__ void __launch_bounds__(kGatedWarps* kWarp, gated_blocks_at_once(kType
             products.of[t][i] = product;
         }
     }
+    wait_for_earlier_kernels();  // warps without rows, too
     if (rounded_y.high == nullptr) return;
     sync_block();
     const int t = warp_id();

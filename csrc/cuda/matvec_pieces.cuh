@@ -23,7 +23,7 @@ inline constexpr size_t kAlignment = sizeof(Block) & -sizeof(Block);
 template <class Block>
 __device__ __forceinline__ Words load_sixteen(const void* p) {
     if constexpr (kAlignment<Block> >= sizeof(Words)) {
-        return load_words(p);
+        return load_constant_words(p);
     } else if constexpr (kAlignment<Block> >= sizeof(uint32_t)) {
         struct alignas(kAlignment<Block>) Aligned {
             uint32_t word[4];
@@ -260,7 +260,7 @@ struct Piece<WeightType::Q4_K> : KPiece {
     };
     __device__ static Weights load(const std::byte* row, int piece) {
         const auto& block = block_at<BlockQ4_K>(row, piece / 8);
-        return {load_words(&block), load_words(block.qs + piece % 8 * 16), piece};
+        return {load_constant_words(&block), load_constant_words(block.qs + piece % 8 * 16), piece};
     }
     __device__ static float add(const Weights& w, const Input& in, float sum) {
         const Words q[2] = {nibbles(w.q, 0), nibbles(w.q, 1)};
@@ -276,8 +276,8 @@ struct Piece<WeightType::Q5_K> : KPiece {
     };
     __device__ static Weights load(const std::byte* row, int piece) {
         const auto& block = block_at<BlockQ5_K>(row, piece / 8);
-        return {load_words(&block), load_words(block.qs + piece % 8 * 16), load_words(block.qh + piece % 2 * 16),
-                piece};
+        return {load_constant_words(&block), load_constant_words(block.qs + piece % 8 * 16),
+                load_constant_words(block.qh + piece % 2 * 16), piece};
     }
     __device__ static float add(const Weights& w, const Input& in, float sum) {
         Words q[2] = {nibbles(w.q, 0), nibbles(w.q, 1)};
@@ -416,7 +416,7 @@ struct FloatPiece {
     __device__ static Weights load(const std::byte* row, int piece, const PlainInput& in) {
         const int col = piece * kColumns;
         const std::byte* from = row + col * 2;
-        if (in.aligned_w) return {load_words(from)};
+        if (in.aligned_w) return {load_constant_words(from)};
         Weights w{};
         for (int i = 0; i < kColumns; ++i) {
             if (col + i < in.x.cols) {

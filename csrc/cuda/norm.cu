@@ -11,6 +11,7 @@ namespace {
 constexpr int kThreads = 256;
 
 __global__ void layer_norm_kernel(Mat y, ConstMat x, const float* weight, const float* bias, float eps) {
+    wait_for_earlier_kernels();
     const float* from = x.data + block_x() * x.stride;
     float* to = y.data + block_x() * y.stride;
     const auto n = static_cast<float>(x.cols);
@@ -25,6 +26,7 @@ __global__ void layer_norm_kernel(Mat y, ConstMat x, const float* weight, const 
 }
 
 __global__ void rms_norm_kernel(Mat y, ConstMat x, const float* weight, float eps, RoundedInput rounded) {
+    wait_for_earlier_kernels();
     const float* from = x.data + block_x() * x.stride;
     float* to = y.data + block_x() * y.stride;
     float squares = 0.0f;

@@ -388,7 +388,7 @@ private:
 
     HalfInput halves(ConstMat x) {
         const auto bytes = static_cast<int64_t>(half_bytes(x.rows, x.cols));
-        const HalfInput to = halves_in(intermediates_->halves.at_least(stream_, bytes), x.rows, x.cols);
+        const HalfInput to = halves_in(stream_, intermediates_->halves.at_least(stream_, bytes), x.rows, x.cols);
         cuda::to_halves(stream_, x, to);
         return to;
     }

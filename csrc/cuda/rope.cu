@@ -11,6 +11,7 @@ namespace {
 constexpr int kThreads = 128;
 
 __global__ void rotations_kernel(Mat cos_sin, int64_t first, float theta) {
+    wait_for_earlier_kernels();
     for (int64_t j = thread_id(); j < cos_sin.cols / 2; j += kThreads) {
         const float exponent = static_cast<float>(2 * j) / static_cast<float>(cos_sin.cols);
         const float inv_freq =
@@ -23,6 +24,7 @@ __global__ void rotations_kernel(Mat cos_sin, int64_t first, float theta) {
 }
 
 __global__ void rotate_kernel(Mat x, Turns turns, RowNumber row) {
+    wait_for_earlier_kernels();
     const int64_t pair = int64_t{block_y()} * kThreads + thread_id();
     if (pair >= x.cols / 2) return;
     float* at = x.data + (block_x() + number(row)) * x.stride + 2 * pair;

@@ -46,6 +46,10 @@ public:
 
     int device() const { return device_; }
     void* handle() const { return handle_; }
+    // Whether a kernel may begin while the one before is still at work (wait_for_earlier_kernels in device.h).
+    bool overlaps_kernels() const { return overlaps_kernels_; }
+    // Whether the card multiplies by four warps at once (multiply_async in device.h).
+    bool has_warpgroups() const { return has_warpgroups_; }
 
     // Rows of `width` bytes that begin `pitch` bytes apart. The host's memory may be used again when a call returns,
     // and holds what was copied out.
@@ -66,6 +70,7 @@ private:
     friend class Graph;
     int device_;
     void* handle_ = nullptr;
+    bool overlaps_kernels_ = false, has_warpgroups_ = false;
     Work work_;
 };
 

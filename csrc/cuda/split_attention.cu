@@ -68,6 +68,7 @@ __device__ __forceinline__ float sum_of_heads(float (&of)[kHeads]) {
 __global__ void __launch_bounds__(kThreads, 2)
     split_attention_kernel(Mat out, ConstMat q, ConstMat k, ConstMat v, AttentionShape shape, RowNumber position,
                            int32_t* counts, Partial* partials, RoundedInput rounded) {
+    wait_for_earlier_kernels();
     SplitTile& tile = shared<SplitTile>();
     const int64_t row = block_z(), head_dim = shape.head_dim;
     const int64_t of_kv_head = shape.n_heads / shape.n_kv_heads, groups = (of_kv_head + kHeads - 1) / kHeads;

@@ -16,6 +16,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/reduce.cuh"
+#include "cuda/tile.cuh"
 #include "half.h"
 
 namespace yivl::cuda {
@@ -59,6 +60,7 @@ float small(int i) { return static_cast<float>(i * 37 % 61 - 30) / 4.0f; }
 // ---- indices and reductions ----
 
 __global__ void indices_kernel(int* out) {
+    wait_for_earlier_kernels();
     const int block = (block_z() * 2 + block_y()) * grid_x() + block_x();
     out[block * block_threads() + thread_id()] = block * 1000 + warp_id() * 100 + lane_id();
 }
@@ -73,6 +75,7 @@ void indices(Stream& stream) {
 }
 
 __global__ void lanes_kernel(int* out) {
+    wait_for_earlier_kernels();
     const int i = thread_id();
     out[i] = shuffle(i * 3, 31 - lane_id());
     out[64 + i] = shuffle_xor(i * 5, 8);
@@ -97,6 +100,7 @@ void lanes(Stream& stream) {
 }
 
 __global__ void atomics_kernel(int* count, int* before) {
+    wait_for_earlier_kernels();
     before[block_x() * block_threads() + thread_id()] = atomic_add(count, 1);
 }
 
@@ -116,6 +120,7 @@ __host__ __device__ int copied_bytes(int i) { return i < 60 ? 16 : (i - 60) * 4;
 
 // Turns 64 rows of 16 bytes round through shared memory.
 __global__ void copies_kernel(Words* out, const Words* in) {
+    wait_for_earlier_kernels();
     struct Rows {
         Words row[64];
     };
@@ -151,9 +156,34 @@ void copies(Stream& stream) {
     }
 }
 
+// ---- kernels that overlap ----
+
+// to = from + what, where `what` is known before the kernels that begin with it.
+__global__ void sum_kernel(int* to, const int* from, const Words* what) {
+    const Words before = load_constant_words(what);
+    wait_for_earlier_kernels();
+    to[thread_id()] = from[thread_id()] + static_cast<int>(before.word[thread_id() % 4]);
+}
+
+void overlap(Stream& stream) {
+    constexpr int kSteps = 12;
+    const Array<Words> what(stream, {Words{{1, 2, 3, 4}}});
+    const Array<int> zeros(stream, std::vector<int>(64));
+    const Array<int> sums[2] = {{stream, std::vector<int>(64)}, {stream, std::vector<int>(64)}};
+    for (int i = 0; i < kSteps; ++i) {
+        const Array<int>& from = i == 0 ? zeros : sums[1 - i % 2];
+        launch(stream, "sum", sum_kernel, {1}, 64, 0, sums[i % 2].data(), from.data(), what.data());
+    }
+    const std::vector<int> found = sums[1 - kSteps % 2].values();
+    for (int i = 0; i < 64; ++i) expect(found[i] == kSteps * (1 + i % 4), "sum", i);
+}
+
 // ---- recorded work ----
 
-__global__ void add_kernel(int* to, const int* what) { to[thread_id()] += what[thread_id()]; }
+__global__ void add_kernel(int* to, const int* what) {
+    wait_for_earlier_kernels();
+    to[thread_id()] += what[thread_id()];
+}
 
 void graph(Stream& stream) {
     const Array<int> sums(stream, std::vector<int>(kWarp)), what(stream, std::vector<int>(kWarp, 1));
@@ -187,6 +217,7 @@ void graph(Stream& stream) {
 // ---- numbers ----
 
 __global__ void numbers_kernel(float* out, int* dots, const float* in, int n) {
+    wait_for_earlier_kernels();
     for (int i = thread_id(); i < n; i += block_threads()) {
         out[i] = to_float(to_half(in[i]));
         out[n + i] = to_float(Bfloat{static_cast<uint16_t>(bits_of_float(in[i]) >> 16)});
@@ -235,6 +266,7 @@ void numbers(Stream& stream) {
 }
 
 __global__ void halves_kernel(uint32_t* out, const uint32_t* in, int n) {
+    wait_for_earlier_kernels();
     for (int i = thread_id(); i < n; i += block_threads()) {
         const uint32_t a = in[i], b = in[(i + 1) % n], c = in[(i + 2) % n];
         out[i] = add_halves(a, b);
@@ -280,6 +312,7 @@ void halves(Stream& stream) {
 
 // d = c + a b twice over: a (16, 16) and b (16, 8) row by row in shared memory, taken into registers by load_matrices.
 __global__ void mma_kernel(float* out, const float* a_in, const float* b_in, const float* c_in) {
+    wait_for_earlier_kernels();
     struct Operands {
         alignas(16) uint16_t a[16][16];
         alignas(16) uint16_t b[16][8];
@@ -314,14 +347,83 @@ void mma(Stream& stream) {
     }
 }
 
+// Columns of 64 halves, as multiply_async takes them: in shared memory when it returns.
+#ifdef YIVL_WARPGROUPS
+using AsyncTile = Tile<kAsyncColumns, 8>;
+__device__ AsyncTile& load_columns(const Half* b) {
+    AsyncTile& tile = *reinterpret_cast<AsyncTile*>(dynamic_shared());
+    for (int i = thread_id(); i < kAsyncColumns * 8; i += block_threads()) {
+        copy_async(&tile.chunk(i / 8, i % 8), b + i * kChunkElements);
+    }
+    commit_copies();
+    wait_copies<0>();
+    return tile;
+}
+#endif
+
+// d = a b twice over: a (64, 64), and the columns of b (64, kAsyncColumns) one after the other.
+__global__ void async_kernel([[maybe_unused]] float* out, [[maybe_unused]] const Half* a_in,
+                             [[maybe_unused]] const Half* b_in) {
+#ifdef YIVL_WARPGROUPS
+    wait_for_earlier_kernels();
+    AsyncTile& tile = load_columns(b_in);
+    publish_shared();
+    sync_block();
+    const int g = lane_id() / 4, t = lane_id() % 4, row = warp_id() * 16 + g;
+    AsyncSums d{};
+    for (int twice = 0; twice < 2; ++twice) {
+        uint32_t a[4][4];
+        YIVL_UNROLL
+        for (int k = 0; k < 4; ++k) {
+            YIVL_UNROLL
+            for (int r = 0; r < 4; ++r) {
+                const Half* pair = a_in + (row + r % 2 * 8) * 64 + k * 16 + r / 2 * 8 + 2 * t;
+                a[k][r] = pair[0].bits | static_cast<uint32_t>(pair[1].bits) << 16;
+            }
+        }
+        begin_products(d);
+        YIVL_UNROLL
+        for (int k = 0; k < 4; ++k) multiply_async(d, a[k], &tile.chunk(0, 2 * k));
+        commit_products();
+        wait_products(d);
+    }
+    YIVL_UNROLL
+    for (int j = 0; j < kAsyncColumns / 8; ++j) {
+        YIVL_UNROLL
+        for (int r = 0; r < 4; ++r) out[(row + r / 2 * 8) * kAsyncColumns + j * 8 + 2 * t + r % 2] = d[j][r];
+    }
+#endif
+}
+
+void async(Stream& stream) {
+    if (!stream.has_warpgroups()) return;
+    std::vector<Half> a(64 * 64), b(64 * kAsyncColumns);
+    for (size_t i = 0; i < a.size(); ++i) a[i] = {half_from_float(small(static_cast<int>(i)))};
+    for (size_t i = 0; i < b.size(); ++i) b[i] = {half_from_float(small(static_cast<int>(i) * 3 + 5))};
+    const Array<Half> a_in(stream, a), b_in(stream, b);
+    const Array<float> out(stream, std::vector<float>(64 * kAsyncColumns));
+    launch(stream, "async", async_kernel, {1}, 128, b.size() * sizeof(Half), out.data(), a_in.data(), b_in.data());
+    const std::vector<float> found = out.values();
+    for (int i = 0; i < 64 * kAsyncColumns; ++i) {
+        float expected = 0;  // multiples of 1/16 that float32 adds exactly
+        for (int k = 0; k < 64; ++k) {
+            expected += 2.0f * half_to_float(a[i / kAsyncColumns * 64 + k].bits) *
+                        half_to_float(b[i % kAsyncColumns * 64 + k].bits);
+        }
+        expect(found[i] == expected, "product", i);
+    }
+}
+
 #ifndef __CUDACC__
 
 // ---- faults that the emulator must find ----
 
 __global__ void absent_kernel() {
+    wait_for_earlier_kernels();
     if (thread_id() != 40) sync_block();
 }
 __global__ void two_places_kernel() {
+    wait_for_earlier_kernels();
     if (warp_id() == 0) {
         sync_block();
     } else {
@@ -329,9 +431,11 @@ __global__ void two_places_kernel() {
     }
 }
 __global__ void absent_lane_kernel(int* out) {
+    wait_for_earlier_kernels();
     if (lane_id() > 3) out[lane_id()] = shuffle(1, 0);
 }
 __global__ void overrun_kernel(int* out) {
+    wait_for_earlier_kernels();
     struct Small {
         int value[8];
     };
@@ -339,17 +443,22 @@ __global__ void overrun_kernel(int* out) {
     s.value[thread_id() % 8] = 1;
     s.value[out[0]] = 2;
 }
-__global__ void dynamic_overrun_kernel() { dynamic_shared()[64 + thread_id()] = std::byte{1}; }
+__global__ void dynamic_overrun_kernel() {
+    wait_for_earlier_kernels();
+    dynamic_shared()[64 + thread_id()] = std::byte{1};
+}
 
 struct Exchange {
     int value[64];
 };
 __global__ void unsynchronised_kernel(int* out) {
+    wait_for_earlier_kernels();
     Exchange& s = shared<Exchange>();
     s.value[thread_id()] = thread_id();
     out[thread_id()] = s.value[(thread_id() + 32) % 64];
 }
 __global__ void unwaited_kernel(Words* out, const Words* in) {
+    wait_for_earlier_kernels();
     struct Rows {
         Words row[32];
     };
@@ -360,23 +469,63 @@ __global__ void unwaited_kernel(Words* out, const Words* in) {
     out[thread_id()] = rows.row[thread_id()];
 }
 __global__ void too_much_kernel() {
+    wait_for_earlier_kernels();
     struct Large {
         int value[13000];
     };
     shared<Large>().value[thread_id()] = 1;
 }
 
-void absent(Stream& stream) { launch(stream, "absent", absent_kernel, {1}, 64, 0); }
-void two_places(Stream& stream) { launch(stream, "two_places", two_places_kernel, {1}, 64, 0); }
+__global__ void early_kernel(int* to, const int* from) {
+    const int read = from[thread_id()];
+    wait_for_earlier_kernels();
+    to[thread_id()] = read;
+}
+__global__ void unpublished_kernel(const Half* b) {
+    wait_for_earlier_kernels();
+    AsyncTile& tile = load_columns(b);
+    sync_block();
+    AsyncSums d{};
+    begin_products(d);
+    multiply_async(d, {}, &tile.chunk(0, 0));
+}
+__global__ void changed_kernel(const Half* b) {
+    wait_for_earlier_kernels();
+    AsyncTile& tile = load_columns(b);
+    publish_shared();
+    sync_block();
+    AsyncSums d{};
+    begin_products(d);
+    multiply_async(d, {}, &tile.chunk(0, 0));
+    tile.chunk(thread_id(), 1) = {};
+    wait_products(d);
+}
+__global__ void never_waits_kernel() {
+    if (thread_id() != 7) wait_for_earlier_kernels();
+}
+
+void absent(Stream& stream) {
+    launch(stream, "absent", absent_kernel, {1}, 64, 0);
+    stream.synchronize();
+}
+void two_places(Stream& stream) {
+    launch(stream, "two_places", two_places_kernel, {1}, 64, 0);
+    stream.synchronize();
+}
 void absent_lane(Stream& stream) {
     const Array<int> out(stream, std::vector<int>(32));
     launch(stream, "absent_lane", absent_lane_kernel, {1}, 32, 0, out.data());
+    stream.synchronize();
 }
 void overrun(Stream& stream) {
     const Array<int> out(stream, {8});
     launch(stream, "overrun", overrun_kernel, {1}, 32, 0, out.data());
+    stream.synchronize();
 }
-void dynamic_overrun(Stream& stream) { launch(stream, "dynamic_overrun", dynamic_overrun_kernel, {1}, 32, 64); }
+void dynamic_overrun(Stream& stream) {
+    launch(stream, "dynamic_overrun", dynamic_overrun_kernel, {1}, 32, 64);
+    stream.synchronize();
+}
 void unsynchronised(Stream& stream) {
     const Array<int> out(stream, std::vector<int>(64));
     launch(stream, "unsynchronised", unsynchronised_kernel, {1}, 64, 0, out.data());
@@ -388,7 +537,28 @@ void unwaited(Stream& stream) {
     launch(stream, "unwaited", unwaited_kernel, {1}, 32, 0, out.data(), in.data());
     expect(out.values()[0].word[0] == 0, "read too early", 0);
 }
-void too_much_shared(Stream& stream) { launch(stream, "too_much_shared", too_much_kernel, {1}, 32, 0); }
+void too_much_shared(Stream& stream) {
+    launch(stream, "too_much_shared", too_much_kernel, {1}, 32, 0);
+    stream.synchronize();
+}
+void early(Stream& stream) {
+    const Array<int> zeros(stream, std::vector<int>(32)), twos(stream, std::vector<int>(32, 2));
+    const Array<int> sums(stream, std::vector<int>(32)), out(stream, std::vector<int>(32));
+    launch(stream, "add", add_kernel, {1}, 32, 0, sums.data(), twos.data());
+    launch(stream, "early", early_kernel, {1}, 32, 0, out.data(), sums.data());
+    expect(out.values()[0] == 2, "read too early", 0);
+}
+void start_async_fault(Stream& stream, const char* name, void (*kernel)(const Half*)) {
+    const Array<Half> b(stream, std::vector<Half>(64 * kAsyncColumns, Half{0x3c00}));
+    launch(stream, name, kernel, {1}, 128, 64 * kAsyncColumns * sizeof(Half), b.data());
+    stream.synchronize();
+}
+void unpublished(Stream& stream) { start_async_fault(stream, "unpublished", unpublished_kernel); }
+void changed(Stream& stream) { start_async_fault(stream, "changed", changed_kernel); }
+void never_waits(Stream& stream) {
+    launch(stream, "never_waits", never_waits_kernel, {1}, 32, 0);
+    stream.synchronize();
+}
 void odd_threads(Stream& stream) { launch(stream, "odd_threads", absent_kernel, {1}, 33, 0); }
 void host_address(Stream& stream) {
     int on_host = 0;
@@ -406,10 +576,12 @@ const std::map<std::string, void (*)(Stream&)> kCases{
     {"lanes", lanes},
     {"atomics", atomics},
     {"copies", copies},
+    {"overlap", overlap},
     {"graph", graph},
     {"numbers", numbers},
     {"halves", halves},
     {"mma_half", mma},
+    {"multiply_async", async},
 #ifndef __CUDACC__
     {"fault-absent", absent},
     {"fault-two-places", two_places},
@@ -418,6 +590,10 @@ const std::map<std::string, void (*)(Stream&)> kCases{
     {"fault-dynamic-overrun", dynamic_overrun},
     {"fault-unsynchronised", unsynchronised},
     {"fault-unwaited", unwaited},
+    {"fault-early", early},
+    {"fault-never-waits", never_waits},
+    {"fault-unpublished", unpublished},
+    {"fault-changed", changed},
     {"fault-too-much-shared", too_much_shared},
     {"fault-threads", odd_threads},
     {"fault-host-address", host_address},

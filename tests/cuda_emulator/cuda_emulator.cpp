@@ -8,16 +8,21 @@
 #include <bit>
 #include <cassert>
 #include <cstdlib>
+#include <cstring>
+#include <exception>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <random>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "cpu/threads.h"
 #include "cuda/device.h"
 #include "emulated_memory.h"
+#include "emulated_stream.h"
 #include "errors.h"
 
 #if !defined(__x86_64__)
@@ -30,11 +35,12 @@ thread_local const Position* position = nullptr;
 
 namespace {
 
-// Of cards from 75 on: threads of a block, shared memory of a kernel's objects, and all that a launch may ask for (75
-// has the least).
+// Of cards from 75 on: threads of a block, shared memory of a kernel's objects, and all that a launch may ask for: 75
+// has the least, 90 the most.
 constexpr int kMaxThreads = 1024;
 constexpr size_t kStaticShared = 48 << 10;
-constexpr size_t kMaxShared = 64 << 10;
+constexpr size_t kMaxShared = 227 << 10;
+size_t max_shared() { return capability() < 90 ? 64 << 10 : kMaxShared; }
 constexpr int kMaxGridYZ = 65535;
 
 // What shared memory holds before a block writes it: as float32, half or bfloat16 not a number.
@@ -160,8 +166,11 @@ struct Thread {
     Wait wait;
     const char* operation;  // that it waits in
     Place place;
+    bool has_waited;  // for earlier kernels
     std::vector<Copy> copies;
     int copy_group;
+    bool is_published;  // what it has copied
+    std::vector<AsyncProduct> products;
 };
 
 struct Warp {
@@ -170,19 +179,48 @@ struct Warp {
     Operand operands[kWarp];
 };
 
-struct Launch {
-    const char* kernel;
-    Index grid;
-    int threads;
-    size_t dynamic_shared;
-    const std::function<void()>& body;
-    Order order;
+class BlockRunner;
+// The one whose fibre runs on this thread of the operating system.
+thread_local BlockRunner* running __attribute__((tls_model("initial-exec"))) = nullptr;
+
+// A kernel that runs.
+class Launch {
+public:
+    Launch(const Kernel& kernel, const Kernel* earlier) : kernel_(kernel), earlier_(earlier) {}
+
+    const Kernel& kernel() const { return kernel_; }
+    Order order() const { return order_; }
+
+    // From inside a fibre: another kernel runs meanwhile.
+    void wait_for_earlier() {
+        if (earlier_ == nullptr) return;
+        std::call_once(once_, [this] {
+            BlockRunner* const runner = running;
+            const Position* const here = position;
+            try {
+                run(*earlier_, nullptr);
+            } catch (...) {
+                error_ = std::current_exception();
+            }
+            running = runner;
+            position = here;
+        });
+    }
+    // What went wrong with the earlier kernel.
+    const std::exception_ptr& error() const { return error_; }
+
+private:
+    const Kernel& kernel_;
+    const Kernel* const earlier_;
+    const Order order_ = chosen_order();
+    std::once_flag once_;
+    std::exception_ptr error_;
 };
 
-// Runs blocks one after the other; belongs to a thread of the operating system.
+// Runs blocks one after the other, on one thread of the operating system at a time.
 class BlockRunner {
 public:
-    void run(const Launch& launch, Index block) {
+    void run(Launch& launch, Index block) {
         launch_ = &launch;
         block_ = block;
         error_.clear();
@@ -191,12 +229,17 @@ public:
         position = nullptr;
         if (error_.empty()) check_fences();
         if (!error_.empty()) {
-            throw DeviceError("kernel " + std::string(launch.kernel) + ", block (" + std::to_string(block.x) + ", " +
-                              std::to_string(block.y) + ", " + std::to_string(block.z) + "): " + error_);
+            throw DeviceError("kernel " + std::string(launch.kernel().name) + ", block (" + std::to_string(block.x) +
+                              ", " + std::to_string(block.y) + ", " + std::to_string(block.z) + "): " + error_);
         }
     }
 
     // From inside a fibre.
+
+    void wait_for_earlier_kernels() {
+        current_->has_waited = true;
+        launch_->wait_for_earlier();
+    }
 
     void sync_block(const Place& place) {
         Thread& me = *current_;
@@ -247,7 +290,7 @@ public:
         }
         const size_t begin = (shared_used_ + alignment - 1) / alignment * alignment;
         static_used_ += bytes;
-        const size_t most = std::min(kStaticShared, kMaxShared - launch_->dynamic_shared);
+        const size_t most = std::min(kStaticShared, max_shared() - launch_->kernel().dynamic_shared);
         if (static_used_ > most) {
             fail("shared objects: expected at most " + std::to_string(most) + " bytes, found " +
                  std::to_string(static_used_));
@@ -278,13 +321,48 @@ public:
             std::memset(copy->to, 0, 16);
             std::memcpy(copy->to, copy->from, copy->bytes);
         }
+        if (done != me.copies.begin()) me.is_published = false;
         me.copies.erase(me.copies.begin(), done);
+    }
+
+    void publish_shared() { current_->is_published = true; }
+    void multiply_async(AsyncProduct product, int columns, const Place& place) {
+        const auto begin = threads_.begin(), end = begin + launch_->kernel().threads;
+        const auto unpublished = std::find_if(begin, end, [](const Thread& t) { return !t.is_published; });
+        if (unpublished != end) fail("multiply_async: copies without publish_shared: " + describe(*unpublished));
+        const std::byte* const tile = tile_of(product.b);
+        if (tile < shared_.get() || tile + columns * kAsyncRowBytes > shared_.get() + kArena) {
+            fail("multiply_async: expected an operand in shared memory", place);
+        }
+        if (current_->position.thread % kWarp == 0) product.was.assign(tile, tile + columns * kAsyncRowBytes);
+        current_->products.push_back(std::move(product));
+        meet("multiply_async", {}, [](const Operand(&)[kWarp]) {}, place);
+    }
+    void wait_products(int columns, const Place& place) {
+        struct Mine {
+            Thread* thread;
+            int columns;
+        } mine{current_, columns};
+        meet(
+            "wait_products", {&mine, nullptr},
+            [](const Operand(&lanes)[kWarp]) {
+                std::vector<AsyncProduct>* products[kWarp];
+                for (int i = 0; i < kWarp; ++i) products[i] = &static_cast<const Mine*>(lanes[i].in)->thread->products;
+                for (size_t i = 0; i < products[0]->size(); ++i) {
+                    multiply(products, i, static_cast<const Mine*>(lanes[0].in)->columns);
+                }
+                for (std::vector<AsyncProduct>* p : products) p->clear();
+            },
+            place);
     }
 
     // The life of a fibre.
     void live() {
-        launch_->body();
+        launch_->kernel().body();
         Thread& me = *current_;
+        if (!me.has_waited) {
+            fail("thread " + std::to_string(me.position.thread) + " ends without wait_for_earlier_kernels");
+        }
         me.wait = Wait::end;
         me.operation = "end";
         leave();
@@ -309,32 +387,79 @@ private:
     }
 
     void begin() {
-        const int n = launch_->threads;
+        const Kernel& kernel = launch_->kernel();
+        const int n = kernel.threads;
         if (static_cast<int>(threads_.size()) < n) threads_.resize(n);
         warps_.assign(n / kWarp, {.ready = ~0u, .arrived = 0, .operands = {}});
         for (int i = 0; i < n; ++i) {
             Thread& thread = threads_[i];
-            thread.position = {i, n, block_, launch_->grid};
+            thread.position = {i, n, block_, kernel.grid};
             thread.fibre.prepare(stacks_.end_of(i), &enter);
             thread.wait = Wait::none;
             thread.operation = "";
+            thread.has_waited = false;
             thread.copies.clear();
             thread.copy_group = 0;
+            thread.is_published = true;
+            thread.products.clear();
         }
         objects_.clear();
         shared_used_ = static_used_ = 0;
-        objects_.emplace_back(nullptr, place_object(0, launch_->dynamic_shared), launch_->dynamic_shared);
+        objects_.emplace_back(nullptr, place_object(0, kernel.dynamic_shared), kernel.dynamic_shared);
     }
 
     static void enter();
+
+    static const std::byte* tile_of(const std::byte* b) {
+        return b - reinterpret_cast<uintptr_t>(b) % kSharedAlignment;
+    }
+
+    // Product i of a warp's lanes: d += a b.
+    static void multiply(std::vector<AsyncProduct>* const (&lanes)[kWarp], size_t i, int columns) {
+        const auto half = [](const void* at) {
+            Half h;
+            std::memcpy(&h, at, sizeof(h));
+            return to_float(h);
+        };
+        float a[16][16];
+        for (int lane = 0; lane < kWarp; ++lane) {
+            const int g = lane / 4, t = lane % 4;
+            for (int r = 0; r < 4; ++r) {
+                for (int j = 0; j < 2; ++j) {
+                    a[g + r % 2 * 8][2 * t + j + r / 2 * 8] =
+                        half(reinterpret_cast<const uint16_t*>(&(*lanes[lane])[i].a[r]) + j);
+                }
+            }
+        }
+        const AsyncProduct& first = (*lanes[0])[i];
+        const std::byte* const tile = tile_of(first.b);
+        if (!std::equal(first.was.begin(), first.was.end(), tile)) {
+            fail_here("multiply_async: its operand changed before wait_products");
+        }
+        const auto first_chunk = (first.b - tile) / sizeof(Words);
+        for (int n = 0; n < columns; ++n) {
+            float b[16];
+            for (int k = 0; k < 16; ++k) {
+                const size_t chunk = (first_chunk + k / 8) ^ static_cast<size_t>(n % 8);
+                b[k] = half(tile + n * kAsyncRowBytes + chunk * sizeof(Words) + k % 8 * sizeof(Half));
+            }
+            for (int row = 0; row < 16; ++row) {
+                float& d = (*lanes[row % 8 * 4 + n % 8 / 2])[i].d[n / 8][row / 8 * 2 + n % 2];
+                float sum = d;
+                for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k];
+                d = sum;
+            }
+        }
+    }
+    [[noreturn]] static void fail_here(const char* what);
 
     // Runs warps until all threads have ended, or wait for ones that will not come.
     void schedule() {
         std::vector<int> order(warps_.size());
         for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
-        if (launch_->order == Order::reverse) std::ranges::reverse(order);
+        if (launch_->order() == Order::reverse) std::ranges::reverse(order);
         for (;;) {
-            if (launch_->order == Order::shuffled) std::ranges::shuffle(order, random_);
+            if (launch_->order() == Order::shuffled) std::ranges::shuffle(order, random_);
             for (const int w : order) {
                 if (warps_[w].ready == 0) continue;
                 current_ = &threads_[w * kWarp + next_lane(warps_[w])];
@@ -345,25 +470,25 @@ private:
             if (all(Wait::end)) return;
             if (!all(Wait::block)) return report_absent();
             const Thread& first = threads_[0];
-            for (int i = 0; i < launch_->threads; ++i) {
+            for (int i = 0; i < launch_->kernel().threads; ++i) {
                 if (threads_[i].place.line() == first.place.line()) continue;
                 error_ =
                     "threads of the block wait in different places: " + describe(first) + ", " + describe(threads_[i]);
                 return;
             }
-            for (int i = 0; i < launch_->threads; ++i) threads_[i].wait = Wait::none;
+            for (int i = 0; i < launch_->kernel().threads; ++i) threads_[i].wait = Wait::none;
             for (Warp& warp : warps_) warp.ready = ~0u;
         }
     }
 
     bool all(Wait wait) const {
-        return std::all_of(threads_.begin(), threads_.begin() + launch_->threads,
+        return std::all_of(threads_.begin(), threads_.begin() + launch_->kernel().threads,
                            [wait](const Thread& thread) { return thread.wait == wait; });
     }
 
     // Some wait for others that have ended or wait elsewhere.
     void report_absent() {
-        const auto end = threads_.begin() + launch_->threads;
+        const auto end = threads_.begin() + launch_->kernel().threads;
         // In a warp first: its lanes cannot reach the block's barrier.
         auto waiting = std::find_if(threads_.begin(), end, [](const Thread& t) { return t.wait == Wait::warp; });
         auto begin = threads_.begin();
@@ -397,7 +522,7 @@ private:
     }
 
     int next_lane(const Warp& warp) {
-        switch (launch_->order) {
+        switch (launch_->order()) {
             case Order::forward: break;
             case Order::reverse: return 31 - std::countl_zero(warp.ready);
             case Order::shuffled:
@@ -420,7 +545,7 @@ private:
         Fibre::change(me.fibre, current_->fibre);
     }
 
-    const Launch* launch_ = nullptr;
+    Launch* launch_ = nullptr;
     Index block_;
     std::string error_;
     Fibre scheduler_;
@@ -428,58 +553,125 @@ private:
     std::vector<Thread> threads_;
     std::vector<Warp> warps_;
     Stacks stacks_;
+    static constexpr size_t kSharedAlignment = 1024;
     struct FreeAligned {
-        void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{128}); }
+        void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{kSharedAlignment}); }
     };
     std::unique_ptr<std::byte, FreeAligned> shared_{
-        static_cast<std::byte*>(::operator new(kArena, std::align_val_t{128}))};
+        static_cast<std::byte*>(::operator new(kArena, std::align_val_t{kSharedAlignment}))};
     size_t shared_used_ = 0, static_used_ = 0;
     std::vector<Object> objects_;  // the first is the dynamic memory
     std::minstd_rand random_;
 };
 
-// The one whose fibre runs on this thread of the operating system.
-thread_local BlockRunner* running __attribute__((tls_model("initial-exec"))) = nullptr;
-
 void BlockRunner::enter() { running->live(); }
+void BlockRunner::fail_here(const char* what) { running->fail(what); }
 
-void check(const char* kernel, Index grid, int threads, size_t dynamic_shared) {
+// Runners that nobody uses.
+class Runners {
+public:
+    std::unique_ptr<BlockRunner> take() {
+        {
+            const std::lock_guard lock(mutex_);
+            if (!idle_.empty()) {
+                std::unique_ptr<BlockRunner> runner = std::move(idle_.back());
+                idle_.pop_back();
+                return runner;
+            }
+        }
+        return std::make_unique<BlockRunner>();
+    }
+    void give_back(std::unique_ptr<BlockRunner> runner) {
+        const std::lock_guard lock(mutex_);
+        idle_.push_back(std::move(runner));
+    }
+
+private:
+    std::mutex mutex_;
+    std::vector<std::unique_ptr<BlockRunner>> idle_;
+};
+
+void check(const Kernel& kernel) {
+    const auto& [name, grid, threads, dynamic_shared, body] = kernel;
     const auto expect = [&](bool good, const std::string& what) {
-        if (!good) throw DeviceError("kernel " + std::string(kernel) + ": " + what);
+        if (!good) throw DeviceError("kernel " + std::string(kernel.name) + ": " + what);
     };
     expect(threads > 0 && threads <= kMaxThreads && threads % kWarp == 0,
            "expected a multiple of 32 threads up to 1024, found " + std::to_string(threads));
     expect(grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.y <= kMaxGridYZ && grid.z <= kMaxGridYZ,
            "expected a grid of at least one block and of at most 65535 in y and z, found (" + std::to_string(grid.x) +
                ", " + std::to_string(grid.y) + ", " + std::to_string(grid.z) + ")");
-    expect(dynamic_shared <= kMaxShared, "expected at most " + std::to_string(kMaxShared) +
-                                             " bytes of shared memory, found " + std::to_string(dynamic_shared));
+    expect(dynamic_shared <= max_shared(), "expected at most " + std::to_string(max_shared()) +
+                                               " bytes of shared memory, found " + std::to_string(dynamic_shared));
 }
 
 }  // namespace
 
-void run_grid(const char* kernel, Index grid, int threads, size_t dynamic_shared, const std::function<void()>& body) {
-    check(kernel, grid, threads, dynamic_shared);
-    fail_launch_if_asked(kernel);
-    // Lives as long as the process: at its end a thread may still be inside.
+void run(const Kernel& kernel, const Kernel* earlier) {
+    // They live as long as the process: at its end a thread may still be inside. An earlier kernel runs while threads
+    // of the other's pool wait for it.
     static ThreadPool& pool = *new ThreadPool(default_thread_count());
-    const Launch launch{kernel, grid, threads, dynamic_shared, body, chosen_order()};
+    static ThreadPool& inner_pool = *new ThreadPool(default_thread_count());
+    static Runners& runners = *new Runners;
+    Launch launch(kernel, earlier);
+    const Index grid = kernel.grid;
     const int64_t n = int64_t{grid.x} * grid.y * grid.z;
-    const auto run = [&](int64_t begin, int64_t end, int) {
-        thread_local BlockRunner runner;
-        running = &runner;
+    struct Running {
+        Runners& runners;
+        std::unique_ptr<BlockRunner> runner = runners.take();
+        ~Running() {
+            running = nullptr;
+            runners.give_back(std::move(runner));
+        }
+    };
+    const auto run_blocks = [&](int64_t begin, int64_t end, int) {
+        const Running here{runners};
+        running = here.runner.get();
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t b = launch.order == Order::reverse ? n - 1 - i : i;
-            runner.run(launch, {static_cast<int>(b % grid.x), static_cast<int>(b / grid.x % grid.y),
-                                static_cast<int>(b / grid.x / grid.y)});
+            const int64_t b = launch.order() == Order::reverse ? n - 1 - i : i;
+            running->run(launch, {static_cast<int>(b % grid.x), static_cast<int>(b / grid.x % grid.y),
+                                  static_cast<int>(b / grid.x / grid.y)});
         }
     };
     const DeviceAccess access;
     Control control;
-    pool.parallel_for(control, n, std::max<int64_t>(n / (8 * pool.n_threads()), 1), run);
+    ThreadPool& mine = running == nullptr ? pool : inner_pool;
+    try {
+        mine.parallel_for(control, n, std::max<int64_t>(n / (8 * mine.n_threads()), 1), run_blocks);
+    } catch (const DeviceError&) {
+        if (launch.error()) std::rethrow_exception(launch.error());
+        throw;
+    }
+    if (launch.error()) std::rethrow_exception(launch.error());
+}
+
+void start(void* stream, Kernel kernel) {
+    check(kernel);
+    Queue& queue = *static_cast<Queue*>(stream);
+    if (queue.recording == nullptr) return queue.start(std::move(kernel));
+    queue.recording->push_back([kernel = std::move(kernel)](Queue& later) { later.start(kernel); });
+}
+
+void Queue::start(Kernel kernel) {
+    fail_launch_if_asked(kernel.name);
+    if (begun_) {
+        const Kernel earlier = *std::exchange(begun_, std::nullopt);
+        run(kernel, &earlier);
+    } else if (std::exchange(next_waits_, !next_waits_)) {
+        begun_ = std::move(kernel);
+    } else {
+        run(kernel, nullptr);
+    }
+}
+
+void Queue::finish() {
+    if (!begun_) return;
+    const Kernel kernel = *std::exchange(begun_, std::nullopt);
+    run(kernel, nullptr);
 }
 
 void fail(const char* what, const Place& place) { running->fail(what, place); }
+void wait_for_earlier_kernels() { running->wait_for_earlier_kernels(); }
 void sync_block(const Place& place) { running->sync_block(place); }
 void meet(const char* operation, Operand mine, void (*compute)(const Operand (&lanes)[kWarp]), const Place& place) {
     running->meet(operation, mine, compute, place);
@@ -493,6 +685,11 @@ void copy_async(void* to, const void* from, int bytes, const Place& place) {
 }
 void commit_copies() { running->commit_copies(); }
 void wait_copies(int pending) { running->wait_copies(pending); }
+void publish_shared() { running->publish_shared(); }
+void multiply_async(AsyncProduct product, int columns, const Place& place) {
+    running->multiply_async(std::move(product), columns, place);
+}
+void wait_products(int columns, const Place& place) { running->wait_products(columns, place); }
 
 // GCC calls this when an index is outside its array (-fsanitize=bounds); its data begins with where.
 struct OutOfBounds {

@@ -21,6 +21,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define YIVL_UNROLL
+#define YIVL_WARPGROUPS
 
 namespace yivl::cuda {
 
@@ -41,19 +42,19 @@ struct Position {
 // Of this thread of the operating system: an emulated thread never moves to another.
 extern thread_local const Position* position __attribute__((tls_model("initial-exec")));
 
-// Calls body once for every thread of every block. Throws DeviceError naming the kernel and the place if the threads of
-// a block do not meet, if shared memory is overrun or if a launch asks for more than a card has.
-void run_grid(const char* kernel, Index grid, int threads, size_t dynamic_shared, const std::function<void()>& body);
+// A kernel with its arguments: body is called once for every thread of every block.
+struct Kernel {
+    const char* name;
+    Index grid;
+    int threads;
+    size_t dynamic_shared;
+    std::function<void()> body;
+};
+// Throws DeviceError if it asks for more than a card has. What is wrong inside of it (threads that do not meet, shared
+// memory overrun, ...) shows as a DeviceError that names kernel and place, then or at a later call of the stream.
+void start(void* stream, Kernel kernel);
 
-// A stream's handle is where its work is recorded; null while it is done at once.
-using Recording = std::vector<std::function<void()>>;
-inline void run_or_record(void* handle, std::function<void()> work) {
-    if (handle == nullptr) {
-        work();
-    } else {
-        static_cast<Recording*>(handle)->push_back(std::move(work));
-    }
-}
+void wait_for_earlier_kernels();
 
 // Throws DeviceError unless an address that is handed to a kernel, by itself or as a matrix's, is the device's.
 void check_address(const char* kernel, const void* address);
@@ -87,6 +88,18 @@ std::byte* dynamic_shared_bytes();
 void copy_async(void* to, const void* from, int bytes, const Place& place);
 void commit_copies();
 void wait_copies(int pending);
+
+// What a thread has to do with an asynchronous product.
+struct AsyncProduct {
+    float (*d)[4];
+    uint32_t a[4];
+    const std::byte* b;
+    std::vector<std::byte> was;  // b's rows when it began; of lane 0
+};
+inline constexpr int kAsyncRowBytes = 128;
+void publish_shared();
+void multiply_async(AsyncProduct product, int columns, const Place& place);
+void wait_products(int columns, const Place& place);
 
 template <class T>
 inline constexpr char kSharedKey{};
@@ -149,12 +162,20 @@ T& shared() {
 }
 inline std::byte* dynamic_shared() { return emulator::dynamic_shared_bytes(); }
 
+inline void wait_for_earlier_kernels() { emulator::wait_for_earlier_kernels(); }
+
 inline Words load_words(const void* from, const emulator::Place& place = emulator::Place::current()) {
     if (reinterpret_cast<uintptr_t>(from) % 16 != 0) emulator::fail("load_words: address not aligned to 16", place);
     Words words;
     std::memcpy(&words, from, sizeof(words));
     return words;
 }
+inline Words load_constant_words(const void* from, const emulator::Place& place = emulator::Place::current()) {
+    return load_words(from, place);
+}
+
+inline constexpr int kLine = 128;
+inline void prefetch_line(const void*) {}
 
 inline void copy_async(void* to, const void* from, int bytes = 16,
                        const emulator::Place& place = emulator::Place::current()) {
@@ -274,6 +295,20 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row,
                                      const emulator::Place& place = emulator::Place::current()) {
     emulator::check_row(row, place);
     emulator::meet("load_matrices_transposed", {row, r}, emulator::hand_out_matrices<true>, place);
+}
+
+inline constexpr int kAsyncColumns = 184;
+using AsyncSums = float[kAsyncColumns / 8][4];
+
+inline void publish_shared() { emulator::publish_shared(); }
+inline void begin_products(AsyncSums&) {}
+inline void multiply_async(AsyncSums& d, const uint32_t (&a)[4], const void* b,
+                           const emulator::Place& place = emulator::Place::current()) {
+    emulator::multiply_async({d, {a[0], a[1], a[2], a[3]}, static_cast<const std::byte*>(b), {}}, kAsyncColumns, place);
+}
+inline void commit_products() {}
+inline void wait_products(AsyncSums&, const emulator::Place& place = emulator::Place::current()) {
+    emulator::wait_products(kAsyncColumns, place);
 }
 
 }  // namespace yivl::cuda

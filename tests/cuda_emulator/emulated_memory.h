@@ -12,6 +12,9 @@ public:
     DeviceAccess& operator=(const DeviceAccess&) = delete;
 };
 
+// 10 * major + minor of the emulated card.
+int capability();
+
 // Throws what YIVL_EMULATOR_FAIL asks for: see docs/cuda.md. Before every launch.
 void fail_launch_if_asked(const char* kernel);
 

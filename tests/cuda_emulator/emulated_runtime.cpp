@@ -16,6 +16,7 @@
 #include "cuda/device.h"
 #include "cuda/runtime.h"
 #include "emulated_memory.h"
+#include "emulated_stream.h"
 #include "errors.h"
 
 namespace yivl::cuda {
@@ -170,13 +171,25 @@ DeviceHeap& heap() {
     return heap;
 }
 
+emulator::Queue& queue_of(const Stream& stream) { return *static_cast<emulator::Queue*>(stream.handle()); }
+
 // What a card cannot do, either, while it records.
 void require_not_recording(const Stream& stream, const char* what) {
-    if (stream.handle() != nullptr) throw DeviceError("CUDA: " + std::string(what) + " while work is recorded");
+    if (queue_of(stream).recording != nullptr) {
+        throw DeviceError("CUDA: " + std::string(what) + " while work is recorded");
+    }
 }
 
-void copy_rows(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t rows) {
-    require_device("copying");
+// All work so far is done.
+void finish(emulator::Queue& queue, const char* what) {
+    if (failures().lost()) queue.drop();
+    require_device(what);
+    queue.finish();
+}
+
+void copy_rows(emulator::Queue& queue, void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
+               size_t rows) {
+    finish(queue, "copying");
     const emulator::DeviceAccess access;
     for (size_t i = 0; i < rows; ++i) {
         std::memcpy(static_cast<std::byte*>(to) + i * to_pitch, static_cast<const std::byte*>(from) + i * from_pitch,
@@ -185,6 +198,11 @@ void copy_rows(void* to, size_t to_pitch, const void* from, size_t from_pitch, s
 }
 
 }  // namespace
+
+int emulator::capability() {
+    const char* text = std::getenv("YIVL_EMULATOR_CAPABILITY");
+    return text == nullptr ? 80 : std::atoi(text);
+}
 
 emulator::DeviceAccess::DeviceAccess() { heap().enter(); }
 emulator::DeviceAccess::~DeviceAccess() { heap().leave(); }
@@ -204,9 +222,8 @@ int device_count() { return 1; }
 DeviceInfo device_info(int device) {
     if (device != 0) throw DeviceError("CUDA: expected a device from 0 to 0, found " + std::to_string(device));
     require_device("asking for free memory");
-    const char* capability = std::getenv("YIVL_EMULATOR_CAPABILITY");
     return {"emulated device",
-            capability == nullptr ? 80 : std::atoi(capability),
+            emulator::capability(),
             2,
             static_cast<int64_t>(total_bytes()),
             static_cast<int64_t>(heap().free_bytes()),
@@ -226,49 +243,57 @@ void release(int, std::byte* memory) noexcept {
     }
 }
 
-// Work is done at once.
-
-Stream::Stream(int device) : device_(device) { require_device("making a stream"); }
-Stream::~Stream() = default;
+Stream::Stream(int device) : device_(device), overlaps_kernels_(true), has_warpgroups_(emulator::capability() == 90) {
+    require_device("making a stream");
+    handle_ = new emulator::Queue;
+}
+Stream::~Stream() { delete static_cast<emulator::Queue*>(handle_); }
 void Stream::copy_in(void* to, size_t to_pitch, const void* host, size_t host_pitch, size_t width, size_t rows) {
     require_not_recording(*this, "copying from the host");
-    copy_rows(to, to_pitch, host, host_pitch, width, rows);
+    copy_rows(queue_of(*this), to, to_pitch, host, host_pitch, width, rows);
 }
 void Stream::copy_out(void* host, size_t host_pitch, const void* from, size_t from_pitch, size_t width, size_t rows) {
     require_not_recording(*this, "copying to the host");
-    copy_rows(host, host_pitch, from, from_pitch, width, rows);
+    copy_rows(queue_of(*this), host, host_pitch, from, from_pitch, width, rows);
 }
 void Stream::copy(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t rows) {
-    emulator::run_or_record(handle_, [=] { copy_rows(to, to_pitch, from, from_pitch, width, rows); });
+    emulator::Queue& queue = queue_of(*this);
+    if (queue.recording == nullptr) return copy_rows(queue, to, to_pitch, from, from_pitch, width, rows);
+    queue.recording->push_back(
+        [=](emulator::Queue& later) { copy_rows(later, to, to_pitch, from, from_pitch, width, rows); });
 }
 void Stream::synchronize() {
     require_not_recording(*this, "waiting");
-    require_device("waiting for the device");
+    finish(queue_of(*this), "waiting for the device");
 }
 
-Graph::~Graph() { delete static_cast<emulator::Recording*>(handle_); }
+Graph::~Graph() { delete static_cast<emulator::Queue::Recording*>(handle_); }
 void Graph::record(Stream& stream, const std::function<void()>& work) {
-    auto recording = std::make_unique<emulator::Recording>();
-    stream.handle_ = recording.get();
+    auto recording = std::make_unique<emulator::Queue::Recording>();
+    emulator::Queue& queue = queue_of(stream);
+    queue.recording = recording.get();
     try {
         work();
     } catch (...) {
-        stream.handle_ = nullptr;
+        queue.recording = nullptr;
         throw;
     }
-    stream.handle_ = nullptr;
+    queue.recording = nullptr;
     handle_ = recording.release();
 }
 void Graph::start(Stream& stream) {
     require_not_recording(stream, "starting recorded work");
-    for (const auto& work : *static_cast<emulator::Recording*>(handle_)) work();
+    for (const auto& work : *static_cast<emulator::Queue::Recording*>(handle_)) work(queue_of(stream));
 }
 
 using Time = std::chrono::steady_clock::time_point;
 
 Event::Event(int device, Kind) : device_(device), handle_(new Time) {}
 Event::~Event() { delete static_cast<Time*>(handle_); }
-void Event::record(Stream&) { *static_cast<Time*>(handle_) = std::chrono::steady_clock::now(); }
+void Event::record(Stream& stream) {
+    finish(queue_of(stream), "recording an event");
+    *static_cast<Time*>(handle_) = std::chrono::steady_clock::now();
+}
 void Event::wait() {}
 double seconds_between(Event& begin, Event& end) {
     return std::chrono::duration<double>(*static_cast<Time*>(end.handle_) - *static_cast<Time*>(begin.handle_)).count();

@@ -1,0 +1,146 @@
+// What the products of many rows of x have in common: x in half precision meets weights that come as the file has them,
+// in segments of a row, and are unpacked slab by slab. gemm.cu multiplies on tensor cores warp by warp, on every card;
+// gemm_warpgroup.cu, where the card can, by four warps at once.
+#pragma once
+
+#include <cstddef>
+
+#include "cuda/dequant.cuh"
+#include "cuda/finish.cuh"
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+#include "cuda/tile.cuh"
+
+namespace yivl::cuda {
+
+inline constexpr int kSlab = 32;  // columns that are unpacked at a time
+inline constexpr int kChunks = kSlab / kChunkElements;
+
+// ---- x ----
+
+// Where pair i of a slab's columns lies for gemm_warpgroup.cu: a lane's eight columns 8t to 8t + 7 come to be columns
+// 2t, 2t + 1, 2t + 8 and 2t + 9 of two operands of 16 columns, one after the other.
+__host__ __device__ constexpr int pair_in_fragments(int i) { return i % 4 / 2 * 8 + i % 2 * 4 + i / 4; }
+
+// ---- weights as the file has them ----
+
+constexpr int blocks_of_segment(WeightType type) {
+    switch (type) {
+        case WeightType::F16:
+        case WeightType::BF16: return 64;
+        case WeightType::Q4_0:
+        case WeightType::Q4_1:
+        case WeightType::Q5_0:
+        case WeightType::Q5_1:
+        case WeightType::Q8_0:
+        case WeightType::IQ4_NL: return 4;
+        default: return 1;
+    }
+}
+
+// Bytes of kRows rows of the weights, at most kWeights of each at a time. A row begins at an even address: up to 14
+// bytes of the first chunk come before it, and 16 more may be read behind it. The number of chunks is odd, so that
+// eight rows lie in different banks.
+template <WeightType kType, int kRows>
+struct Segment {
+    using Block = typename BlockOf<kType>::Block;
+    static constexpr int kWeights = blocks_of_segment(kType) * BlockOf<kType>::kWeights;
+    static constexpr int kBytes = blocks_of_segment(kType) * static_cast<int>(sizeof(Block));
+    static constexpr int kWords = (14 + kBytes + 16 + 15) / 16 | 1;
+    static constexpr int kSlabs = kWeights / kSlab;
+    Words words[kRows * kWords];
+};
+
+// The rows of weights that a block computes. Those of gate and up come eight by eight in turn, so that a warp has both
+// of an output. Past the last row it is read again.
+struct Rows {
+    const std::byte *weights, *up;  // the first row
+    int row_bytes, last;            // the last row of the block
+    bool gated;
+
+    __device__ const std::byte* of(int i) const {
+        const int row = gated ? i / 16 * 8 + i % 8 : i;
+        return (gated && i / 8 % 2 != 0 ? up : weights) + int64_t{row < last ? row : last} * row_bytes;
+    }
+};
+
+// Where a row's part of a segment begins within its first 16 bytes.
+__device__ __forceinline__ int offset_in_chunk(const std::byte* part) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(part) % sizeof(Words));
+}
+
+// Begins to copy segment number `segment` of each row.
+template <int kThreads, WeightType kType, int kRows>
+__device__ __forceinline__ void load_segment(Segment<kType, kRows>& to, const Rows& rows, int segment) {
+    using S = Segment<kType, kRows>;
+    const int begin = segment * S::kBytes, left = rows.row_bytes - begin, bytes = left < S::kBytes ? left : S::kBytes;
+    for (int i = thread_id(); i < kRows * S::kWords; i += kThreads) {
+        const int chunk = i % S::kWords * static_cast<int>(sizeof(Words));
+        const std::byte* part = rows.of(i / S::kWords) + begin;
+        const int offset = offset_in_chunk(part), there = offset + bytes - chunk;
+        if (there > 0) copy_async(&to.words[i], part - offset + chunk, there < 16 ? there : 16);
+    }
+}
+
+// ---- unpacking ----
+
+// Weights but F16 are unpacked times this, so that products of a block's small scales keep their bits in half
+// precision: what is below 2^-22 loses some, and 255 is the largest.
+inline constexpr float kUnpackedScale = 256.0f;
+template <WeightType kType>
+constexpr float kPackedScale = kType == WeightType::F16 ? 1.0f : 1.0f / kUnpackedScale;
+
+__device__ __forceinline__ uint32_t twice(float value) { return pack_halves(value, value); }
+
+// scale * (byte - centre) + offset of the unsigned bytes of two words, scale and offset rounded before.
+__device__ __forceinline__ Words scaled_bytes(uint32_t first, uint32_t second, int centre, float scale,
+                                              float offset = 0.0f) {
+    // A byte under 0x64 is the half 1024 + byte.
+    constexpr uint32_t kAbove = 0x64646464;
+    const uint32_t minus = twice(static_cast<float>(-1024 - centre)), s = twice(scale), o = twice(offset);
+    const auto scaled = [&](uint32_t halves) { return fma_halves(add_halves(halves, minus), s, o); };
+    return {{scaled(permute_bytes(first, kAbove, 0x4140)), scaled(permute_bytes(first, kAbove, 0x4342)),
+             scaled(permute_bytes(second, kAbove, 0x4140)), scaled(permute_bytes(second, kAbove, 0x4342))}};
+}
+
+__device__ __forceinline__ half_bits half_at(const std::byte* p) { return *reinterpret_cast<const half_bits*>(p); }
+
+// Of half-precision weights in columns from `first` on, those past the last become 0: x has zeros there, but a NaN
+// times zero is one.
+__device__ __forceinline__ void keep_columns(Words& words, int64_t cols, int first) {
+    const int left = static_cast<int>(cols) - first;
+    if (left >= kChunkElements) return;
+    for (int j = 0; j < kChunkElements; ++j) {
+        if (j >= left) words.word[j / 2] &= j % 2 == 0 ? 0 : 0xffff;
+    }
+}
+
+// Of group g of a Q4_K or Q5_K block, whose first 16 bytes are `head`: integers are taken around a centre. What
+// rounding a scale costs is then a part of the weights, not of their distance from the minimum.
+struct Scaling {
+    float scale, offset;
+};
+__device__ __forceinline__ Scaling scaling_of(const Words& head, int g, int centre) {
+    const Group group = group_of(head, g);
+    const float scale = group.scale * kUnpackedScale;
+    return {scale, scale * static_cast<float>(centre) - group.minimum * kUnpackedScale};
+}
+
+// ---- starting ----
+
+// Products of one x, of which the largest has `most_rows` rows of weights. Gated, there is one: of[0] is the gate, and
+// where the result goes, of[1] up.
+struct GemmLaunch {
+    const char* name;
+    Targets targets;
+    int64_t n_products, most_rows;
+    bool gated;
+};
+// Of blocks that compute `rows` outputs of `tokens` tokens, half of them where they are gated.
+inline Grid gemm_grid(int64_t n_tokens, int64_t tokens, int64_t rows, const GemmLaunch& gemm) {
+    const int64_t of_block = gemm.gated ? rows / 2 : rows;
+    return {(n_tokens + tokens - 1) / tokens, (gemm.most_rows + of_block - 1) / of_block, gemm.n_products};
+}
+void start_warpgroup_gemm(Stream& stream, const HalfInput& x, const Weight& w, const GemmLaunch& gemm);
+
+}  // namespace yivl::cuda

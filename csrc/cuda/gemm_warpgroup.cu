@@ -1,0 +1,298 @@
+// Products of many rows of x, as gemm.cu has them, on cards whose tensor cores are fed by four warps at once (compute
+// capability 9.0). mma.sync reaches some 62% of what they can do, and reads weights from shared memory twice: as the
+// file has them and unpacked. Here a lane unpacks what it multiplies into its own registers, while the tensor cores are
+// at the last step; only x comes from shared memory.
+//
+// A lane has eight neighbouring columns of two rows of weights. Where an operand wants others of it, x has its columns
+// in that order instead (pair_in_fragments).
+#include "cuda/gemm.cuh"
+
+namespace yivl::cuda {
+
+namespace {
+
+// A block computes kRows outputs of kTokens tokens, a warpgroup 64 of them. With 192 rows a block reads as much of x
+// and weights as the second-level cache can give; 184 tokens fit the 1,025 rows of a picture and a prompt with one into
+// six blocks, and leave registers for the weights.
+constexpr int kTokens = kAsyncColumns;
+constexpr int kRows = 192;
+constexpr int kThreads = kRows * 2;
+// Columns at a time: 128 bytes of a row of x. kStages steps of x are there or on their way.
+constexpr int kStep = 64;
+constexpr int kStages = 3;
+constexpr int kStepChunks = kStep / kChunkElements;
+constexpr int kStepSlabs = kStep / kSlab;
+
+// ---- unpacking ----
+
+// Eight bytes at an even address.
+__device__ __forceinline__ void load_eight(uint32_t (&words)[2], const std::byte* p) {
+    const auto odd = static_cast<int>(reinterpret_cast<uintptr_t>(p) % 4);
+    const auto* at = reinterpret_cast<const uint32_t*>(p - odd);
+    const uint32_t a = at[0], b = at[1], c = at[2];
+    words[0] = static_cast<uint32_t>((uint64_t{b} << 32 | a) >> odd * 8);
+    words[1] = static_cast<uint32_t>((uint64_t{c} << 32 | b) >> odd * 8);
+}
+// Eight bytes at a multiple of eight.
+__device__ __forceinline__ void load_eight_aligned(uint32_t (&words)[2], const std::byte* p) {
+    struct alignas(8) Pair {
+        uint32_t word[2];
+    };
+    const Pair pair = *reinterpret_cast<const Pair*>(p);
+    words[0] = pair.word[0];
+    words[1] = pair.word[1];
+}
+
+// Chunk c of a slab, the segment's number `slab`.
+template <WeightType kType>
+struct Unpack {
+    __device__ static Words chunk(const std::byte* segment, int slab, int c) {
+        using Blocks = BlockOf<kType>;
+        const int weight = slab * kSlab + c * kChunkElements;
+        const auto& block = reinterpret_cast<const typename Blocks::Block*>(segment)[weight / Blocks::kWeights];
+        Words words;
+        YIVL_UNROLL
+        for (int j = 0; j < 4; ++j) {
+            const int i = weight % Blocks::kWeights + 2 * j;
+            words.word[j] = pack_halves(value(block, i) * kUnpackedScale, value(block, i + 1) * kUnpackedScale);
+        }
+        return words;
+    }
+};
+template <>
+struct Unpack<WeightType::F16> {
+    __device__ static Words chunk(const std::byte* segment, int slab, int c) {
+        const std::byte* p = segment + (slab * kSlab + c * kChunkElements) * sizeof(Half);
+        if (reinterpret_cast<uintptr_t>(p) % sizeof(Words) == 0) return *reinterpret_cast<const Words*>(p);
+        uint32_t first[2], second[2];
+        load_eight(first, p);
+        load_eight(second, p + 8);
+        return {{first[0], first[1], second[0], second[1]}};
+    }
+};
+template <>
+struct Unpack<WeightType::BF16> {
+    __device__ static Words chunk(const std::byte* segment, int slab, int c) {
+        Words words = Unpack<WeightType::F16>::chunk(segment, slab, c);
+        for (uint32_t& pair : words.word) {
+            pair = pack_halves(float_of_bits(pair << 16) * kUnpackedScale,
+                               float_of_bits(pair & 0xffff0000) * kUnpackedScale);
+        }
+        return words;
+    }
+};
+template <>
+struct Unpack<WeightType::Q8_0> {
+    __device__ static Words chunk(const std::byte* segment, int slab, int c) {
+        const std::byte* block = segment + slab * sizeof(BlockQ8_0);
+        uint32_t q[2];
+        load_eight(q, block + offsetof(BlockQ8_0, qs) + c * 8);
+        return scaled_bytes(q[0] ^ 0x80808080, q[1] ^ 0x80808080, 128, from_half(half_at(block)) * kUnpackedScale);
+    }
+};
+template <>
+struct Unpack<WeightType::Q4_0> {
+    __device__ static Words chunk(const std::byte* segment, int slab, int c) {
+        const std::byte* block = segment + slab * sizeof(BlockQ4_0);
+        uint32_t q[2];
+        load_eight(q, block + offsetof(BlockQ4_0, qs) + c % 2 * 8);
+        for (uint32_t& word : q) word = word >> c / 2 * 4 & 0x0f0f0f0f;
+        return scaled_bytes(q[0], q[1], 8, from_half(half_at(block)) * kUnpackedScale);
+    }
+};
+template <>
+struct Unpack<WeightType::Q4_K> {
+    __device__ static Words chunk(const std::byte* block, int g, int c) {
+        uint32_t q[2];
+        load_eight_aligned(q, block + offsetof(BlockQ4_K, qs) + g / 2 * 32 + c * 8);
+        for (uint32_t& word : q) word = word >> g % 2 * 4 & 0x0f0f0f0f;
+        const Scaling s = scaling_of(*reinterpret_cast<const Words*>(block), g, 8);
+        return scaled_bytes(q[0], q[1], 8, s.scale, s.offset);
+    }
+};
+template <>
+struct Unpack<WeightType::Q5_K> {
+    __device__ static Words chunk(const std::byte* block, int g, int c) {
+        uint32_t q[2], high[2];
+        load_eight_aligned(q, block + offsetof(BlockQ5_K, qs) + g / 2 * 32 + c * 8);
+        load_eight_aligned(high, block + offsetof(BlockQ5_K, qh) + c * 8);
+        for (int i = 0; i < 2; ++i) q[i] = (q[i] >> g % 2 * 4 & 0x0f0f0f0f) | (high[i] >> g & 0x01010101) << 4;
+        const Scaling s = scaling_of(*reinterpret_cast<const Words*>(block), g, 16);
+        return scaled_bytes(q[0], q[1], 16, s.scale, s.offset);
+    }
+};
+template <>
+struct Unpack<WeightType::Q6_K> {
+    __device__ static Words chunk(const std::byte* block, int g, int c) {
+        uint32_t q[2], high[2];
+        load_eight(q, block + offsetof(BlockQ6_K, ql) + g / 4 * 64 + g % 2 * 32 + c * 8);
+        load_eight(high, block + offsetof(BlockQ6_K, qh) + g / 4 * 32 + c * 8);
+        for (int i = 0; i < 2; ++i) {
+            q[i] = (q[i] >> g % 4 / 2 * 4 & 0x0f0f0f0f) | (high[i] >> g % 4 * 2 & 0x03030303) << 4;
+        }
+        const uint32_t scales = half_at(block + offsetof(BlockQ6_K, scales) + g * 2);  // a byte for 16 weights
+        const auto scale = static_cast<float>(static_cast<int8_t>(scales >> c / 2 * 8));
+        return scaled_bytes(q[0], q[1], 32,
+                            from_half(half_at(block + offsetof(BlockQ6_K, d))) * kUnpackedScale * scale);
+    }
+};
+
+// ---- the product ----
+
+using StepOfX = Tile<kTokens, kStepChunks>;
+
+template <WeightType kType>
+struct GroupMemory {
+    using S = Segment<kType, kRows>;
+    static constexpr int kSteps = S::kWeights / kStep;  // of a segment
+    // One is being unpacked, and others are on their way so that each is there two steps before its first.
+    static constexpr int kSegments = kSteps == 1 ? 3 : 2;
+    StepOfX x[kStages];
+    S segments[kSegments];
+};
+
+#ifdef YIVL_WARPGROUPS
+
+// What is not there is 0.
+__device__ __forceinline__ void load_x(StepOfX& tile, const HalfInput& x, int64_t first_token, int step) {
+    for (int i = thread_id(); i < kTokens * kStepChunks; i += kThreads) {
+        const int r = i / kStepChunks, c = i % kStepChunks;
+        const int64_t token = first_token + r, col = step * kStep + c * kChunkElements;
+        const bool inside = token < x.rows && col < x.stride;
+        copy_async(&tile.chunk(r, c), inside ? x.values + token * x.stride + col : x.values, inside ? 16 : 0);
+    }
+}
+
+// A lane's operands of a step: of each slab two, of 16 columns each.
+struct Operands {
+    uint32_t a[kStepSlabs][2][4];
+};
+
+// Lane 4g + t has columns 8t to 8t + 7 of rows g and g + 8 of the warp's.
+template <WeightType kType>
+__device__ __forceinline__ void unpack(Operands& operands, const GroupMemory<kType>& memory, const Rows& rows,
+                                       int64_t cols, int step) {
+    using Memory = GroupMemory<kType>;
+    using S = typename Memory::S;
+    const int segment = step / Memory::kSteps, g = lane_id() / 4, t = lane_id() % 4;
+    const S& from = memory.segments[segment % Memory::kSegments];
+    YIVL_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        const int r = warp_id() * 16 + half * 8 + g;
+        const std::byte* row = reinterpret_cast<const std::byte*>(&from.words[r * S::kWords]) +
+                               offset_in_chunk(rows.of(r) + segment * S::kBytes);
+        YIVL_UNROLL
+        for (int i = 0; i < kStepSlabs; ++i) {
+            const int slab = step * kStepSlabs + i;
+            Words words{};  // past the last column
+            if (slab * kSlab < cols) {
+                words = Unpack<kType>::chunk(row, slab % S::kSlabs, t);
+                if constexpr (BlockOf<kType>::kWeights == 1)
+                    keep_columns(words, cols, slab * kSlab + t * kChunkElements);
+            }
+            for (int j = 0; j < 4; ++j) operands.a[i][j / 2][j % 2 * 2 + half] = words.word[j];
+        }
+    }
+}
+
+__device__ __forceinline__ void multiply(AsyncSums& sums, const Operands& operands, StepOfX& x) {
+    begin_products(sums);
+    YIVL_UNROLL
+    for (int i = 0; i < kStepSlabs * 2; ++i) multiply_async(sums, operands.a[i / 2][i % 2], &x.chunk(0, 2 * i));
+    commit_products();
+}
+
+// Lane 4g + t has of 8 tokens 2t and 2t + 1, of the warp's rows g and g + 8: of gated products gate and up.
+__device__ __forceinline__ void write(const AsyncSums& sums, const Target& to, int64_t first_token, int64_t first_row,
+                                      bool gated, const float* unscaled, float scale) {
+    const Mat& y = to.y;
+    const int g = lane_id() / 4, t = lane_id() % 4;
+    const int64_t row = first_row + warp_id() * (gated ? 8 : 16) + g;
+    YIVL_UNROLL
+    for (int i = 0; i < kTokens / 4; ++i) {
+        const int64_t token = first_token + i / 2 * 8 + 2 * t + i % 2;
+        if (token >= y.rows) continue;
+        const float factor = unscaled[token] * scale;
+        const float first = sums[i / 2][i % 2] * factor, second = sums[i / 2][2 + i % 2] * factor;
+        float* at = y.data + token * y.stride + row;
+        if (gated) {
+            if (row < y.cols) *at = silu_of(first) * second;
+            continue;
+        }
+        const float* bias = to.bias == nullptr ? nullptr : to.bias + row;
+        if (row < y.cols) put(to.finish, at[0], bias == nullptr ? first : first + bias[0]);
+        if (row + 8 < y.cols) put(to.finish, at[8], bias == nullptr ? second : second + bias[8]);
+    }
+}
+
+#endif
+
+template <WeightType kType>
+__global__ void __launch_bounds__(kThreads, 1)
+    warpgroup_gemm_kernel([[maybe_unused]] Targets targets, [[maybe_unused]] HalfInput x,
+                          [[maybe_unused]] int row_bytes, [[maybe_unused]] bool gated) {
+#ifdef YIVL_WARPGROUPS
+    using Memory = GroupMemory<kType>;
+    Memory& memory = *reinterpret_cast<Memory*>(dynamic_shared());
+    const Target& to = targets.of[block_z()];
+    const int rows_of_block = gated ? kRows / 2 : kRows;
+    const int64_t first_token = int64_t{block_x()} * kTokens, first_row = int64_t{block_y()} * rows_of_block;
+    if (first_row >= to.y.cols) return wait_for_earlier_kernels();  // of several products one may have fewer rows
+    const int64_t begin = first_row * row_bytes, left = to.y.cols - first_row;
+    const Rows rows{to.w + begin, targets.of[1].w + begin, row_bytes,
+                    static_cast<int>(left < rows_of_block ? left : rows_of_block) - 1, gated};
+    const int n_steps = static_cast<int>((x.cols + kStep - 1) / kStep);
+    // The segment that step `step` is the first of, if it is.
+    const auto load_weights = [&](int step) {
+        if (step >= n_steps || step % Memory::kSteps != 0) return;
+        const int segment = step / Memory::kSteps;
+        load_segment<kThreads>(memory.segments[segment % Memory::kSegments], rows, segment);
+    };
+    const auto load_step = [&](int step) {
+        if (step < n_steps) load_x(memory.x[step % kStages], x, first_token, step);
+    };
+
+    for (int step = 0; step < 3; ++step) load_weights(step);
+    wait_for_earlier_kernels();
+    load_step(0);
+    commit_copies();
+    load_step(1);
+    commit_copies();
+    wait_copies<1>();
+    sync_block();
+
+    AsyncSums sums{};
+    Operands even, odd;
+    const auto take = [&](int step, const Operands& now, Operands& next) {
+        wait_copies<1>();
+        wait_products(sums);
+        publish_shared();
+        sync_block();  // this step of x is there, and everyone has done with the last one, and with its weights
+        multiply(sums, now, memory.x[step % kStages]);
+        load_step(step + 2);
+        load_weights(step + 3);
+        commit_copies();
+        if (step + 1 < n_steps) unpack<kType>(next, memory, rows, x.cols, step + 1);
+    };
+    unpack<kType>(even, memory, rows, x.cols, 0);
+    for (int step = 0; step < n_steps; step += 2) {
+        take(step, even, odd);
+        if (step + 1 < n_steps) take(step + 1, odd, even);
+    }
+    wait_products(sums);
+    write(sums, to, first_token, first_row, gated, x.unscaled, kPackedScale<kType>);
+#endif
+}
+
+}  // namespace
+
+void start_warpgroup_gemm(Stream& stream, const HalfInput& x, const Weight& w, const GemmLaunch& gemm) {
+    with_type(w.type, [&]<WeightType kType> {
+        if constexpr (kType != WeightType::F32) {
+            launch(stream, gemm.name, warpgroup_gemm_kernel<kType>, gemm_grid(x.rows, kTokens, kRows, gemm), kThreads,
+                   sizeof(GroupMemory<kType>), gemm.targets, x, static_cast<int>(w.row_bytes()), gemm.gated);
+        }
+    });
+}
+
+}  // namespace yivl::cuda
