@@ -7,11 +7,11 @@ namespace {
 
 // Weights come in two steps, a little at a time: fetched in one burst, they would keep loads from the cache waiting,
 // and where a CPU has no place left for lines under way, it drops the rest. The next group of kLanes rows is fetched in
-// the order of the file, which is how memory and the hardware's own prefetching are quick; then slabs of each of these
-// rows, kSlabsAhead of their use.
+// the order of the file, which is how memory and the hardware's own prefetching are quick, to the second-level cache
+// (or, with kManyLines, to the first); then slabs of each of these rows to the first, kSlabsAhead of their use.
 constexpr int64_t kSlabsAhead = 2;
 
-template <class Rows>
+template <class Rows, bool kManyLines = false>
 struct Ahead {
     // The last bytes of a slab may share a line with the next.
     static constexpr int kRowLines = (Rows::kBytes + 63) / 64, kNear = kLanes * kRowLines;
@@ -144,8 +144,9 @@ struct SlabSum {
 
 // total += a slab from p times x, n_blocks of it, in every lane
 
+template <class Next>
 YIVL_INLINE void multiply_slab(RowsQ8_0, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x,
-                               int64_t n_blocks, Ahead<RowsQ8_0>& ahead) {
+                               int64_t n_blocks, Next& ahead) {
     SignedByteSum sum;
     const auto dword = [&]<int b, int i>(I bytes) YIVL_INLINE_LAMBDA {
         ahead.template fetch<b * 8 + i, 64>();
@@ -157,8 +158,9 @@ YIVL_INLINE void multiply_slab(RowsQ8_0, F& total, const std::byte* p, int64_t r
     });
 }
 
+template <class Next>
 YIVL_INLINE void multiply_slab(RowsQ4_0, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x,
-                               int64_t n_blocks, Ahead<RowsQ4_0>& ahead) {
+                               int64_t n_blocks, Next& ahead) {
     NibbleSum<false> low;
     NibbleSum<true> high;
     const auto dword = [&]<int b, int i>(I bytes) YIVL_INLINE_LAMBDA {
@@ -174,8 +176,9 @@ YIVL_INLINE void multiply_slab(RowsQ4_0, F& total, const std::byte* p, int64_t r
     });
 }
 
+template <class Next>
 YIVL_INLINE void multiply_slab(RowsQ4_K, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x, int64_t,
-                               Ahead<RowsQ4_K>& ahead) {
+                               Next& ahead) {
     const SixBits six_bits(p, row_bytes);
     SlabSum slab;
     repeat<4>([&]<int two>() YIVL_INLINE_LAMBDA {
@@ -195,8 +198,9 @@ YIVL_INLINE void multiply_slab(RowsQ4_K, F& total, const std::byte* p, int64_t r
     slab.add_to(total, six_bits, x);
 }
 
+template <class Next>
 YIVL_INLINE void multiply_slab(RowsQ5_K, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x, int64_t,
-                               Ahead<RowsQ5_K>& ahead) {
+                               Next& ahead) {
     const SixBits six_bits(p, row_bytes);
     SlabSum slab;
     I fifth[8];
@@ -218,8 +222,9 @@ YIVL_INLINE void multiply_slab(RowsQ5_K, F& total, const std::byte* p, int64_t r
     slab.add_to(total, six_bits, x);
 }
 
+template <class Next>
 YIVL_INLINE void multiply_slab(RowsQ6_K, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x, int64_t,
-                               Ahead<RowsQ6_K>& ahead) {
+                               Next& ahead) {
     I scales[4];
     dwords(p + 192, row_bytes, scales);
     SlabSum slab;
@@ -274,7 +279,7 @@ inline void put_outputs(const PackedPiece& p, int64_t token, int64_t row, F sum,
     store_some(y, sum, n);
 }
 
-template <class Rows>
+template <class Rows, bool kManyLines>
 void multiply_one(const PackedPiece& p) {
     const InputSlab* const x = reinterpret_cast<const InputSlab*>(p.x);
     const int64_t n_slabs = (p.cols + kSlabCols - 1) / kSlabCols;
@@ -287,7 +292,7 @@ void multiply_one(const PackedPiece& p) {
             // Beyond the end of these rows the next begin.
             const int64_t later = slab + kSlabsAhead;
             const std::byte* const near = w + later * Rows::kBytes + (later < n_slabs ? 0 : (kLanes - 1) * p.row_bytes);
-            Ahead<Rows> ahead{near, p.row_bytes, w + kLanes * (p.row_bytes + slab * Rows::kBytes)};
+            Ahead<Rows, kManyLines> ahead{near, p.row_bytes, w + kLanes * (p.row_bytes + slab * Rows::kBytes)};
             const int64_t n_blocks = min64(kSlabBlocks, p.cols / kBlock - slab * kSlabBlocks);
             const std::byte* from = w + slab * Rows::kBytes;
             int64_t stride = p.row_bytes;

@@ -23,17 +23,22 @@ namespace {
 constexpr std::array<std::string_view, 5> kNames{"amx", "avx512", "avx2", "neon", "portable"};
 
 #if defined(__x86_64__)
-const Kernels& avx2_kernels() {
+bool has_avx_vnni() {
     constexpr unsigned kAvxVnni = 1u << 4;
     unsigned a = 0, b, c, d;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvxVnni) != 0 ? kAvx2VnniKernels : kAvx2Kernels;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvxVnni) != 0;
 }
+
+const Kernels& avx2_kernels() { return has_avx_vnni() ? kAvx2VnniKernels : kAvx2Kernels; }
 
 const Kernels& avx512_kernels() {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx512vnni")) return kAvx512Kernels;
     // AMD's CPUs add in four units and multiply in two of them; Intel's have two for both.
-    return __builtin_cpu_is("amd") ? kAvx512VnniSumsKernels : kAvx512VnniKernels;
+    if (!__builtin_cpu_is("amd")) return kAvx512VnniKernels;
+    // Zen 5, which has AVX-VNNI, too, keeps 48 kB near; in Zen 4's 32 kB lines that come early drive out what is in
+    // use.
+    return has_avx_vnni() ? kAvx512VnniSumsManyLinesKernels : kAvx512VnniSumsKernels;
 }
 #endif
 

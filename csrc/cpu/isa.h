@@ -14,6 +14,7 @@ extern const Kernels kAvx2VnniKernels;  // the same, quicker on quantised weight
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512VnniKernels;  // quicker on quantised weights
 extern const Kernels kAvx512VnniSumsKernels;
+extern const Kernels kAvx512VnniSumsManyLinesKernels;
 extern const PackedKernels kAmxPackedKernels;
 extern const PackedAttention kAmxAttentionKernels;
 extern const Kernels kNeonKernels;

@@ -94,7 +94,6 @@ inline F from_bfloat(const std::byte* p) {
 
 typedef __m256i I;
 
-constexpr bool kManyLines = false;
 constexpr bool kSumsOfPairs = false;
 constexpr int kIntegerTokens = 6;
 

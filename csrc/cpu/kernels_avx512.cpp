@@ -184,7 +184,6 @@ inline void round_block(const float* x, float factor, int16_t* dst, int32_t* sum
 namespace plain {
 
 namespace {
-constexpr bool kManyLines = false;
 constexpr bool kSumsOfPairs = false;
 constexpr bool kFours = false;
 
@@ -223,7 +222,6 @@ YIVL_INLINE I multiply_at(I sums, I a, const int16_t* p) {
 namespace products {
 
 namespace {
-constexpr bool kManyLines = false;
 constexpr bool kSumsOfPairs = false;
 }  // namespace
 
@@ -235,11 +233,14 @@ constexpr bool kSumsOfPairs = false;
 namespace sums {
 
 namespace {
-constexpr bool kManyLines = true;
 constexpr bool kSumsOfPairs = true;
 }  // namespace
 
 #include "cpu/kernels_integer.h"
+
+namespace {
+constexpr PackedKernels kManyLinesKernels = integer_kernels(multiply_integers<PairRows, true>);
+}  // namespace
 
 }  // namespace sums
 
@@ -255,6 +256,8 @@ const Kernels kAvx512Kernels = YIVL_KERNELS("avx512", "", avx512, &avx512::plain
 const Kernels kAvx512VnniKernels = YIVL_KERNELS("avx512", "vnni", avx512, &avx512::vnni::products::kIntegerKernels);
 const Kernels kAvx512VnniSumsKernels =
     YIVL_KERNELS("avx512", "vnni, sums", avx512, &avx512::vnni::sums::kIntegerKernels);
+const Kernels kAvx512VnniSumsManyLinesKernels =
+    YIVL_KERNELS("avx512", "vnni, sums, many lines", avx512, &avx512::vnni::sums::kManyLinesKernels);
 
 }  // namespace yivl
 

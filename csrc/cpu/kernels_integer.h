@@ -10,7 +10,6 @@
 //
 //   I                              a vector of kLanes int32, or of 2 * kLanes int16
 //   kIntegerTokens                 tokens of a tile, which is two vectors of rows high
-//   kManyLines                     whether as many lines can be under way to the first-level cache as to the second
 //   kSumsOfPairs                   whether many tokens are multiplied as sums: see multiplied_as_sums
 //   load_integers(p) store_integers(p, v) integers(n) no_integers() add_integers(a, b) times_integers(a, b)
 //   negative(v)                    of int32
@@ -182,11 +181,12 @@ int64_t integer_scratch_bytes(int64_t n_tokens, int64_t n_rows, int64_t) {
            tiles * kTileSums * static_cast<int64_t>(sizeof(F));
 }
 
-template <class Rows = PairRows>
+// kManyLines: whether one token's lines all come to the first-level cache: see Ahead.
+template <class Rows = PairRows, bool kManyLines = false>
 void multiply_integers(const PackedPiece& piece, std::byte* scratch, bool (*stop)(const void*), const void* stop_arg) {
     const auto with = [&]<class Type>(Type) YIVL_TARGET_LAMBDA {
         if (piece.n_tokens == 1) {
-            multiply_one<Type>(piece);
+            multiply_one<Type, kManyLines>(piece);
         } else {
             multiply_many<Type>(piece, scratch, stop, stop_arg);
         }
@@ -216,14 +216,18 @@ int64_t multiply_add_integers(int64_t rounds) {
     return rounds * kSums * kLanes * 4;
 }
 
-const PackedKernels kIntegerKernels = {
-    .tokens = kTokensOfGroup,
-    .order = order_of_integers<>,
-    .packed_bytes = packed_integer_bytes,
-    .pack = pack_integers<>,
-    .scratch_bytes = integer_scratch_bytes,
-    .linear = multiply_integers<>,
-    .multiply_add = multiply_add_integers,
-};
+constexpr PackedKernels integer_kernels(decltype(PackedKernels::linear) linear) {
+    return {
+        .tokens = kTokensOfGroup,
+        .order = order_of_integers<>,
+        .packed_bytes = packed_integer_bytes,
+        .pack = pack_integers<>,
+        .scratch_bytes = integer_scratch_bytes,
+        .linear = linear,
+        .multiply_add = multiply_add_integers,
+    };
+}
+
+constexpr PackedKernels kIntegerKernels = integer_kernels(multiply_integers<>);
 
 }  // namespace

@@ -98,7 +98,6 @@ YIVL_INLINE void prefetch_far(const std::byte* p) { __builtin_prefetch(p, 0, 2);
 typedef int32x4_t I;
 
 constexpr int kIntegerTokens = 4;
-constexpr bool kManyLines = false;
 constexpr bool kSumsOfPairs = false;
 
 inline int16x8_t halves_of(I v) { return vreinterpretq_s16_s32(v); }
