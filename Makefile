@@ -75,6 +75,7 @@ cuda-kernels: $(VENV)/.test $(VENV)/.cmake
 	  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" >/dev/null
 	@$(BIN)/cmake --build build/cuda --target _core cuda_primitives_object --parallel "$$(nproc)" >build/cuda/build.log 2>&1 || \
 	  { grep -v 'ptxas info' build/cuda/build.log; $(BIN)/python tests/report_spills.py build/cuda/build.log; exit 1; }
+	@$(BIN)/python tests/report_spills.py build/cuda/build.log
 	@echo "== Opening a model with it"
 	@YIVL_CUDA_EMULATOR="$(CURDIR)/build/cuda" $(BIN)/python -m pytest tests/test_device.py
 

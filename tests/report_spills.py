@@ -1,4 +1,4 @@
-"""Says which CUDA kernels keep registers in memory, from what nvcc printed with -Xptxas=-v.
+"""Says which CUDA kernels keep registers in memory or serialise their products, from what nvcc printed with -Xptxas=-v.
 
 python tests/report_spills.py build/cuda/build.log
 """
@@ -12,6 +12,10 @@ import sys
 from pathlib import Path
 
 KERNEL = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'")
+# ptxas found that what is multiplied asynchronously (wgmma) is touched meanwhile: not even a warning of its own.
+SERIALISED = re.compile(
+    r"wgmma\.mma_async instructions are serialized due to (.*?) in (?:the )?function '(\S+)'"
+)
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads$")
 
 
@@ -30,9 +34,16 @@ def spills(log: str) -> list[str]:
     return found
 
 
+def serialised(log: str) -> list[str]:
+    """A line for each kernel that waits for each product of four warps: mangled name, why."""
+    return [f"{match[2]}: {match[1]}" for match in SERIALISED.finditer(log)]
+
+
 def main() -> int:
-    found = spills(Path(sys.argv[1]).read_text(encoding="utf-8", errors="replace"))
-    text = "".join(f"registers spilled: {line}\n" for line in found)
+    log = Path(sys.argv[1]).read_text(encoding="utf-8", errors="replace")
+    found = [f"registers spilled: {line}" for line in spills(log)]
+    found += [f"products serialised: {line}" for line in serialised(log)]
+    text = "".join(f"{line}\n" for line in found)
     if shutil.which("c++filt"):
         text = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
     print(text, end="")

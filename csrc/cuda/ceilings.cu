@@ -51,7 +51,8 @@ __global__ void __launch_bounds__(kAsyncThreads, 1)
         YIVL_UNROLL
         for (int j = 0; j < kAsyncProducts; ++j) multiply_async(d, a, &tile.chunk(0, j % 4 * 2));
         commit_products();
-        wait_products(d);
+        wait_products<0>();
+        finish_products(d);
     }
     float sum = 0.0f;
     YIVL_UNROLL

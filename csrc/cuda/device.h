@@ -273,7 +273,8 @@ __device__ __forceinline__ void begin_products(AsyncSums& d) {
 }
 // Begins d += a b, of a (64, 16), each warp with 16 rows of a and d as mma_half has them, d[j] for columns from 8j on.
 // b is in shared memory: a Tile with eight chunks at a multiple of 1024 bytes, whose rows are b's columns, and `b` the
-// first of two chunks of its row 0. What is multiplied may not change, nor d be used, until wait_products.
+// first of two chunks of its row 0. What is multiplied may not change until wait_products, nor d be used until
+// finish_products.
 __device__ __forceinline__ void multiply_async(AsyncSums& d, const uint32_t (&a)[4], const void* b) {
     // Of the descriptor: the address, eight rows 1024 bytes apart, chunks exchanged within 128 bytes.
     const uint64_t at = (__cvta_generic_to_shared(b) & 0x3ffff) >> 4;
@@ -297,11 +298,13 @@ __device__ __forceinline__ void multiply_async(AsyncSums& d, const uint32_t (&a)
 }
 // Makes a group of what was begun.
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Waits until all groups are done.
-__device__ __forceinline__ void wait_products(AsyncSums& d) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    hold(d);
+// Waits until at most kPending of the latest groups are at work.
+template <int kPending>
+__device__ __forceinline__ void wait_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
+// d can be used, once all groups are done.
+__device__ __forceinline__ void finish_products(AsyncSums& d) { hold(d); }
 
 #endif
 

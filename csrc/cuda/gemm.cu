@@ -28,7 +28,8 @@ constexpr int kMoves = kRows / kRowsAtOnce;
 
 constexpr int kHalvingThreads = 256;
 
-int64_t half_stride(int64_t cols) { return (cols + kSlab - 1) / kSlab * kSlab; }
+// Whole steps of either kernel can be read.
+int64_t half_stride(int64_t cols) { return (cols + kMostColumns - 1) / kMostColumns * kMostColumns; }
 
 // Whole blocks' rows can be read; the last block's may hold anything.
 size_t half_value_bytes(int64_t rows, int64_t cols) {
@@ -257,7 +258,7 @@ __device__ __forceinline__ void unpack(HalfTile& tile, const Segment<kType, kRow
     static_assert(kThreads == kRows);
     const int r = thread_id();
     const auto* row = reinterpret_cast<const std::byte*>(&from.words[r * S::kWords]);
-    const std::byte* segment = row + offset_in_chunk(rows.of(r) + slab / S::kSlabs * S::kBytes);
+    const std::byte* segment = row + offset_in_chunk<S>(rows, r, slab / S::kSlabs);
     Unpack<kType>::slab(segment, slab % S::kSlabs, [&](int c, Words words) {
         if constexpr (BlockOf<kType>::kWeights == 1) keep_columns(words, cols, slab * kSlab + c * kChunkElements);
         tile.chunk(r, c) = words;
@@ -283,33 +284,6 @@ __device__ __forceinline__ void multiply(Sums& sums, HalfTile& x, HalfTile& w) {
                 mma_half(sums[i][2 * j], a[i], first);
                 mma_half(sums[i][2 * j + 1], a[i], second);
             }
-        }
-    }
-}
-
-// 16 tokens of a warp's results from shared memory to where they go.
-struct Goal {
-    Target to;
-    int64_t first_token, first_row;
-    bool gated;
-};
-__device__ void write_results(const float (&results)[16][Results::kPitch], const Goal& goal, const float* unscaled,
-                              float scale) {
-    const Mat& y = goal.to.y;
-    for (int i = 0; i < 16 && goal.first_token + i < y.rows; ++i) {
-        const int64_t token = goal.first_token + i;
-        const float factor = unscaled[token] * scale;
-        float* row = y.data + token * y.stride;
-        for (int j = lane_id(); j < (goal.gated ? kWarpRows / 2 : kWarpRows); j += kWarp) {
-            const int64_t col = goal.first_row + j;
-            if (col >= y.cols) break;
-            if (goal.gated) {
-                const int gate = j / 8 * 16 + j % 8;
-                row[col] = silu_of(results[i][gate] * factor) * (results[i][gate + 8] * factor);
-                continue;
-            }
-            const float sum = results[i][j] * factor;
-            put(goal.to.finish, row[col], goal.to.bias == nullptr ? sum : sum + goal.to.bias[col]);
         }
     }
 }
@@ -376,9 +350,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
             for (int r = 0; r < 4; ++r) results[g + r / 2 * 8][j * 8 + 2 * t + r % 2] = sums[i][j][r];
         }
         sync_warp();
-        const Goal goal{to, first_token + warp_id() / 2 * kWarpTokens + i * 16,
-                        first_row + warp_id() % 2 * (rows_of_block / 2), gated};
-        write_results(results, goal, x.unscaled, kPackedScale<kType>);
+        const int64_t first = first_token + warp_id() / 2 * kWarpTokens + i * 16;
+        for (int token = 0; token < 16 && first + token < x.rows; ++token) {
+            write_results<kType>(results[token], kWarpRows, to, x, first + token,
+                                 first_row + warp_id() % 2 * (rows_of_block / 2), gated);
+        }
     }
 }
 

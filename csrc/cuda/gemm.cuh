@@ -15,6 +15,7 @@ namespace yivl::cuda {
 
 inline constexpr int kSlab = 32;  // columns that are unpacked at a time
 inline constexpr int kChunks = kSlab / kChunkElements;
+inline constexpr int kMostColumns = 64;  // that are multiplied at a time
 
 // ---- x ----
 
@@ -44,8 +45,9 @@ constexpr int blocks_of_segment(WeightType type) {
 template <WeightType kType, int kRows>
 struct Segment {
     using Block = typename BlockOf<kType>::Block;
+    static constexpr int kBlockBytes = static_cast<int>(sizeof(Block));
     static constexpr int kWeights = blocks_of_segment(kType) * BlockOf<kType>::kWeights;
-    static constexpr int kBytes = blocks_of_segment(kType) * static_cast<int>(sizeof(Block));
+    static constexpr int kBytes = blocks_of_segment(kType) * kBlockBytes;
     static constexpr int kWords = (14 + kBytes + 16 + 15) / 16 | 1;
     static constexpr int kSlabs = kWeights / kSlab;
     Words words[kRows * kWords];
@@ -58,27 +60,44 @@ struct Rows {
     int row_bytes, last;            // the last row of the block
     bool gated;
 
-    __device__ const std::byte* of(int i) const {
-        const int row = gated ? i / 16 * 8 + i % 8 : i;
-        return (gated && i / 8 % 2 != 0 ? up : weights) + int64_t{row < last ? row : last} * row_bytes;
+    __device__ const std::byte* of(int i) const { return (is_up(i) ? up : weights) + int64_t{row(i)} * row_bytes; }
+    // Of the address.
+    __device__ uint32_t low_bits(int i) const {
+        return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(is_up(i) ? up : weights)) +
+               static_cast<uint32_t>(row(i) * row_bytes);
+    }
+
+private:
+    __device__ bool is_up(int i) const { return gated && i / 8 % 2 != 0; }
+    __device__ int row(int i) const {
+        const int r = gated ? i / 16 * 8 + i % 8 : i;
+        return r < last ? r : last;
     }
 };
 
-// Where a row's part of a segment begins within its first 16 bytes.
-__device__ __forceinline__ int offset_in_chunk(const std::byte* part) {
-    return static_cast<int>(reinterpret_cast<uintptr_t>(part) % sizeof(Words));
+// Where row i's part of a segment begins within its first 16 bytes.
+template <class S>
+__device__ __forceinline__ int offset_in_chunk(const Rows& rows, int i, int segment) {
+    if constexpr (S::kBlockBytes % sizeof(Words) == 0) return 0;
+    return static_cast<int>((rows.low_bits(i) + static_cast<uint32_t>(segment * S::kBytes)) % sizeof(Words));
 }
 
-// Begins to copy segment number `segment` of each row.
+// Begins to copy segment number `segment` of each row: four threads a row.
 template <int kThreads, WeightType kType, int kRows>
 __device__ __forceinline__ void load_segment(Segment<kType, kRows>& to, const Rows& rows, int segment) {
     using S = Segment<kType, kRows>;
+    constexpr int kOfRow = 4, kRowsAtOnce = kThreads / kOfRow;
+    static_assert(kRows % kRowsAtOnce == 0);
     const int begin = segment * S::kBytes, left = rows.row_bytes - begin, bytes = left < S::kBytes ? left : S::kBytes;
-    for (int i = thread_id(); i < kRows * S::kWords; i += kThreads) {
-        const int chunk = i % S::kWords * static_cast<int>(sizeof(Words));
-        const std::byte* part = rows.of(i / S::kWords) + begin;
-        const int offset = offset_in_chunk(part), there = offset + bytes - chunk;
-        if (there > 0) copy_async(&to.words[i], part - offset + chunk, there < 16 ? there : 16);
+    const int first_chunk = thread_id() % kOfRow;
+    for (int r = thread_id() / kOfRow; r < kRows; r += kRowsAtOnce) {
+        const int offset = offset_in_chunk<S>(rows, r, segment);
+        const std::byte* from = rows.of(r) + (begin - offset);
+        YIVL_UNROLL
+        for (int c = first_chunk; c < S::kWords; c += kOfRow) {
+            const int at = c * static_cast<int>(sizeof(Words)), there = offset + bytes - at;
+            if (there > 0) copy_async(&to.words[r * S::kWords + c], from + at, there < 16 ? there : 16);
+        }
     }
 }
 
@@ -124,6 +143,27 @@ __device__ __forceinline__ Scaling scaling_of(const Words& head, int g, int cent
     const Group group = group_of(head, g);
     const float scale = group.scale * kUnpackedScale;
     return {scale, scale * static_cast<float>(centre) - group.minimum * kUnpackedScale};
+}
+
+// ---- results ----
+
+// Those of a token, of `n` rows as Rows has them, from shared memory to columns of y from `first` on; of the warp.
+template <WeightType kType>
+__device__ __forceinline__ void write_results(const float* results, int n, const Target& to, const HalfInput& x,
+                                              int64_t token, int64_t first, bool gated) {
+    const float factor = x.unscaled[token] * kPackedScale<kType>;
+    float* row = to.y.data + token * to.y.stride;
+    for (int j = lane_id(); j < (gated ? n / 2 : n); j += kWarp) {
+        const int64_t col = first + j;
+        if (col >= to.y.cols) break;
+        if (gated) {
+            const int gate = j / 8 * 16 + j % 8;
+            row[col] = silu_of(results[gate] * factor) * (results[gate + 8] * factor);
+            continue;
+        }
+        const float sum = results[j] * factor;
+        put(to.finish, row[col], to.bias == nullptr ? sum : sum + to.bias[col]);
+    }
 }
 
 // ---- starting ----

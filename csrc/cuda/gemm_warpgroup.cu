@@ -5,6 +5,8 @@
 //
 // A lane has eight neighbouring columns of two rows of weights. Where an operand wants others of it, x has its columns
 // in that order instead (pair_in_fragments).
+#include <algorithm>
+
 #include "cuda/gemm.cuh"
 
 namespace yivl::cuda {
@@ -18,7 +20,7 @@ constexpr int kTokens = kAsyncColumns;
 constexpr int kRows = 192;
 constexpr int kThreads = kRows * 2;
 // Columns at a time: 128 bytes of a row of x. kStages steps of x are there or on their way.
-constexpr int kStep = 64;
+constexpr int kStep = kMostColumns;
 constexpr int kStages = 3;
 constexpr int kStepChunks = kStep / kChunkElements;
 constexpr int kStepSlabs = kStep / kSlab;
@@ -145,83 +147,96 @@ template <WeightType kType>
 struct GroupMemory {
     using S = Segment<kType, kRows>;
     static constexpr int kSteps = S::kWeights / kStep;  // of a segment
-    // One is being unpacked, and others are on their way so that each is there two steps before its first.
+    // One is unpacked, the others are there or on their way: each for a step before its first.
     static constexpr int kSegments = kSteps == 1 ? 3 : 2;
     StepOfX x[kStages];
     S segments[kSegments];
 };
 
+// What results pass through, so that they go to memory row by row.
+struct GroupResults {
+    static constexpr int kPitch = kRows + 4;  // the lanes of a warp write to different banks
+    float of_token[kTokens][kPitch];
+};
+
 #ifdef YIVL_WARPGROUPS
 
-// What is not there is 0.
-__device__ __forceinline__ void load_x(StepOfX& tile, const HalfInput& x, int64_t first_token, int step) {
-    for (int i = thread_id(); i < kTokens * kStepChunks; i += kThreads) {
-        const int r = i / kStepChunks, c = i % kStepChunks;
-        const int64_t token = first_token + r, col = step * kStep + c * kChunkElements;
-        const bool inside = token < x.rows && col < x.stride;
-        copy_async(&tile.chunk(r, c), inside ? x.values + token * x.stride + col : x.values, inside ? 16 : 0);
+// What a thread copies of each step of x: chunks of one number, of every kRowsAtOnce-th row. Past the last token it
+// comes again.
+class CopiesOfX {
+public:
+    __device__ CopiesOfX(const HalfInput& x, int first_token) : values_(x.values) {
+        const int c = thread_id() % kStepChunks, last = static_cast<int>(x.rows) - 1;
+        YIVL_UNROLL
+        for (int i = 0; i < kMoves; ++i) {
+            const int token = first_token + first_row() + i * kRowsAtOnce;
+            offsets_[i] = static_cast<uint32_t>((token < last ? token : last) * x.stride + c * kChunkElements);
+        }
     }
-}
 
-// A lane's operands of a step: of each slab two, of 16 columns each.
+    __device__ void begin(StepOfX& tile, int step) const {
+        static_assert(kRowsAtOnce % kStepChunks == 0);  // a tile's chunks of these rows are in the same place
+        Words* const to = &tile.chunk(first_row(), thread_id() % kStepChunks);
+        YIVL_UNROLL
+        for (int i = 0; i < kMoves; ++i) {
+            if (i < kMoves - 1 || first_row() + i * kRowsAtOnce < kTokens) {
+                copy_async(to + i * kRowsAtOnce * StepOfX::kPitch, values_ + offsets_[i] + step * kStep);
+            }
+        }
+    }
+
+private:
+    static constexpr int kRowsAtOnce = kThreads / kStepChunks;
+    static constexpr int kMoves = (kTokens + kRowsAtOnce - 1) / kRowsAtOnce;
+
+    __device__ static int first_row() { return thread_id() / kStepChunks; }
+
+    const Half* values_;
+    uint32_t offsets_[kMoves];
+};
+
+// A lane's operands of a slab: two, of 16 columns each.
 struct Operands {
-    uint32_t a[kStepSlabs][2][4];
+    uint32_t a[2][4];
 };
 
 // Lane 4g + t has columns 8t to 8t + 7 of rows g and g + 8 of the warp's.
 template <WeightType kType>
 __device__ __forceinline__ void unpack(Operands& operands, const GroupMemory<kType>& memory, const Rows& rows,
-                                       int64_t cols, int step) {
+                                       int64_t cols, int slab) {
     using Memory = GroupMemory<kType>;
     using S = typename Memory::S;
-    const int segment = step / Memory::kSteps, g = lane_id() / 4, t = lane_id() % 4;
+    const int segment = slab / S::kSlabs, g = lane_id() / 4, t = lane_id() % 4;
     const S& from = memory.segments[segment % Memory::kSegments];
     YIVL_UNROLL
     for (int half = 0; half < 2; ++half) {
         const int r = warp_id() * 16 + half * 8 + g;
-        const std::byte* row = reinterpret_cast<const std::byte*>(&from.words[r * S::kWords]) +
-                               offset_in_chunk(rows.of(r) + segment * S::kBytes);
-        YIVL_UNROLL
-        for (int i = 0; i < kStepSlabs; ++i) {
-            const int slab = step * kStepSlabs + i;
-            Words words{};  // past the last column
-            if (slab * kSlab < cols) {
-                words = Unpack<kType>::chunk(row, slab % S::kSlabs, t);
-                if constexpr (BlockOf<kType>::kWeights == 1)
-                    keep_columns(words, cols, slab * kSlab + t * kChunkElements);
-            }
-            for (int j = 0; j < 4; ++j) operands.a[i][j / 2][j % 2 * 2 + half] = words.word[j];
+        Words words{};  // past the last column
+        if (slab * kSlab < cols) {
+            const std::byte* row =
+                reinterpret_cast<const std::byte*>(&from.words[r * S::kWords]) + offset_in_chunk<S>(rows, r, segment);
+            words = Unpack<kType>::chunk(row, slab % S::kSlabs, t);
+            if constexpr (BlockOf<kType>::kWeights == 1) keep_columns(words, cols, slab * kSlab + t * kChunkElements);
         }
+        for (int j = 0; j < 4; ++j) operands.a[j / 2][j % 2 * 2 + half] = words.word[j];
     }
 }
 
-__device__ __forceinline__ void multiply(AsyncSums& sums, const Operands& operands, StepOfX& x) {
+// `chunk`: x's of the slab's first columns.
+__device__ __forceinline__ void multiply(AsyncSums& sums, const Operands& operands, StepOfX& x, int chunk) {
     begin_products(sums);
     YIVL_UNROLL
-    for (int i = 0; i < kStepSlabs * 2; ++i) multiply_async(sums, operands.a[i / 2][i % 2], &x.chunk(0, 2 * i));
+    for (int i = 0; i < 2; ++i) multiply_async(sums, operands.a[i], &x.chunk(0, chunk + 2 * i));
     commit_products();
 }
 
-// Lane 4g + t has of 8 tokens 2t and 2t + 1, of the warp's rows g and g + 8: of gated products gate and up.
-__device__ __forceinline__ void write(const AsyncSums& sums, const Target& to, int64_t first_token, int64_t first_row,
-                                      bool gated, const float* unscaled, float scale) {
-    const Mat& y = to.y;
-    const int g = lane_id() / 4, t = lane_id() % 4;
-    const int64_t row = first_row + warp_id() * (gated ? 8 : 16) + g;
+// Lane 4g + t has of each 8 tokens 2t and 2t + 1, of the warp's rows g and g + 8.
+__device__ __forceinline__ void put_results(GroupResults& to, const AsyncSums& sums) {
+    const int row = warp_id() * 16 + lane_id() / 4, token = lane_id() % 4 * 2;
     YIVL_UNROLL
-    for (int i = 0; i < kTokens / 4; ++i) {
-        const int64_t token = first_token + i / 2 * 8 + 2 * t + i % 2;
-        if (token >= y.rows) continue;
-        const float factor = unscaled[token] * scale;
-        const float first = sums[i / 2][i % 2] * factor, second = sums[i / 2][2 + i % 2] * factor;
-        float* at = y.data + token * y.stride + row;
-        if (gated) {
-            if (row < y.cols) *at = silu_of(first) * second;
-            continue;
-        }
-        const float* bias = to.bias == nullptr ? nullptr : to.bias + row;
-        if (row < y.cols) put(to.finish, at[0], bias == nullptr ? first : first + bias[0]);
-        if (row + 8 < y.cols) put(to.finish, at[8], bias == nullptr ? second : second + bias[8]);
+    for (int j = 0; j < kTokens / 8; ++j) {
+        YIVL_UNROLL
+        for (int r = 0; r < 4; ++r) to.of_token[j * 8 + token + r % 2][row + r / 2 * 8] = sums[j][r];
     }
 }
 
@@ -236,9 +251,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     Memory& memory = *reinterpret_cast<Memory*>(dynamic_shared());
     const Target& to = targets.of[block_z()];
     const int rows_of_block = gated ? kRows / 2 : kRows;
-    const int64_t first_token = int64_t{block_x()} * kTokens, first_row = int64_t{block_y()} * rows_of_block;
+    const int first_token = block_x() * kTokens, first_row = block_y() * rows_of_block;
     if (first_row >= to.y.cols) return wait_for_earlier_kernels();  // of several products one may have fewer rows
-    const int64_t begin = first_row * row_bytes, left = to.y.cols - first_row;
+    const int64_t begin = int64_t{first_row} * row_bytes, left = to.y.cols - first_row;
     const Rows rows{to.w + begin, targets.of[1].w + begin, row_bytes,
                     static_cast<int>(left < rows_of_block ? left : rows_of_block) - 1, gated};
     const int n_steps = static_cast<int>((x.cols + kStep - 1) / kStep);
@@ -248,11 +263,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int segment = step / Memory::kSteps;
         load_segment<kThreads>(memory.segments[segment % Memory::kSegments], rows, segment);
     };
+    const CopiesOfX copies(x, first_token);
     const auto load_step = [&](int step) {
-        if (step < n_steps) load_x(memory.x[step % kStages], x, first_token, step);
+        if (step < n_steps) copies.begin(memory.x[step % kStages], step);
     };
 
-    for (int step = 0; step < 3; ++step) load_weights(step);
+    load_weights(0);
+    load_weights(1);
     wait_for_earlier_kernels();
     load_step(0);
     commit_copies();
@@ -261,26 +278,35 @@ __global__ void __launch_bounds__(kThreads, 1)
     wait_copies<1>();
     sync_block();
 
+    // Each is unpacked while the tensor cores are at the other.
+    static_assert(kStepSlabs == 2);
+    Operands first, second;
     AsyncSums sums{};
-    Operands even, odd;
-    const auto take = [&](int step, const Operands& now, Operands& next) {
+    unpack<kType>(first, memory, rows, x.cols, 0);
+    for (int step = 0; step < n_steps; ++step) {
         wait_copies<1>();
-        wait_products(sums);
         publish_shared();
-        sync_block();  // this step of x is there, and everyone has done with the last one, and with its weights
-        multiply(sums, now, memory.x[step % kStages]);
-        load_step(step + 2);
-        load_weights(step + 3);
+        sync_block();  // this step of x is there, and everyone has done with the last one and with its weights
+        StepOfX& of_x = memory.x[step % kStages];
+        multiply(sums, first, of_x, 0);
+        load_weights(step + 2);
         commit_copies();
-        if (step + 1 < n_steps) unpack<kType>(next, memory, rows, x.cols, step + 1);
-    };
-    unpack<kType>(even, memory, rows, x.cols, 0);
-    for (int step = 0; step < n_steps; step += 2) {
-        take(step, even, odd);
-        if (step + 1 < n_steps) take(step + 1, odd, even);
+        load_step(step + 2);
+        commit_copies();
+        unpack<kType>(second, memory, rows, x.cols, 2 * step + 1);
+        multiply(sums, second, of_x, kChunks);
+        wait_products<1>();
+        if (step + 1 < n_steps) unpack<kType>(first, memory, rows, x.cols, 2 * step + 2);
+        wait_products<0>();
     }
-    wait_products(sums);
-    write(sums, to, first_token, first_row, gated, x.unscaled, kPackedScale<kType>);
+    finish_products(sums);
+    sync_block();  // the tiles become room for results
+    GroupResults& results = *reinterpret_cast<GroupResults*>(dynamic_shared());
+    put_results(results, sums);
+    sync_block();
+    for (int i = warp_id(); i < kTokens && first_token + i < x.rows; i += kThreads / kWarp) {
+        write_results<kType>(results.of_token[i], kRows, to, x, first_token + i, first_row, gated);
+    }
 #endif
 }
 
@@ -290,7 +316,8 @@ void start_warpgroup_gemm(Stream& stream, const HalfInput& x, const Weight& w, c
     with_type(w.type, [&]<WeightType kType> {
         if constexpr (kType != WeightType::F32) {
             launch(stream, gemm.name, warpgroup_gemm_kernel<kType>, gemm_grid(x.rows, kTokens, kRows, gemm), kThreads,
-                   sizeof(GroupMemory<kType>), gemm.targets, x, static_cast<int>(w.row_bytes()), gemm.gated);
+                   std::max(sizeof(GroupMemory<kType>), sizeof(GroupResults)), gemm.targets, x,
+                   static_cast<int>(w.row_bytes()), gemm.gated);
         }
     });
 }

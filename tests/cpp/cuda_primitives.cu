@@ -385,7 +385,8 @@ __global__ void async_kernel([[maybe_unused]] float* out, [[maybe_unused]] const
         YIVL_UNROLL
         for (int k = 0; k < 4; ++k) multiply_async(d, a[k], &tile.chunk(0, 2 * k));
         commit_products();
-        wait_products(d);
+        wait_products<0>();
+        finish_products(d);
     }
     YIVL_UNROLL
     for (int j = 0; j < kAsyncColumns / 8; ++j) {
@@ -498,7 +499,8 @@ __global__ void changed_kernel(const Half* b) {
     begin_products(d);
     multiply_async(d, {}, &tile.chunk(0, 0));
     tile.chunk(thread_id(), 1) = {};
-    wait_products(d);
+    commit_products();
+    wait_products<0>();
 }
 __global__ void never_waits_kernel() {
     if (thread_id() != 7) wait_for_earlier_kernels();

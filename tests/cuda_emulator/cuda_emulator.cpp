@@ -171,6 +171,7 @@ struct Thread {
     int copy_group;
     bool is_published;  // what it has copied
     std::vector<AsyncProduct> products;
+    int product_group;
 };
 
 struct Warp {
@@ -335,23 +336,27 @@ public:
             fail("multiply_async: expected an operand in shared memory", place);
         }
         if (current_->position.thread % kWarp == 0) product.was.assign(tile, tile + columns * kAsyncRowBytes);
+        product.group = current_->product_group;
         current_->products.push_back(std::move(product));
         meet("multiply_async", {}, [](const Operand(&)[kWarp]) {}, place);
     }
-    void wait_products(int columns, const Place& place) {
+    void commit_products() { ++current_->product_group; }
+    void wait_products(int pending, int columns, const Place& place) {
         struct Mine {
             Thread* thread;
-            int columns;
-        } mine{current_, columns};
+            int first_pending, columns;
+        } mine{current_, current_->product_group - pending, columns};
         meet(
             "wait_products", {&mine, nullptr},
             [](const Operand(&lanes)[kWarp]) {
+                const Mine& first = *static_cast<const Mine*>(lanes[0].in);
                 std::vector<AsyncProduct>* products[kWarp];
                 for (int i = 0; i < kWarp; ++i) products[i] = &static_cast<const Mine*>(lanes[i].in)->thread->products;
-                for (size_t i = 0; i < products[0]->size(); ++i) {
-                    multiply(products, i, static_cast<const Mine*>(lanes[0].in)->columns);
+                size_t n = 0;
+                for (; n < products[0]->size() && (*products[0])[n].group < first.first_pending; ++n) {
+                    multiply(products, n, first.columns);
                 }
-                for (std::vector<AsyncProduct>* p : products) p->clear();
+                for (std::vector<AsyncProduct>* p : products) p->erase(p->begin(), p->begin() + n);
             },
             place);
     }
@@ -402,6 +407,7 @@ private:
             thread.copy_group = 0;
             thread.is_published = true;
             thread.products.clear();
+            thread.product_group = 0;
         }
         objects_.clear();
         shared_used_ = static_used_ = 0;
@@ -689,7 +695,8 @@ void publish_shared() { running->publish_shared(); }
 void multiply_async(AsyncProduct product, int columns, const Place& place) {
     running->multiply_async(std::move(product), columns, place);
 }
-void wait_products(int columns, const Place& place) { running->wait_products(columns, place); }
+void commit_products() { running->commit_products(); }
+void wait_products(int pending, int columns, const Place& place) { running->wait_products(pending, columns, place); }
 
 // GCC calls this when an index is outside its array (-fsanitize=bounds); its data begins with where.
 struct OutOfBounds {

@@ -95,11 +95,13 @@ struct AsyncProduct {
     uint32_t a[4];
     const std::byte* b;
     std::vector<std::byte> was;  // b's rows when it began; of lane 0
+    int group;
 };
 inline constexpr int kAsyncRowBytes = 128;
 void publish_shared();
 void multiply_async(AsyncProduct product, int columns, const Place& place);
-void wait_products(int columns, const Place& place);
+void commit_products();
+void wait_products(int pending, int columns, const Place& place);
 
 template <class T>
 inline constexpr char kSharedKey{};
@@ -304,11 +306,14 @@ inline void publish_shared() { emulator::publish_shared(); }
 inline void begin_products(AsyncSums&) {}
 inline void multiply_async(AsyncSums& d, const uint32_t (&a)[4], const void* b,
                            const emulator::Place& place = emulator::Place::current()) {
-    emulator::multiply_async({d, {a[0], a[1], a[2], a[3]}, static_cast<const std::byte*>(b), {}}, kAsyncColumns, place);
+    emulator::multiply_async({d, {a[0], a[1], a[2], a[3]}, static_cast<const std::byte*>(b), {}, 0}, kAsyncColumns,
+                             place);
 }
-inline void commit_products() {}
-inline void wait_products(AsyncSums&, const emulator::Place& place = emulator::Place::current()) {
-    emulator::wait_products(kAsyncColumns, place);
+inline void commit_products() { emulator::commit_products(); }
+template <int kPending>
+void wait_products(const emulator::Place& place = emulator::Place::current()) {
+    emulator::wait_products(kPending, kAsyncColumns, place);
 }
+inline void finish_products(AsyncSums&) {}
 
 }  // namespace yivl::cuda
