@@ -32,7 +32,7 @@ __global__ void half_kernel(float* sink, int64_t rounds) {
 
 // The same by four warps at once, where the card can.
 constexpr int kAsyncThreads = 384;  // a block for each multiprocessor
-constexpr int kAsyncProducts = 16;  // that wait for each other, of a warpgroup
+constexpr int kAsyncProducts = 4;   // that wait for each other, of a warpgroup
 using AsyncTile = Tile<kAsyncColumns, 8>;
 
 __global__ void __launch_bounds__(kAsyncThreads, 1)
@@ -40,16 +40,18 @@ __global__ void __launch_bounds__(kAsyncThreads, 1)
 #ifdef YIVL_WARPGROUPS
     wait_for_earlier_kernels();
     AsyncTile& tile = *reinterpret_cast<AsyncTile*>(dynamic_shared());
-    for (int i = thread_id(); i < kAsyncColumns * 8; i += kAsyncThreads) tile.chunk(i / 8, i % 8) = {};
+    const uint32_t ones = pack_halves(1.0f, 1.0f);
+    for (int i = thread_id(); i < kAsyncColumns * 8; i += kAsyncThreads) {
+        tile.chunk(i / 8, i % 8) = {{ones, ones, ones, ones}};
+    }
     publish_shared();
     sync_block();
-    const uint32_t ones = pack_halves(1.0f, 1.0f);
-    const uint32_t a[4] = {ones, ones, ones, ones};
+    uint32_t a[1][4] = {{ones, ones, ones, ones}};
     AsyncSums d{};
     for (int64_t i = 0; i < rounds; ++i) {
-        begin_products(d);
+        begin_products(d, a);
         YIVL_UNROLL
-        for (int j = 0; j < kAsyncProducts; ++j) multiply_async(d, a, &tile.chunk(0, j % 4 * 2));
+        for (int j = 0; j < kAsyncProducts; ++j) multiply_async(d, a[0], &tile.chunk(0, j * 2));
         commit_products();
         wait_products<0>();
         finish_products(d);
@@ -58,6 +60,8 @@ __global__ void __launch_bounds__(kAsyncThreads, 1)
     YIVL_UNROLL
     for (auto& columns : d) sum += columns[0] + columns[1] + columns[2] + columns[3];
     use(sum, sink);
+#else
+    stop_without_warpgroups();
 #endif
 }
 

@@ -266,9 +266,14 @@ __device__ __forceinline__ void hold(AsyncSums& d) {
 // What this thread wrote to shared memory, also by copy_async, can be multiplied by all after a sync.
 __device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Before the first multiply_async of a group.
-__device__ __forceinline__ void begin_products(AsyncSums& d) {
+// Before the first multiply_async of a group, with the operands that it multiplies.
+template <int kN>
+__device__ __forceinline__ void begin_products(AsyncSums& d, uint32_t (&a)[kN][4]) {
     hold(d);
+    YIVL_UNROLL
+    for (auto& operand : a) {
+        for (uint32_t& pair : operand) asm volatile("" : "+r"(pair)::"memory");
+    }
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 // Begins d += a b, of a (64, 16), each warp with 16 rows of a and d as mma_half has them, d[j] for columns from 8j on.
@@ -306,6 +311,9 @@ __device__ __forceinline__ void wait_products() {
 // d can be used, once all groups are done.
 __device__ __forceinline__ void finish_products(AsyncSums& d) { hold(d); }
 
+#else
+// In place of a kernel's code: it must not seem to have done its work.
+__device__ __forceinline__ void stop_without_warpgroups() { __trap(); }
 #endif
 
 }  // namespace yivl::cuda

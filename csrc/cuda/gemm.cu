@@ -91,6 +91,10 @@ __device__ __forceinline__ void load_shared_aligned(uint32_t (&words)[8], const 
     }
 }
 
+// Read by a thread for each row.
+template <WeightType kType>
+using RowSegment = Segment<kType, kRows, 2, 1>;
+
 // The weights of a slab, the segment's number `slab`: put(chunk, words) for each of its chunks.
 template <WeightType kType>
 struct Unpack {
@@ -252,9 +256,9 @@ __device__ __forceinline__ void load_halves(HalfTile& tile, const Rows& rows, in
 
 // Each thread a row.
 template <WeightType kType>
-__device__ __forceinline__ void unpack(HalfTile& tile, const Segment<kType, kRows>& from, const Rows& rows,
-                                       int64_t cols, int slab) {
-    using S = Segment<kType, kRows>;
+__device__ __forceinline__ void unpack(HalfTile& tile, const RowSegment<kType>& from, const Rows& rows, int64_t cols,
+                                       int slab) {
+    using S = RowSegment<kType>;
     static_assert(kThreads == kRows);
     const int r = thread_id();
     const auto* row = reinterpret_cast<const std::byte*>(&from.words[r * S::kWords]);
@@ -293,7 +297,7 @@ __device__ __forceinline__ void multiply(Sums& sums, HalfTile& x, HalfTile& w) {
 template <WeightType kType, bool kStaged>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     gemm_kernel(Targets targets, HalfInput x, int row_bytes, bool gated) {
-    using S = Segment<kType, kRows>;
+    using S = RowSegment<kType>;
     Tiles& tiles = *reinterpret_cast<Tiles*>(dynamic_shared());
     S& segment = *reinterpret_cast<S*>(dynamic_shared() + sizeof(Tiles));
 
@@ -309,7 +313,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
 
     Sums sums{};
     if constexpr (kStaged) {
-        load_segment<kThreads>(segment, rows, 0);
+        load_segment<kThreads, kRows>(segment, rows, 0);
     } else {
         load_halves(tiles.w[0], rows, 0);
     }
@@ -332,7 +336,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
             load_x(tiles.x[next % 2], x, first_token, next);
             if constexpr (!kStaged) load_halves(tiles.w[next % 2], rows, next);
             if constexpr (kStaged) {
-                if (next % S::kSlabs == 0) load_segment<kThreads>(segment, rows, next / S::kSlabs);
+                if (next % S::kSlabs == 0) load_segment<kThreads, kRows>(segment, rows, next / S::kSlabs);
             }
             commit_copies();
         }
@@ -362,7 +366,7 @@ void start(Stream& stream, const HalfInput& x, const Weight& w, const GemmLaunch
     if (x.in_fragments) return start_warpgroup_gemm(stream, x, w, gemm);
     const auto with_staging = [&]<WeightType kType, bool kStaged>() {
         launch(stream, gemm.name, gemm_kernel<kType, kStaged>, gemm_grid(x.rows, kTokens, kRows, gemm), kThreads,
-               sizeof(Tiles) + (kStaged ? sizeof(Segment<kType, kRows>) : 0), gemm.targets, x,
+               sizeof(Tiles) + (kStaged ? sizeof(RowSegment<kType>) : 0), gemm.targets, x,
                static_cast<int>(w.row_bytes()), gemm.gated);
     };
     with_type(w.type, [&]<WeightType kType> {

@@ -39,16 +39,17 @@ constexpr int blocks_of_segment(WeightType type) {
     }
 }
 
-// Bytes of kRows rows of the weights, at most kWeights of each at a time. A row begins at an even address: up to 14
-// bytes of the first chunk come before it, and 16 more may be read behind it. The number of chunks is odd, so that
-// eight rows lie in different banks.
-template <WeightType kType, int kRows>
+// Bytes of kRows rows of the weights, at most kWeights of each at a time. Where blocks are no multiple of 16 bytes, a
+// row begins at an even address: up to 14 bytes of the first chunk come before it, and 16 more may be read behind it.
+// The number of chunks has the remainder kRest when divided by kOf, so that what a warp reads lies in different banks.
+template <WeightType kType, int kRows, int kOf, int kRest>
 struct Segment {
     using Block = typename BlockOf<kType>::Block;
     static constexpr int kBlockBytes = static_cast<int>(sizeof(Block));
     static constexpr int kWeights = blocks_of_segment(kType) * BlockOf<kType>::kWeights;
     static constexpr int kBytes = blocks_of_segment(kType) * kBlockBytes;
-    static constexpr int kWords = (14 + kBytes + 16 + 15) / 16 | 1;
+    static constexpr int kLeast = ((kBlockBytes % 16 == 0 ? 0 : 14 + 16) + kBytes + 15) / 16;
+    static constexpr int kWords = kLeast + (kRest + kOf - kLeast % kOf) % kOf;
     static constexpr int kSlabs = kWeights / kSlab;
     Words words[kRows * kWords];
 };
@@ -83,9 +84,8 @@ __device__ __forceinline__ int offset_in_chunk(const Rows& rows, int i, int segm
 }
 
 // Begins to copy segment number `segment` of each row: four threads a row.
-template <int kThreads, WeightType kType, int kRows>
-__device__ __forceinline__ void load_segment(Segment<kType, kRows>& to, const Rows& rows, int segment) {
-    using S = Segment<kType, kRows>;
+template <int kThreads, int kRows, class S>
+__device__ __forceinline__ void load_segment(S& to, const Rows& rows, int segment) {
     constexpr int kOfRow = 4, kRowsAtOnce = kThreads / kOfRow;
     static_assert(kRows % kRowsAtOnce == 0);
     const int begin = segment * S::kBytes, left = rows.row_bytes - begin, bytes = left < S::kBytes ? left : S::kBytes;

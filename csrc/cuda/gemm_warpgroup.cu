@@ -145,7 +145,9 @@ using StepOfX = Tile<kTokens, kStepChunks>;
 
 template <WeightType kType>
 struct GroupMemory {
-    using S = Segment<kType, kRows>;
+    // Read by four lanes for each row, eight bytes each, or 16 of half-precision weights.
+    static constexpr bool kSixteen = BlockOf<kType>::kWeights == 1;
+    using S = Segment<kType, kRows, kSixteen ? 8 : 4, kSixteen ? 4 : 2>;
     static constexpr int kSteps = S::kWeights / kStep;  // of a segment
     // One is unpacked, the others are there or on their way: each for a step before its first.
     static constexpr int kSegments = kSteps == 1 ? 3 : 2;
@@ -223,8 +225,8 @@ __device__ __forceinline__ void unpack(Operands& operands, const GroupMemory<kTy
 }
 
 // `chunk`: x's of the slab's first columns.
-__device__ __forceinline__ void multiply(AsyncSums& sums, const Operands& operands, StepOfX& x, int chunk) {
-    begin_products(sums);
+__device__ __forceinline__ void multiply(AsyncSums& sums, Operands& operands, StepOfX& x, int chunk) {
+    begin_products(sums, operands.a);
     YIVL_UNROLL
     for (int i = 0; i < 2; ++i) multiply_async(sums, operands.a[i], &x.chunk(0, chunk + 2 * i));
     commit_products();
@@ -261,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const auto load_weights = [&](int step) {
         if (step >= n_steps || step % Memory::kSteps != 0) return;
         const int segment = step / Memory::kSteps;
-        load_segment<kThreads>(memory.segments[segment % Memory::kSegments], rows, segment);
+        load_segment<kThreads, kRows>(memory.segments[segment % Memory::kSegments], rows, segment);
     };
     const CopiesOfX copies(x, first_token);
     const auto load_step = [&](int step) {
@@ -297,6 +299,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         multiply(sums, second, of_x, kChunks);
         wait_products<1>();
         if (step + 1 < n_steps) unpack<kType>(first, memory, rows, x.cols, 2 * step + 2);
+        // With a group at work from step to step, ptxas lets every product wait for the one before it.
         wait_products<0>();
     }
     finish_products(sums);
@@ -307,6 +310,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = warp_id(); i < kTokens && first_token + i < x.rows; i += kThreads / kWarp) {
         write_results<kType>(results.of_token[i], kRows, to, x, first_token + i, first_row, gated);
     }
+#else
+    stop_without_warpgroups();
 #endif
 }
 

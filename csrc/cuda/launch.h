@@ -43,7 +43,7 @@ void launch([[maybe_unused]] Stream& stream, const char* name, void (*kernel)(Pa
     config.dynamicSmemBytes = dynamic_shared;
     config.stream = static_cast<cudaStream_t>(stream.handle());
     config.attrs = &early;
-    config.numAttrs = stream.overlaps_kernels() ? 1 : 0;
+    config.numAttrs = stream.overlaps_kernels() && stream.profile == nullptr ? 1 : 0;
     check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), name);
 #else
     (emulator::check_argument(name, arguments), ...);

@@ -44,12 +44,15 @@ __global__ void round_kernel(ConstMat x, RoundedInput to) {
 
 // ---- kernels ----
 
-// sums[r][t] = w[r] . x[first_token + t], in every lane. Tokens past the last repeat it. The rows are on their way
-// before x is there.
+// A row of weights, to be on its way before x is there.
+__device__ __forceinline__ void prefetch_row(const std::byte* row, int64_t row_bytes) {
+    for (int64_t i = lane_id() * kLine; i < row_bytes; i += kWarp * kLine) prefetch_line(row + i);
+}
+
+// sums[r][t] = w[r] . x[first_token + t], in every lane. Tokens past the last repeat it.
 template <class P, class Input, int kTokens>
 __device__ __forceinline__ void multiply_rows(float (&sums)[kRows][kTokens], const std::byte* const (&w)[kRows],
-                                              int64_t row_bytes, const Input& x, int64_t first_token,
-                                              int64_t n_tokens) {
+                                              const Input& x, int64_t first_token, int64_t n_tokens) {
     const int n_pieces = static_cast<int>((columns(x) + P::kColumns - 1) / P::kColumns);
     for (auto& row : sums) {
         for (float& sum : row) sum = 0.0f;
@@ -58,9 +61,6 @@ __device__ __forceinline__ void multiply_rows(float (&sums)[kRows][kTokens], con
     typename P::Weights weights[kRows];
     if (piece < n_pieces) {
         for (int r = 0; r < kRows; ++r) weights[r] = load_piece<P>(w[r], piece, x);
-    }
-    for (int64_t i = lane_id() * kLine; i < row_bytes; i += kWarp * kLine) {
-        for (const std::byte* row : w) prefetch_line(row + i);
     }
     wait_for_earlier_kernels();
     while (piece < n_pieces) {
@@ -100,9 +100,10 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kType, kTokens))
     const std::byte* w[kRows];
     for (int r = 0; r < kRows; ++r) {
         w[r] = to.w + (first_row + r < to.y.cols ? first_row + r : first_row) * row_bytes;
+        prefetch_row(w[r], row_bytes);
     }
     float sums[kRows][kTokens];
-    multiply_rows<Piece<kType>>(sums, w, row_bytes, x, first_token, to.y.rows);
+    multiply_rows<Piece<kType>>(sums, w, x, first_token, to.y.rows);
     if (lane_id() != 0) return;
     static_assert(kRows == 2);  // a pair that is rotated together
     const bool has_second = first_row + 1 < to.y.cols;
@@ -132,13 +133,17 @@ __global__ void __launch_bounds__(kGatedWarps* kWarp, gated_blocks_at_once(kType
     };
     Products& products = shared<Products>();
     const int64_t first_row = int64_t{block_x()} * kBlock, first_token = int64_t{block_y()} * kTokens;
+    for (int i = warp_id(); i < kBlock && first_row + i < y.cols; i += kGatedWarps) {
+        prefetch_row(gate + (first_row + i) * row_bytes, row_bytes);
+        prefetch_row(up + (first_row + i) * row_bytes, row_bytes);
+    }
     for (int i = warp_id(); i < kBlock; i += kGatedWarps) {
         const int64_t row = first_row + i;
         if (row >= y.cols) break;
         static_assert(kRows == 2);
         const std::byte* const w[kRows] = {gate + row * row_bytes, up + row * row_bytes};
         float sums[kRows][kTokens];
-        multiply_rows<Piece<kType>>(sums, w, row_bytes, x, first_token, y.rows);
+        multiply_rows<Piece<kType>>(sums, w, x, first_token, y.rows);
         if (lane_id() != 0) continue;
         YIVL_UNROLL
         for (int t = 0; t < kTokens; ++t) {

@@ -91,12 +91,15 @@ Stream::Stream(int device) : device_(device) {
     handle_ = stream;
     // Older drivers cannot record it.
     constexpr int kOldestDriver = 12040, kOldestMajor = 9;
-    int driver = 0, major = 0, minor = 0;
+    int driver = 0, major = 0;
+    [[maybe_unused]] int minor = 0;
     check(cudaDriverGetVersion(&driver), "asking for the driver's version");
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_), "asking for its capability");
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_), "asking for its capability");
     overlaps_kernels_ = driver >= kOldestDriver && major >= kOldestMajor;
+#ifdef YIVL_HAS_WARPGROUP_CODE
     has_warpgroups_ = major == 9 && minor == 0;
+#endif
 }
 
 Stream::~Stream() {

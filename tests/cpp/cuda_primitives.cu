@@ -381,7 +381,7 @@ __global__ void async_kernel([[maybe_unused]] float* out, [[maybe_unused]] const
                 a[k][r] = pair[0].bits | static_cast<uint32_t>(pair[1].bits) << 16;
             }
         }
-        begin_products(d);
+        begin_products(d, a);
         YIVL_UNROLL
         for (int k = 0; k < 4; ++k) multiply_async(d, a[k], &tile.chunk(0, 2 * k));
         commit_products();
@@ -393,6 +393,8 @@ __global__ void async_kernel([[maybe_unused]] float* out, [[maybe_unused]] const
         YIVL_UNROLL
         for (int r = 0; r < 4; ++r) out[(row + r / 2 * 8) * kAsyncColumns + j * 8 + 2 * t + r % 2] = d[j][r];
     }
+#else
+    stop_without_warpgroups();
 #endif
 }
 
@@ -487,8 +489,9 @@ __global__ void unpublished_kernel(const Half* b) {
     AsyncTile& tile = load_columns(b);
     sync_block();
     AsyncSums d{};
-    begin_products(d);
-    multiply_async(d, {}, &tile.chunk(0, 0));
+    uint32_t a[1][4] = {};
+    begin_products(d, a);
+    multiply_async(d, a[0], &tile.chunk(0, 0));
 }
 __global__ void changed_kernel(const Half* b) {
     wait_for_earlier_kernels();
@@ -496,8 +499,9 @@ __global__ void changed_kernel(const Half* b) {
     publish_shared();
     sync_block();
     AsyncSums d{};
-    begin_products(d);
-    multiply_async(d, {}, &tile.chunk(0, 0));
+    uint32_t a[1][4] = {};
+    begin_products(d, a);
+    multiply_async(d, a[0], &tile.chunk(0, 0));
     tile.chunk(thread_id(), 1) = {};
     commit_products();
     wait_products<0>();

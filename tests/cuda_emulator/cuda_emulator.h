@@ -303,7 +303,8 @@ inline constexpr int kAsyncColumns = 184;
 using AsyncSums = float[kAsyncColumns / 8][4];
 
 inline void publish_shared() { emulator::publish_shared(); }
-inline void begin_products(AsyncSums&) {}
+template <int kN>
+void begin_products(AsyncSums&, uint32_t (&)[kN][4]) {}
 inline void multiply_async(AsyncSums& d, const uint32_t (&a)[4], const void* b,
                            const emulator::Place& place = emulator::Place::current()) {
     emulator::multiply_async({d, {a[0], a[1], a[2], a[3]}, static_cast<const std::byte*>(b), {}, 0}, kAsyncColumns,
