@@ -23,7 +23,28 @@ constexpr int kThreads = kRows * 2;
 constexpr int kStep = kMostColumns;
 constexpr int kStages = 3;
 constexpr int kStepChunks = kStep / kChunkElements;
-constexpr int kStepSlabs = kStep / kSlab;
+
+using StepOfX = Tile<kTokens, kStepChunks>;
+
+template <WeightType kType>
+struct GroupMemory {
+    // Read by four lanes for each row, eight bytes each, or 16 of half-precision weights.
+    static constexpr bool kSixteen = BlockOf<kType>::kWeights == 1;
+    using S = Segment<kType, kRows, kSixteen ? 8 : 4, kSixteen ? 4 : 2>;
+    static constexpr int kSteps = S::kWeights / kStep;  // of a segment
+    // One is unpacked, the others are there or on their way: each for a step before its first.
+    static constexpr int kSegments = kSteps == 1 ? 3 : 2;
+    StepOfX x[kStages];
+    S segments[kSegments];
+};
+
+// What results pass through, so that they go to memory row by row.
+struct GroupResults {
+    static constexpr int kPitch = kRows + 4;  // the lanes of a warp write to different banks
+    float of_token[kTokens][kPitch];
+};
+
+#ifdef YIVL_WARPGROUPS
 
 // ---- unpacking ----
 
@@ -140,28 +161,6 @@ struct Unpack<WeightType::Q6_K> {
 };
 
 // ---- the product ----
-
-using StepOfX = Tile<kTokens, kStepChunks>;
-
-template <WeightType kType>
-struct GroupMemory {
-    // Read by four lanes for each row, eight bytes each, or 16 of half-precision weights.
-    static constexpr bool kSixteen = BlockOf<kType>::kWeights == 1;
-    using S = Segment<kType, kRows, kSixteen ? 8 : 4, kSixteen ? 4 : 2>;
-    static constexpr int kSteps = S::kWeights / kStep;  // of a segment
-    // One is unpacked, the others are there or on their way: each for a step before its first.
-    static constexpr int kSegments = kSteps == 1 ? 3 : 2;
-    StepOfX x[kStages];
-    S segments[kSegments];
-};
-
-// What results pass through, so that they go to memory row by row.
-struct GroupResults {
-    static constexpr int kPitch = kRows + 4;  // the lanes of a warp write to different banks
-    float of_token[kTokens][kPitch];
-};
-
-#ifdef YIVL_WARPGROUPS
 
 // What a thread copies of each step of x: chunks of one number, of every kRowsAtOnce-th row. Past the last token it
 // comes again.
@@ -281,7 +280,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     sync_block();
 
     // Each is unpacked while the tensor cores are at the other.
-    static_assert(kStepSlabs == 2);
+    static_assert(kStep == 2 * kSlab);
     Operands first, second;
     AsyncSums sums{};
     unpack<kType>(first, memory, rows, x.cols, 0);
