@@ -1,8 +1,5 @@
-// Fibres, barriers and shared memory of an emulated block. Blocks are handed to the threads of a pool; on each, the
-// emulated threads of a block run one after the other, each until it must wait for others.
-#include <sys/mman.h>
-#include <unistd.h>
-
+// Barriers, warps and shared memory of an emulated block, and when kernels run. Blocks are handed to the threads of a
+// pool; on each, the emulated threads of a block run one after the other, each until it must wait for others.
 #include <algorithm>
 #include <atomic>
 #include <bit>
@@ -24,10 +21,7 @@
 #include "emulated_memory.h"
 #include "emulated_stream.h"
 #include "errors.h"
-
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
+#include "fibres.h"
 
 namespace yivl::cuda::emulator {
 
@@ -46,92 +40,6 @@ constexpr int kMaxGridYZ = 65535;
 // What shared memory holds before a block writes it: as float32, half or bfloat16 not a number.
 constexpr int kPoison = 0xff;
 constexpr size_t kFence = 64;  // bytes of poison after each object
-
-constexpr size_t kStack = 64 << 10;
-// Stacks a power of two apart would compete for the same cache lines.
-constexpr size_t kStagger = 192;
-
-// ---- fibres ----
-
-#if defined(__x86_64__)
-
-// Keeps what a called function must keep and goes on where `to` was kept.
-extern "C" void yivl_switch_fibre(void** from, void* to);
-asm(R"(
-.text
-.type yivl_switch_fibre, @function
-yivl_switch_fibre:
-    pushq %rbp
-    pushq %rbx
-    pushq %r12
-    pushq %r13
-    pushq %r14
-    pushq %r15
-    movq %rsp, (%rdi)
-    movq %rsi, %rsp
-    popq %r15
-    popq %r14
-    popq %r13
-    popq %r12
-    popq %rbx
-    popq %rbp
-    ret
-.size yivl_switch_fibre, .-yivl_switch_fibre
-)");
-
-class Fibre {
-public:
-    void prepare(std::byte* stack_end, void (*entry)()) {
-        // Six registers, where to return to, and what would be the return address of `entry`, at whose entry the stack
-        // is 8 bytes off a multiple of 16.
-        auto** top = reinterpret_cast<void**>(stack_end) - 8;
-        std::fill_n(top, 8, nullptr);
-        top[6] = reinterpret_cast<void*>(entry);
-        stack_ = top;
-    }
-    static void change(Fibre& from, Fibre& to) { yivl_switch_fibre(&from.stack_, to.stack_); }
-
-private:
-    void* stack_ = nullptr;
-};
-
-#else
-
-class Fibre {
-public:
-    void prepare(std::byte* stack_end, void (*entry)()) {
-        getcontext(&context_);
-        context_.uc_stack.ss_sp = stack_end - (kStack / 2);
-        context_.uc_stack.ss_size = kStack / 2;
-        makecontext(&context_, entry, 0);
-    }
-    static void change(Fibre& from, Fibre& to) { swapcontext(&from.context_, &to.context_); }
-
-private:
-    ucontext_t context_;
-};
-
-#endif
-
-// The stacks of a thread's fibres, made when first needed. Below each lies a page that may not be touched.
-class Stacks {
-public:
-    Stacks() {
-        const size_t bytes = kMaxThreads * kStack;
-        void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (memory == MAP_FAILED) throw std::bad_alloc();
-        memory_ = static_cast<std::byte*>(memory);
-        for (int i = 0; i < kMaxThreads; ++i) mprotect(memory_ + i * kStack, getpagesize(), PROT_NONE);
-    }
-    ~Stacks() { munmap(memory_, kMaxThreads * kStack); }
-    Stacks(const Stacks&) = delete;
-    Stacks& operator=(const Stacks&) = delete;
-
-    std::byte* end_of(int i) const { return memory_ + (i + 1) * kStack - i % 32 * kStagger; }
-
-private:
-    std::byte* memory_;
-};
 
 // ---- one block ----
 
@@ -558,7 +466,7 @@ private:
     Thread* current_ = nullptr;
     std::vector<Thread> threads_;
     std::vector<Warp> warps_;
-    Stacks stacks_;
+    Stacks stacks_{kMaxThreads};
     static constexpr size_t kSharedAlignment = 1024;
     struct FreeAligned {
         void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{kSharedAlignment}); }
