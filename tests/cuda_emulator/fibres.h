@@ -78,7 +78,7 @@ private:
 
 #endif
 
-// The stacks of a thread's fibres, made when first needed. Below each lies a page that may not be touched.
+// The stacks of so many fibres. Below each lies a page that may not be touched.
 class Stacks {
 public:
     explicit Stacks(int n) : n_(n) {
