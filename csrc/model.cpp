@@ -29,6 +29,10 @@ private:
 
 bool same_picture(const Pixels& a, const Pixels& b) { return a == b || (a != nullptr && b != nullptr && *a == *b); }
 
+bool has_image_rows(std::span<const int32_t> positions) {
+    return std::ranges::find(positions, kImageId) != positions.end();
+}
+
 // The positions asked for, all T of them by default.
 std::vector<int64_t> checked_wanted(const std::optional<std::vector<int64_t>>& positions, int64_t T) {
     std::vector<int64_t> wanted(positions ? 0 : T);
@@ -204,7 +208,7 @@ int64_t Session::matching_prefix(std::span<const int32_t> wanted, const Pixels& 
 
 void Session::forget_from(int64_t position) {
     positions_.resize(position);
-    if (std::ranges::find(positions_, kImageId) == positions_.end()) cached_pixels_.reset();
+    if (!has_image_rows(positions_)) cached_pixels_.reset();
 }
 
 void Session::embed_image(const Pixels& pixels, Work& work) {
@@ -246,7 +250,7 @@ void Session::run_cpu_layers(int64_t T, int64_t first, int64_t n_wanted, Work& w
     work.ops->upload(decoder_.x.rows(T), cpu_decoder_->x.rows(T));
 }
 
-void Session::prefill(std::span<const int32_t> positions, int64_t first, int64_t n_wanted, const Pixels& pixels,
+void Session::compute(std::span<const int32_t> positions, int64_t first, int64_t n_wanted, const Pixels& pixels,
                       Work& work, const OnBatch& on_batch, const OnBatch& before_batch) {
     const DecoderConfig& c = model_->config().decoder;
     const int64_t total = static_cast<int64_t>(positions.size());
@@ -266,8 +270,8 @@ void Session::prefill(std::span<const int32_t> positions, int64_t first, int64_t
         const int64_t wanted = std::clamp<int64_t>(n_wanted - (total - begin - T), 0, T);
         if (cpu_decoder_) run_cpu_layers(T, begin, wanted, work, on_layer);
         decoder_forward(model_->weights().decoder, c, decoder_, T, begin, wanted, *work.ops, on_layer);
-        on_batch(T, begin);
-        if (std::ranges::find(batch, kImageId) != batch.end()) cached_pixels_ = pixels;
+        if (on_batch) on_batch(T, begin);
+        if (has_image_rows(batch)) cached_pixels_ = pixels;
         positions_.insert(positions_.end(), batch.begin(), batch.end());
         begin += T;
     }
@@ -294,13 +298,13 @@ int32_t Session::read_prompt(Control& control) {
     Reply& r = *reply_;
     const int64_t cached = std::min(matching_prefix(r.prompt, r.pixels), r.usage.prompt_tokens - 1);
     r.usage.cached_tokens = cached;
-    if (std::find(r.prompt.begin() + cached, r.prompt.end(), kImageId) != r.prompt.end()) {
+    if (has_image_rows(std::span(r.prompt).subspan(cached))) {
         const Timer timer(r.timings.image);
         embed_image(r.pixels, control);
     }
     const Timer timer(r.timings.prefill);
     Work work = this->work(control);
-    prefill(r.prompt, cached, 1, r.pixels, work, [&](int64_t T, int64_t first) {
+    compute(r.prompt, cached, 1, r.pixels, work, [&](int64_t T, int64_t first) {
         if (first + T < r.usage.prompt_tokens) return;
         decoder_logits(model_->weights().decoder, model_->config().decoder, decoder_, T - 1, decoder_.logits.view(),
                        *work.ops);
@@ -379,6 +383,17 @@ std::optional<std::string> Session::next(Control& control) {
     return rest.empty() ? std::nullopt : std::optional(std::move(rest));
 }
 
+void Session::prefill(std::span<const int32_t> ids, const Pixels& pixels, Control& control) {
+    model_->check_ids(ids, 0, decoder_.n_ctx);
+    check_pixels(ids, pixels);
+    const std::vector<int32_t> positions = expand(ids);
+    const int64_t cached = matching_prefix(positions, pixels);
+    if (cached == static_cast<int64_t>(positions.size())) return;
+    Work work = this->work(control);
+    if (has_image_rows(std::span(positions).subspan(cached))) embed_image(pixels, work);
+    compute(positions, cached, 0, pixels, work);
+}
+
 std::vector<float> Session::vision_features(const Pixels& pixels, Control& control) {
     const Config& c = model_->config();
     model_->require_vision();
@@ -445,7 +460,7 @@ std::vector<float> Session::logits(std::span<const int32_t> ids, const Pixels& p
             done += rows;
         }
     };
-    prefill(positions, 0, static_cast<int64_t>(positions.size()), pixels, work, read_wanted, mark_wanted);
+    compute(positions, 0, static_cast<int64_t>(positions.size()), pixels, work, read_wanted, mark_wanted);
     return result;
 }
 

@@ -122,6 +122,10 @@ public:
     const Usage& usage() const { return reply_.value().usage; }
     const Timings& timings() const { return reply_.value().timings; }
 
+    // Computes what a reply to a prompt that begins like this needs, picture and positions, as far as the cache lacks
+    // it. Throws Cancelled, and what `begin` throws for ids and pixels.
+    void prefill(std::span<const int32_t> ids, const Pixels& pixels, Control& control);
+
     // Stage by stage.
     std::vector<float> vision_features(const Pixels& pixels, Control& control);  // (N, W)
     std::vector<float> encode_image(const Pixels& pixels, Control& control);     // (N, D)
@@ -163,8 +167,8 @@ private:
     using OnBatch = std::function<void(int64_t, int64_t)>;
     // Computes positions [first, end) of `positions` in batches; `on_batch` sees each (row count, first position), and
     // `before_batch` sees it before. Logits can be had of the last `n_wanted` positions.
-    void prefill(std::span<const int32_t> positions, int64_t first, int64_t n_wanted, const Pixels& pixels, Work& work,
-                 const OnBatch& on_batch, const OnBatch& before_batch = {});
+    void compute(std::span<const int32_t> positions, int64_t first, int64_t n_wanted, const Pixels& pixels, Work& work,
+                 const OnBatch& on_batch = {}, const OnBatch& before_batch = {});
     // The next id.
     int32_t read_prompt(Control& control);
     int32_t decode_step(Control& control);

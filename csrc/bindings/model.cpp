@@ -150,6 +150,13 @@ void bind_session(py::module_& m) {
                                    const Timings& t = s.timings();
                                    return std::tuple(t.image, t.prefill, t.first_token, t.decode);
                                })
+        .def("prefill",
+             [](Session& s, const std::vector<int32_t>& ids, const std::optional<FloatArray>& pixels,
+                PyControl& control) {
+                 const Pixels picture = to_pixels(pixels);
+                 const py::gil_scoped_release release;
+                 s.prefill(ids, picture, control);
+             })
         .def("vision_features",
              [](Session& s, const FloatArray& pixels, PyControl& control) {
                  return compute_rows([&, picture = to_pixels(pixels)] { return s.vision_features(picture, control); },
@@ -208,6 +215,7 @@ void bind_model(py::module_& m) {
     py::class_<PyControl>(m, "Control")
         .def(py::init<py::object, py::object>(), py::arg("on_progress") = py::none(), py::arg("cancel") = py::none())
         .def("cancel", &PyControl::cancel)
+        .def("check", &PyControl::check)
         .def_property_readonly("cancelled", &PyControl::cancelled);
     bind_config(m);
     py::enum_<Unit>(m, "Unit").value("memory", Unit::memory).value("float32", Unit::float32).value("half", Unit::half);

@@ -119,7 +119,7 @@ def _read_line(folder: Path, line: str, where: str) -> Conversation:
     picture = folder / name
     try:
         load_image(picture)
-        _, turns = normalise(picture, messages, answered=True)
+        _, turns = normalise(picture, messages, ends=("user", "assistant"))
     except ImageError as error:
         raise ImageError(f"{where}: {error}") from error
     except (ValueError, TypeError) as error:

@@ -13,7 +13,11 @@ _ROLES = ("system", "user", "assistant")
 
 
 def normalise(
-    image: ImageSource | None, messages: Messages, system: str | None = None, *, answered: bool = False
+    image: ImageSource | None,
+    messages: Messages,
+    system: str | None = None,
+    *,
+    ends: Sequence[str] = ("user",),
 ) -> tuple[ImageSource | None, list[tuple[str, str]]]:
     """The picture of a conversation and its turns.
 
@@ -22,7 +26,7 @@ def normalise(
         messages: One question, or turns ``{"role": "system"|"user"|"assistant", "content": ...}`` where the content
             is a string or a list of OpenAI content parts (``text``, and one ``image_url`` in the first user turn).
         system: Takes the place of the model's default system text; not together with a system turn.
-        answered: Whether the last turn may also be the assistant's.
+        ends: The roles that the last turn may have; with ``""`` there may be no turn at all.
 
     Returns:
         The picture or None, and (role, text) pairs, the system turn first if there is one.
@@ -67,8 +71,8 @@ def normalise(
         if turns and turns[0][0] == "system":
             raise ValueError("expected either the argument system or a system message, found both")
         turns.insert(0, ("system", checked_text("system", system)))
-    if not turns or turns[-1][0] not in (("user", "assistant") if answered else ("user",)):
-        expected = "the user's or the assistant's" if answered else "the user's"
+    if (turns[-1][0] if turns else "") not in ends:
+        expected = " or ".join(f"the {role}'s" for role in ends)
         found = f"one of role {turns[-1][0]!r}" if turns else "no messages"
         raise ValueError(f"expected the last message to be {expected}, found {found}")
     return image, turns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import numbers
 import operator
 import os
@@ -29,6 +30,9 @@ Progress = Callable[[str, float], object]
 
 # Sessions kept after a conversation, each with a KV cache: as many as callers that usually work at once.
 _IDLE_SESSIONS = 4
+
+# How often a reply that waits for a prefill looks whether it is to end.
+_SECONDS_BETWEEN_LOOKS = 0.02
 
 
 class CancelFlag(Protocol):
@@ -73,25 +77,68 @@ class ChatResult:
     text: str
     """The reply, stripped of white space at both ends and of the text that stopped it."""
     finish_reason: Literal["stop", "length", "cancelled"]
-    """``stop``: the model ended its turn; ``length``: max_tokens reached; ``cancelled``: stopped by the caller."""
+    """``stop``: the model ended its turn; ``length``: max_tokens reached; ``cancelled``: ended by the caller, or by an
+    error, which the stream has raised."""
     usage: Usage
     timings: Timings
 
 
 # Python ends a daemon thread that asks for the GIL after the interpreter's end by unwinding its stack, which no C++
 # code survives: what still computes then is stopped before.
-_open_streams: weakref.WeakSet[ChatStream] = weakref.WeakSet()
+_all_work: weakref.WeakSet[_Work] = weakref.WeakSet()
+
+
+class _Work:
+    """Something that computes for one caller at a time, and can be stopped from any thread."""
+
+    def __init__(self, control: _core.Control) -> None:
+        self.control = control
+        # The caller may come back from inside: from on_progress, or from a signal handler.
+        self.in_use = threading.RLock()
+        _all_work.add(self)
 
 
 @atexit.register
-def _stop_streams() -> None:
-    streams = list(_open_streams)
-    for stream in streams:
-        stream.cancel()
-    for stream in streams:
+def _stop_work() -> None:
+    all_work = list(_all_work)
+    for work in all_work:
+        work.control.cancel()
+    for work in all_work:
         # In a forked process the thread that held the lock does not exist.
-        if stream._in_use.acquire(timeout=1):
-            stream._in_use.release()
+        if work.in_use.acquire(timeout=1):
+            work.in_use.release()
+
+
+class _Prefill:
+    """A `Model.prefill` on its way, which a reply had better wait for."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self._ids = ids
+        self._thread = threading.get_ident()
+        self._pixels: NDArray[np.float32] | None = None
+        self.reached: tuple[str, float] | None = None
+        self.done = threading.Event()
+
+    def looks_at(self, pixels: NDArray[np.float32]) -> None:
+        """Says which picture it is about."""
+        self._pixels = pixels
+
+    def begins(self, ids: Sequence[int], pixels: NDArray[np.float32] | None) -> bool:
+        """Whether a prompt begins, as far as is known yet, with what is computed here in another thread."""
+        if self._thread == threading.get_ident() or list(ids[: len(self._ids)]) != self._ids:
+            return False
+        return self._pixels is None or (pixels is not None and np.array_equal(self._pixels, pixels))
+
+
+@dataclass
+class _Started:
+    """What is there before the core begins with a reply."""
+
+    session: _core.Session
+    preprocess: float
+    """Seconds for the picture's pixels."""
+    waited: float
+    """Seconds for a prefill to end."""
 
 
 class ChatStream(Iterator[str]):
@@ -102,36 +149,32 @@ class ChatStream(Iterator[str]):
 
     def __init__(
         self,
-        start: Callable[[_core.Control], tuple[_core.Session, float]],
+        start: Callable[[_core.Control], _Started],
         release: Callable[[_core.Session], None],
         control: _core.Control,
     ) -> None:
-        self._start: Callable[[_core.Control], tuple[_core.Session, float]] | None = start
+        self._start: Callable[[_core.Control], _Started] | None = start
         self._release = release
-        self._control = control
-        self._session: _core.Session | None = None
-        self._preprocess = 0.0
+        self._work = _Work(control)
+        self._started: _Started | None = None
         self._result: ChatResult | None = None
-        # Of one caller at a time, who may come back from inside: from on_progress, or from a signal handler.
-        self._in_use = threading.RLock()
         self._computing = False
-        _open_streams.add(self)
 
     def __iter__(self) -> ChatStream:
         return self
 
     def __next__(self) -> str:
-        with self._in_use:
+        with self._work.in_use:
             if self._computing:
                 raise ValueError("a stream cannot be read while it computes: not from on_progress")
             if self._result is not None:
                 raise StopIteration
             self._computing = True
             try:
-                if self._session is None:
+                if self._started is None:
                     assert self._start is not None
-                    self._session, self._preprocess = self._start(self._control)
-                piece = self._session.next(self._control)
+                    self._started = self._start(self._work.control)
+                piece = self._started.session.next(self._work.control)
             except _core.Cancelled:
                 piece = None
             except BaseException:
@@ -154,12 +197,12 @@ class ChatStream(Iterator[str]):
 
     def cancel(self) -> None:
         """Asks the work to end: within 100 ms the iteration stops, with finish_reason ``cancelled``."""
-        self._control.cancel()
+        self._work.control.cancel()
 
     def close(self) -> None:
         """Ends the work and gives the memory back for the next conversation."""
-        self._control.cancel()
-        with self._in_use:
+        self._work.control.cancel()
+        with self._work.in_use:
             if not self._computing:  # otherwise the call that computes finishes
                 self._finish()
 
@@ -167,16 +210,23 @@ class ChatStream(Iterator[str]):
         """Takes the result out of the session and hands the session back; later calls do nothing."""
         if self._result is not None:
             return
-        session, self._session, self._start = self._session, None, None
-        if session is None:
+        started, self._started, self._start = self._started, None, None
+        if started is None:
             self._result = ChatResult("", "cancelled", Usage(0, 0, 0), Timings(0.0, 0.0, 0.0, 0.0, 0.0))
             return
+        session = started.session
         image, prefill, first_token, decode = session.timings
         self._result = ChatResult(
             text=session.text,
             finish_reason=session.finish_reason or "cancelled",
             usage=Usage(*session.usage),
-            timings=Timings(self._preprocess, image, prefill, self._preprocess + first_token, decode),
+            timings=Timings(
+                preprocess=started.preprocess,
+                image=image,
+                prefill=started.waited + prefill,
+                first_token=started.preprocess + started.waited + first_token,
+                decode=decode,
+            ),
         )
         self._release(session)
 
@@ -219,6 +269,11 @@ def _stops(stop: str | Sequence[str] | None) -> list[str]:
 def _check_progress(on_progress: Progress | None) -> None:
     if on_progress is not None and not callable(on_progress):
         raise TypeError(f"on_progress: expected a function, found {on_progress!r}")
+
+
+def _check_cancel(cancel: CancelFlag | None) -> None:
+    if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+        raise TypeError(f"cancel: expected an object with is_set(), found {cancel!r}")
 
 
 def _turns(messages: Messages, image: bool) -> list[tuple[str, str]]:
@@ -291,6 +346,7 @@ class Model:
         )
         self._max_image_pixels = max_image_pixels
         self._lock = threading.Lock()
+        self._prefills: list[_Prefill] = []
         self._idle: list[_core.Session] = [_core.Session(self._model, self._n_ctx)]
 
     @classmethod
@@ -448,22 +504,111 @@ class Model:
         max_tokens = _integer("max_tokens", max_tokens, 1, 2**63 - 1)
         stops = _stops(stop)
         _check_progress(on_progress)
-        if cancel is not None and not callable(getattr(cancel, "is_set", None)):
-            raise TypeError(f"cancel: expected an object with is_set(), found {cancel!r}")
+        _check_cancel(cancel)
         self._model.check(ids, max_tokens, sampling, stops, self._n_ctx)
         began = time.perf_counter()
         array = None if picture is None else load_image(picture, max_pixels=self._max_image_pixels)
         reading = time.perf_counter() - began
 
-        def start(control: _core.Control) -> tuple[_core.Session, float]:
+        def start(control: _core.Control) -> _Started:
             started = time.perf_counter()
             pixels = None if array is None else self._model.preprocess(array, control)
+            preprocessed = time.perf_counter()
+            self._wait_for_prefill(ids, pixels, control, on_progress)
+            waited = time.perf_counter() - preprocessed
             session = self._acquire(ids, pixels)
             session.begin(ids, pixels, max_tokens, sampling, stops)
-            return session, reading + time.perf_counter() - started
+            return _Started(session, reading + preprocessed - started, waited)
 
         reply = ChatStream(start, self._give_back, _core.Control(on_progress, cancel))
         return reply if stream else reply.result
+
+    def prefill(
+        self,
+        image: ImageSource | None,
+        messages: Messages = (),
+        *,
+        system: str | None = None,
+        on_progress: Progress | None = None,
+        cancel: CancelFlag | None = None,
+    ) -> bool:
+        """Computes what the replies to a conversation that begins like this need: the picture above all.
+
+        For the time before a question is there, in a thread of its own. A `chat` that goes on from this beginning waits
+        until it is computed, and then computes what is new.
+
+        Args:
+            image: As in `chat`.
+            messages: The turns that are known: none, those until now, or all.
+            system: As in `chat`.
+            on_progress: Called with stage and fraction; what it raises ends the work and is passed on.
+            cancel: Ends the work within 100 ms once its ``is_set()`` is true.
+
+        Returns:
+            Whether all is computed: False after a cancel.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: As in `chat`; ContextOverflowError if this exceeds the context.
+        """
+        picture, turns = normalise(image, messages, system, ends=("", "system", "user", "assistant"))
+        ids = self._beginning(turns, picture is not None)
+        _check_progress(on_progress)
+        _check_cancel(cancel)
+        if picture is not None:
+            self._require_vision()
+        prefill = _Prefill(ids)
+
+        def note(stage: str, fraction: float) -> None:
+            prefill.reached = (stage, fraction)
+            if on_progress is not None:
+                on_progress(stage, fraction)
+
+        work = _Work(_core.Control(note, cancel))
+        with self._lock:
+            self._prefills.append(prefill)
+        with work.in_use:
+            try:
+                pixels = None
+                if picture is not None:
+                    array = load_image(picture, max_pixels=self._max_image_pixels)
+                    pixels = self._model.preprocess(array, work.control)
+                    prefill.looks_at(pixels)
+                with self._borrowed_session(ids, pixels) as session:
+                    session.prefill(ids, pixels, work.control)
+            except _core.Cancelled:
+                return False
+            finally:
+                with self._lock:
+                    self._prefills.remove(prefill)
+                prefill.done.set()
+        return True
+
+    def _wait_for_prefill(
+        self,
+        ids: Sequence[int],
+        pixels: NDArray[np.float32] | None,
+        control: _core.Control,
+        on_progress: Progress | None,
+    ) -> None:
+        """Until no prefill is at work on the beginning of this prompt: two would take twice as long, and the memory."""
+        with self._lock:
+            prefills = list(self._prefills)
+        for prefill in prefills:
+            while prefill.begins(ids, pixels) and not prefill.done.wait(_SECONDS_BETWEEN_LOOKS):
+                control.check()
+                if on_progress is not None and prefill.reached is not None:
+                    on_progress(*prefill.reached)
+
+    def _beginning(self, turns: list[tuple[str, str]], image: bool) -> list[int]:
+        """The ids with which every prompt begins that goes on from these turns."""
+        if turns and turns[-1][0] == "user":
+            return self._model.prompt_ids(turns, image)
+        # Tokens that a question's first characters could be a part of differ between these two.
+        one, other = (self._model.prompt_ids([*turns, ("user", text)], image) for text in ("a", "\u4e00"))
+        return [
+            id
+            for id, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+        ]
 
     def preprocess(self, image: ImageSource) -> NDArray[np.float32]:
         """The pixels that the vision tower reads: padded, resized, normalised; (3, S, S)."""
@@ -514,7 +659,7 @@ class Model:
                 "this model file has no vision tower: open it with mmproj=..., or ask without a picture (image=None)"
             )
 
-    def _acquire(self, ids: list[int], pixels: NDArray[np.float32] | None) -> _core.Session:
+    def _acquire(self, ids: Sequence[int], pixels: NDArray[np.float32] | None) -> _core.Session:
         """An idle session, the one that knows most of this conversation; a new one if all are at work."""
         with self._lock:
             if self._idle:
@@ -529,8 +674,10 @@ class Model:
                 self._idle.append(session)
 
     @contextmanager
-    def _borrowed_session(self) -> Iterator[_core.Session]:
-        session = self._acquire([], None)
+    def _borrowed_session(
+        self, ids: Sequence[int] = (), pixels: NDArray[np.float32] | None = None
+    ) -> Iterator[_core.Session]:
+        session = self._acquire(ids, pixels)
         try:
             yield session
         finally:

@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 import sys
+import threading
 from contextlib import suppress
 
 import numpy as np
@@ -214,10 +215,34 @@ class Conversation:
         self._args = args
         self._picture: NDArray[np.uint8] | None = None
         self._turns: list[dict[str, str]] = []
+        self._prefill: threading.Thread | None = None
+        self._no_prefill = threading.Event()
         self.reset()
+
+    def prefill(self) -> None:
+        """Begins to compute what the answer to the next question needs, whatever will be asked; once is enough."""
+        if self._prefill is not None:
+            return
+        self._no_prefill.clear()
+
+        def compute() -> None:
+            # What fails here fails again with the question, where it can be told.
+            with suppress(Exception):
+                self._model.prefill(self._picture, self._turns, cancel=self._no_prefill)
+
+        self._prefill = threading.Thread(target=compute)
+        self._prefill.start()
+
+    def end_prefill(self) -> None:
+        """Stops that, if it is not done."""
+        if self._prefill is not None:
+            self._no_prefill.set()
+            self._prefill.join()
+            self._prefill = None
 
     def reset(self) -> None:
         """Forgets what has been said; the picture stays."""
+        self.end_prefill()
         self._turns = []
         if self._args.system is not None:
             self._turns.append({"role": "system", "content": _text("--system", self._args.system)})
@@ -250,6 +275,7 @@ class Conversation:
         wanted = self._args.max_tokens or self._model.config.max_tokens
         text, result = self._answer(turns, min(wanted, room))
         if text.strip():
+            self.end_prefill()
             self._turns = [*turns, {"role": "assistant", "content": text}]
         if result is None or result.finish_reason == "cancelled":
             note("stopped" if text else "stopped before the answer began")
@@ -322,7 +348,15 @@ def converse(conversation: Conversation) -> int:
     """Reads questions and commands until /exit or Ctrl-D."""
     _enable_line_editing()
     note("ask away; /help lists what else you can type")
+    try:
+        return _converse(conversation)
+    finally:
+        conversation.end_prefill()
+
+
+def _converse(conversation: Conversation) -> int:
     while True:
+        conversation.prefill()
         try:
             line = input("> ")
         except KeyboardInterrupt:
