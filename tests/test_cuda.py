@@ -349,10 +349,10 @@ def test_attention_of_few_rows_shares_out_the_keys(
     for rows, keys, causal in (
         (1, 1, True),
         (2, 33, True),  # one row sees a key of another split
-        (1, 1024, True),  # as many splits as there can be
-        (4, 1030, True),  # some rows with longer splits
+        (1, 2048, True),  # as many splits as there can be
+        (4, 2054, True),  # some rows with longer splits
         (3, 1000, False),
-        (1, 4700, False),  # more keys in a split than are held at a time
+        (1, 8300, False),  # more keys in a split than are held at a time
     ):
         q, k, v = (
             aligned(normal(seed, n, width * head_dim))
@@ -369,6 +369,16 @@ def test_attention_of_few_rows_shares_out_the_keys(
             alone = np.empty((1, heads * head_dim), np.float32)
             ops.attention(alone, q[i : i + 1], k[:seen], v[:seen], heads, kv_heads, causal)
             assert np.array_equal(alone[0], y[i])
+
+
+@pytest.mark.parametrize("cols", [8192, 8256, 20000])
+def test_rms_norm_of_more_columns_than_stay_in_registers(isa: str, cols: int) -> None:
+    ops = _core.KernelOps(isa)
+    x, weight = normal(1, 2, cols), normal(2, cols)
+    exact = x.astype(np.float64)
+    exact = exact / np.sqrt((exact**2).mean(1, keepdims=True) + 1e-6) * weight
+    ops.rms_norm(x, x, weight, 1e-6)
+    assert np.all(np.abs(x - exact) <= 16 * EPS * np.abs(exact) + 1e-30)  # as test_kernels.test_rms_norm
 
 
 def test_attention_of_a_key_that_is_no_number_is_none(isa: str) -> None:

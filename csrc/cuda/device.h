@@ -106,10 +106,13 @@ __device__ __forceinline__ Words load_constant_words(const void* from) {
     return {{v.x, v.y, v.z, v.w}};
 }
 
-// Begins to bring the line of an address to the second-level cache.
+// Begins to bring the line of an address to the second-level cache, for a kernel that waits for earlier ones. Where
+// kernels do not overlap it does nothing.
 inline constexpr int kLine = 128;
-__device__ __forceinline__ void prefetch_line(const void* from) {
+__device__ __forceinline__ void prefetch_line([[maybe_unused]] const void* from) {
+#if __CUDA_ARCH__ >= 900
     asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
+#endif
 }
 
 // Begins to copy 16 bytes from global to shared memory, both aligned to 16: the first `bytes` of `from`, an even
@@ -149,8 +152,8 @@ __device__ __forceinline__ void wait_copies() {
 
 // Returns what was there before.
 __device__ __forceinline__ int atomic_add(int* at, int value) { return atomicAdd(at, value); }
-// What this thread wrote before is seen by whoever sees what it writes after.
-__device__ __forceinline__ void fence() { __threadfence(); }
+// What this thread wrote before, or saw written before a sync, is seen by whoever sees what it writes after.
+__device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // ---- arithmetic ----
 

@@ -13,6 +13,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kGreatestThreads = 1024;  // of one block, which reads all logits
+constexpr int kAtOnce = 8;              // of each thread, before it compares them
 
 struct Candidate {
     uint64_t weight;  // 0: left out by a filter
@@ -57,8 +58,19 @@ __global__ void __launch_bounds__(kGreatestThreads) greatest_kernel(int32_t* ind
     };
     Partial& partial = shared<Partial>();
     Best best{-INFINITY, n};
-    for (int i = thread_id(); i < n; i += kGreatestThreads)
-        best = better(best, {logits[i], logits[i] < INFINITY ? i : -1});
+    for (int begin = thread_id(); begin < n; begin += kAtOnce * kGreatestThreads) {
+        float values[kAtOnce];
+        YIVL_UNROLL
+        for (int j = 0; j < kAtOnce; ++j) {
+            const int i = begin + j * kGreatestThreads;
+            values[j] = i < n ? logits[i] : -INFINITY;
+        }
+        YIVL_UNROLL
+        for (int j = 0; j < kAtOnce; ++j) {
+            const int i = begin + j * kGreatestThreads;
+            if (i < n) best = better(best, {values[j], values[j] < INFINITY ? i : -1});
+        }
+    }
     best = best_of_warp(best);
     if (lane_id() == 0) partial.of_warp[warp_id()] = best;
     sync_block();
@@ -147,13 +159,18 @@ __device__ uint64_t edge(const Candidate* candidates, int n, uint64_t wanted, in
 __device__ int gather(Candidate* candidates, const uint64_t* weights, const int32_t* counts, const float* logits,
                       int n) {
     int found = 0;
-    for (int tile = 0; tile * kThreads < n; ++tile) {
-        if (counts[tile] == 0) continue;
-        const int i = tile * kThreads + thread_id();
-        const uint64_t weight = i < n ? weights[i] : 0;
-        const int at = found + static_cast<int>(sums(weight > 0 ? 1 : 0).before);
-        if (weight > 0) candidates[at] = {weight, key_of(logits[i]), i};
-        found += counts[tile];
+    const int n_tiles = (n + kThreads - 1) / kThreads;
+    for (int first = 0; first < n_tiles; first += kWarp) {
+        const int count = first + lane_id() < n_tiles ? counts[first + lane_id()] : 0;
+        const unsigned some = ballot(count > 0);
+        for (int lane = 0; lane < kWarp; ++lane) {
+            if ((some >> lane & 1) == 0) continue;
+            const int i = (first + lane) * kThreads + thread_id();
+            const uint64_t weight = i < n ? weights[i] : 0;
+            const int at = found + static_cast<int>(sums(weight > 0 ? 1 : 0).before);
+            if (weight > 0) candidates[at] = {weight, key_of(logits[i]), i};
+            found += shuffle(count, lane);
+        }
     }
     sync_block();
     return found;

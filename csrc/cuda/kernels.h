@@ -11,6 +11,9 @@ namespace yivl::cuda {
 // elementwise.cu
 void gelu(Stream& stream, Mat x);
 void add(Stream& stream, Mat y, ConstMat x);
+// The compute capability, times ten, that the kernels which the device in use runs were compiled for; not on the
+// emulator.
+int code_capability();
 
 // x rounded to 15-bit integers, 256 * high + low, with a scale for every 32 columns.
 struct RoundedBlock {

@@ -44,9 +44,12 @@ __global__ void round_kernel(ConstMat x, RoundedInput to) {
 
 // ---- kernels ----
 
-// A row of weights, to be on its way before x is there.
+// The beginning of a row of weights, to be on its way before x is there. All warps at once ask for some 10 MB: what
+// memory gives in the two or three microseconds of the wait, and far less than the second-level cache holds.
+constexpr int kLinesAhead = 16;
 __device__ __forceinline__ void prefetch_row(const std::byte* row, int64_t row_bytes) {
-    for (int64_t i = lane_id() * kLine; i < row_bytes; i += kWarp * kLine) prefetch_line(row + i);
+    const int at = lane_id() * kLine;
+    if (lane_id() < kLinesAhead && at < row_bytes) prefetch_line(row + at);
 }
 
 // sums[r][t] = w[r] . x[first_token + t], in every lane. Tokens past the last repeat it.
@@ -133,9 +136,9 @@ __global__ void __launch_bounds__(kGatedWarps* kWarp, gated_blocks_at_once(kType
     };
     Products& products = shared<Products>();
     const int64_t first_row = int64_t{block_x()} * kBlock, first_token = int64_t{block_y()} * kTokens;
-    for (int i = warp_id(); i < kBlock && first_row + i < y.cols; i += kGatedWarps) {
-        prefetch_row(gate + (first_row + i) * row_bytes, row_bytes);
-        prefetch_row(up + (first_row + i) * row_bytes, row_bytes);
+    if (const int64_t row = first_row + warp_id(); row < y.cols) {
+        prefetch_row(gate + row * row_bytes, row_bytes);
+        prefetch_row(up + row * row_bytes, row_bytes);
     }
     for (int i = warp_id(); i < kBlock; i += kGatedWarps) {
         const int64_t row = first_row + i;

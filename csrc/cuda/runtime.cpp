@@ -1,6 +1,7 @@
 #include "cuda/runtime.h"
 
 #include "cuda/check.h"
+#include "cuda/kernels.h"
 
 namespace yivl::cuda {
 
@@ -89,14 +90,14 @@ Stream::Stream(int device) : device_(device) {
     cudaStream_t stream;
     check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
     handle_ = stream;
-    // Older drivers cannot record it.
+    // Older drivers cannot record it, and code for older cards does not wait.
     constexpr int kOldestDriver = 12040, kOldestMajor = 9;
     int driver = 0, major = 0;
     [[maybe_unused]] int minor = 0;
     check(cudaDriverGetVersion(&driver), "asking for the driver's version");
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_), "asking for its capability");
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_), "asking for its capability");
-    overlaps_kernels_ = driver >= kOldestDriver && major >= kOldestMajor;
+    overlaps_kernels_ = driver >= kOldestDriver && major >= kOldestMajor && code_capability() >= 10 * kOldestMajor;
 #ifdef YIVL_HAS_WARPGROUP_CODE
     has_warpgroups_ = major == 9 && minor == 0;
 #endif
@@ -109,8 +110,11 @@ Stream::~Stream() {
 }
 
 void Stream::copy_in(void* to, size_t to_pitch, const void* host, size_t host_pitch, size_t width, size_t rows) {
-    // From pageable memory the call returns when the bytes have been taken, though not all may have arrived.
+    // Up to 64 KiB of pageable memory are taken when the call returns, though they may not have arrived; where the
+    // device can read such memory itself, that is not promised of more.
+    constexpr size_t kTakenAtOnce = 64 << 10;
     copy_rows(*this, to, to_pitch, host, host_pitch, width, rows, cudaMemcpyHostToDevice);
+    if (width * rows > kTakenAtOnce) synchronize();
 }
 
 void Stream::copy_out(void* host, size_t host_pitch, const void* from, size_t from_pitch, size_t width, size_t rows) {

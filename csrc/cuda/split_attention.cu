@@ -19,9 +19,13 @@ constexpr int kHeads = 8;   // query heads of a block, one for each warp where t
 constexpr int kLane = 4;    // columns of a lane
 constexpr int kTile = 128;  // keys at a time
 constexpr int kAtOnce = 3;  // keys of a warp under way: with four, registers spill on 12.0
-constexpr int kSplits = 32;
+// With the four KV heads of 6B, two blocks for nearly all of the 132 multiprocessors of an H100: what one has under way
+// does not keep memory busy.
+constexpr int kSplits = 64;
+constexpr int kSplitsOfLane = kSplits / kWarp;
+constexpr int kJoinedAtOnce = 8;
 constexpr int kMaxDim = kMaxSplitHeadDim;
-static_assert(kHeads == kWarps && kMaxDim == kLane * kWarp && kSplits == kWarp);
+static_assert(kHeads == kWarps && kMaxDim == kLane * kWarp && kSplits % kJoinedAtOnce == 0);
 
 struct SplitTile {
     alignas(16) float weights[kTile][kHeads];  // scores at first
@@ -173,29 +177,47 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int w = 0; w < kWarps; ++w) sum += tile.sums[w][i / kMaxDim][i % kMaxDim];
         mine[i / kMaxDim].sums[i % kMaxDim] = sum;
     }
-    fence();
     sync_block();
     if (thread_id() == 0) {
+        fence();
         tile.is_last = atomic_add(&counts[group], 1) == n_splits - 1;
         if (tile.is_last) counts[group] = 0;
+        fence();
     }
     sync_block();
     if (!tile.is_last) return;
-    fence();
 
-    // Lane s of warp h: split s of head h.
-    const bool has_split = warp < n_heads && lane_id() < n_splits;
-    const Partial* const of_lane = of_group + (has_split ? lane_id() * kHeads + warp : 0);
-    const float split_largest = has_split ? of_lane->largest : -INFINITY;
-    const float most = reduce_warp<Max>(split_largest);
-    const float share = has_split ? expf(split_largest - most) : 0.0f;
-    tile.weights[lane_id()][warp] = share / reduce_warp<Sum>(has_split ? share * of_lane->total : 0.0f);
+    // Lane s of warp h: splits s, s + 32 and so on of head h.
+    float shares[kSplitsOfLane], totals[kSplitsOfLane], most = -INFINITY, all = 0.0f;
+    const auto is_there = [&](int i) { return warp < n_heads && i * kWarp + lane_id() < n_splits; };
+    YIVL_UNROLL
+    for (int i = 0; i < kSplitsOfLane; ++i) {
+        const Partial& partial = of_group[is_there(i) ? (i * kWarp + lane_id()) * kHeads + warp : 0];
+        shares[i] = is_there(i) ? partial.largest : -INFINITY;
+        totals[i] = partial.total;
+        most = fmaxf(most, shares[i]);
+    }
+    most = reduce_warp<Max>(most);
+    YIVL_UNROLL
+    for (int i = 0; i < kSplitsOfLane; ++i) {
+        shares[i] = is_there(i) ? expf(shares[i] - most) : 0.0f;
+        if (is_there(i)) all += shares[i] * totals[i];
+    }
+    all = reduce_warp<Sum>(all);
+    YIVL_UNROLL
+    for (int i = 0; i < kSplitsOfLane; ++i) tile.weights[i * kWarp + lane_id()][warp] = shares[i] / all;
     sync_block();
     for (int i = thread_id(); i < n_heads * head_dim; i += kThreads) {
         const int h = i / static_cast<int>(head_dim), d = i % static_cast<int>(head_dim);
         float sum = 0.0f;
-        for (int split = 0; split < n_splits; ++split) {
-            sum = fmaf(tile.weights[split][h], of_group[split * kHeads + h].sums[d], sum);
+        for (int split = 0; split < n_splits; split += kJoinedAtOnce) {
+            float found[kJoinedAtOnce];
+            YIVL_UNROLL
+            for (int j = 0; j < kJoinedAtOnce; ++j) {
+                found[j] = split + j < n_splits ? of_group[(split + j) * kHeads + h].sums[d] : 0.0f;
+            }
+            YIVL_UNROLL
+            for (int j = 0; j < kJoinedAtOnce; ++j) sum = fmaf(tile.weights[split + j][h], found[j], sum);
         }
         const int64_t to = first_head * head_dim + i;
         out.data[row * out.stride + to] = sum;
