@@ -1,5 +1,7 @@
 #include "control.h"
 
+#include <utility>
+
 namespace yivl {
 
 const char* stage_name(Stage stage) {
@@ -13,6 +15,8 @@ const char* stage_name(Stage stage) {
 }
 
 void Control::check() {
+    caller_.store(std::this_thread::get_id(), std::memory_order_relaxed);
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
     if (cancelled()) throw Cancelled();
     if (!poll) return;
     // Taking Python's GIL costs microseconds; a person cannot tell 20 ms from at once.
@@ -21,6 +25,19 @@ void Control::check() {
     last_poll_ = now;
     poll();
     if (cancelled()) throw Cancelled();
+}
+
+bool Control::ends() {
+    if (!cancelled() && caller_.load(std::memory_order_relaxed) == std::this_thread::get_id()) {
+        try {
+            check();
+        } catch (const Cancelled&) {
+        } catch (...) {
+            failure_ = std::current_exception();
+            cancel();
+        }
+    }
+    return cancelled();
 }
 
 }  // namespace yivl

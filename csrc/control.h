@@ -3,8 +3,10 @@
 
 #include <atomic>
 #include <chrono>
+#include <exception>
 #include <functional>
 #include <string>
+#include <thread>
 
 #include "errors.h"
 
@@ -29,6 +31,9 @@ public:
 
     // On the calling thread, between pieces of work: throws Cancelled, or what poll throws.
     void check();
+    // On any thread of the work, in the middle of a piece: whether to leave the rest. On the thread that last called
+    // check() it polls, too; what poll throws comes from the next check().
+    bool ends();
     void progress(Stage stage, double fraction) {
         if (on_progress) on_progress(stage, fraction);
     }
@@ -38,6 +43,8 @@ public:
 
 private:
     std::atomic<bool> cancelled_{false};
+    std::atomic<std::thread::id> caller_{};
+    std::exception_ptr failure_;
     std::chrono::steady_clock::time_point last_poll_{};
 };
 

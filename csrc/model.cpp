@@ -172,6 +172,11 @@ Session::Work Session::work(Control& control) const {
     return {control, model_->backend().ops(control), cpu == nullptr ? nullptr : cpu->ops(control)};
 }
 
+// Before the cache gets other positions, on which it cannot go on.
+void Session::end_reply() {
+    if (reply_ && reply_->finish == FinishReason::none) reply_->finish = FinishReason::cancelled;
+}
+
 // One entry per position: an image becomes N entries of kImageId.
 std::vector<int32_t> Session::expand(std::span<const int32_t> ids) const {
     std::vector<int32_t> positions;
@@ -389,6 +394,7 @@ void Session::prefill(std::span<const int32_t> ids, const Pixels& pixels, Contro
     const std::vector<int32_t> positions = expand(ids);
     const int64_t cached = matching_prefix(positions, pixels);
     if (cached == static_cast<int64_t>(positions.size())) return;
+    end_reply();
     Work work = this->work(control);
     if (has_image_rows(std::span(positions).subspan(cached))) embed_image(pixels, work);
     compute(positions, cached, 0, pixels, work);
@@ -423,6 +429,7 @@ std::vector<float> Session::logits(std::span<const int32_t> ids, const Pixels& p
     check_pixels(ids, pixels);
     const std::vector<int32_t> positions = expand(ids);
     const std::vector<int64_t> wanted = checked_wanted(options.positions, static_cast<int64_t>(positions.size()));
+    end_reply();
     Work work = this->work(control);
     if (options.statistics != nullptr) {
         for (std::unique_ptr<Ops>* ops : {&work.ops, &work.cpu}) {

@@ -123,7 +123,7 @@ public:
     const Timings& timings() const { return reply_.value().timings; }
 
     // Computes what a reply to a prompt that begins like this needs, picture and positions, as far as the cache lacks
-    // it. Throws Cancelled, and what `begin` throws for ids and pixels.
+    // it. Throws Cancelled, and what `begin` throws for ids and pixels. Ends a reply on its way, as `logits` does.
     void prefill(std::span<const int32_t> ids, const Pixels& pixels, Control& control);
 
     // Stage by stage.
@@ -156,6 +156,7 @@ private:
     };
 
     Work work(Control& control) const;
+    void end_reply();
     std::vector<int32_t> expand(std::span<const int32_t> ids) const;
     void check_pixels(std::span<const int32_t> ids, const Pixels& pixels) const;
     int64_t matching_prefix(std::span<const int32_t> wanted, const Pixels& pixels) const;

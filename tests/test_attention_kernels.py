@@ -114,6 +114,23 @@ def test_attention_with_large_and_growing_scores(isa: str) -> None:
     assert np.abs(y - exact).max() < 4 * 960 * EPS
 
 
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_does_not_get_lost_in_attention(isa: str, value: float, rounded: bool) -> None:
+    ops = _core.KernelOps(isa, 2)
+    for tokens, keys in ((1, 300), (20, 300)):
+        q, k, v = normal(1, tokens, 2 * 64), np.abs(normal(2, keys, 64)), normal(3, keys, 64)
+        q[:, :64] = np.abs(q[:, :64])
+        assert np.isfinite(attention(ops, q, k, v, 2, 1, False, rounded)).all()
+        k[250, 3] = value  # an infinite score less the largest, which it is itself, is no number
+        assert np.isnan(attention(ops, q, k, v, 2, 1, False, rounded)[:, :64]).all()
+        k[250, 3] = 1
+        q[-1, 70] = np.nan
+        y = attention(ops, q, k, v, 2, 1, False, rounded)
+        assert np.isnan(y[-1, 64:]).all()
+        assert np.isfinite(y[:, :64]).all()
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 1, 128), (4, 2, 80), (2, 2, 64)])
 @pytest.mark.parametrize("rounded", [False, True])
 def test_attention_does_not_depend_on_threads_or_chunks(

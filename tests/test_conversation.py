@@ -184,6 +184,20 @@ def test_a_reply_waits_for_the_prefill_of_its_beginning_and_for_no_other(model, 
     assert reply.timings.first_token > reply.timings.prefill > 0
 
 
+@pytest.mark.parametrize("work", ["prefill", "logits"])
+def test_other_work_of_a_session_ends_its_reply(model, work):
+    session = _core.Session(model._model, 64)
+    session.begin(list(range(3, 13)), None, 50, _core.SamplingOptions(temperature=0), [])
+    control = _core.Control()
+    session.next(control)
+    getattr(session, work)(list(range(20, 84)), None, control)
+    assert session.next(control) is None
+    assert session.finish_reason == "cancelled"
+    session.begin(list(range(3, 13)), None, 2, _core.SamplingOptions(temperature=0), [])
+    session.next(control)
+    assert session.usage[1] == 0
+
+
 @pytest.mark.parametrize("stage", ["image", "prefill"])
 def test_a_cancelled_prefill_says_so_and_changes_no_reply(model, golden_f32, golden_image, stage):
     flag = threading.Event()

@@ -81,6 +81,22 @@ def test_an_exception_from_the_callers_poll_ends_the_operation(isa: str) -> None
     assert np.array_equal(linear(big.ops, x, w), linear(_core.KernelOps(isa, 1), x, w))
 
 
+def test_using_the_pool_from_inside_its_own_work_is_an_error_not_a_wait_for_ever() -> None:
+    big = Big("", 2)
+    polls = 0
+
+    def poll() -> None:
+        nonlocal polls
+        polls += 1
+        if polls > 1:  # the first comes before the work
+            big.linear(_core.KernelControl())
+
+    with pytest.raises(RuntimeError, match="from inside its own work"):
+        repeat(big.linear, _core.KernelControl(poll))
+    x, w = normal(5, 9, 300), normal(6, 40, 300)
+    assert np.array_equal(linear(big.ops, x, w), linear(_core.KernelOps("", 1), x, w))
+
+
 def test_four_callers_share_the_pool() -> None:
     ops = _core.KernelOps("", 2)
     inputs = [(normal(i, 20, 600), normal(i + 9, 300, 600)) for i in range(4)]

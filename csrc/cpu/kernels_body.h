@@ -4,6 +4,7 @@
 //   F                              a vector of kLanes floats
 //   zero() set1(s) load(p) load_n(p, n) store(p, v) store_n(p, v, n)     n in [1, kLanes): the other lanes are 0
 //   add sub mul div max min abs, fma(a, b, c) = a * b + c, below(a, b, x, y) = a < b ? x : y per lane
+//                                  max and min are no number where b is none
 //   round(v) to the nearest integer, scale(v, n) = v 2^n for integers n, where both are normal numbers
 //   transpose(r) of kLanes vectors
 //   sum(v), largest(v) over the lanes
@@ -24,7 +25,7 @@ inline void store_some(float* p, F v, int64_t n) { n >= kLanes ? store(p, v) : s
 // e^x within 1.5 ulp on [-86.6, 88.37]; x beyond is clamped to that. r = x - n ln 2 with ln 2 in two parts, of which
 // the first has few enough bits for n * part to be exact; the polynomial is a minimax fit of (e^r - 1 - r) / r^2.
 inline F exp(F x) {
-    x = min(max(x, set1(-86.6f)), set1(88.37f));
+    x = min(set1(88.37f), max(set1(-86.6f), x));
     const F n = round(mul(x, set1(1.44269504f)));
     F r = fma(n, set1(-0.693359375f), x);
     r = fma(n, set1(2.12194440e-4f), r);
@@ -41,7 +42,7 @@ inline F exp(F x) {
 // 2^x within 1 ulp for x in [-125, 0]; x below is clamped to that. A minimax fit for the part beside the nearest
 // integer.
 inline F power_of_2(F x) {
-    x = max(x, set1(-125.0f));
+    x = max(set1(-125.0f), x);
     const F n = round(x);
     const F r = sub(x, n);
     F p = set1(1.5345812e-4f);
@@ -56,7 +57,7 @@ inline F power_of_2(F x) {
 // The normal distribution's P(X <= -a), for a in [0, 6]: 2^q with q a fit of its logarithm, which brings it within
 // 2e-8, and within 3e-6 of itself up to 4. a beyond is clamped to 6, where it is 1e-9.
 inline F tail(F a) {
-    a = min(a, set1(6.0f));
+    a = min(set1(6.0f), a);
     F q = set1(-2.1759735e-08f);
     q = fma(q, a, set1(6.8415626e-07f));
     q = fma(q, a, set1(-9.1779322e-06f));

@@ -36,8 +36,8 @@ inline F mul(F a, F b) { return a * b; }
 inline F div(F a, F b) { return a / b; }
 inline F fma(F a, F b, F c) { return a * b + c; }
 inline F below(F a, F b, F x, F y) { return a < b ? x : y; }
-inline F max(F a, F b) { return a < b ? b : a; }
-inline F min(F a, F b) { return b < a ? b : a; }
+inline F max(F a, F b) { return a > b ? a : b; }
+inline F min(F a, F b) { return a < b ? a : b; }
 inline F abs(F v) { return reinterpret_cast<F>(reinterpret_cast<I>(v) & 0x7fffffff); }
 // 1.5 * 2^23 leaves no bits for a fraction.
 inline F round(F v) { return (v + 12582912.0f) - 12582912.0f; }

@@ -142,7 +142,6 @@ public:
         const int64_t share = divide_up(rows, divide_up(rows, kQueryRows));
         const int64_t block = std::min(divide_up(share, kQueryTiles) * kQueryTiles, rows);
         const int64_t blocks = divide_up(rows, block);
-        const auto cancelled = [](const void* control) { return static_cast<const Control*>(control)->cancelled(); };
         const auto all_rows = [&](int64_t head) {
             return AttentionPiece{
                 .q = q.data + head * group * shape.head_dim,
@@ -185,14 +184,14 @@ public:
                 });
             const int64_t bytes = packed->scratch_bytes(shape.head_dim);
             each_piece(work / kPackedSpeed, [&](const AttentionPiece& piece, int64_t i, Scratch& scratch) {
-                packed->attention(piece, keys + i * head_bytes, scratch.bytes(bytes), cancelled, &control_);
+                packed->attention(piece, keys + i * head_bytes, scratch.bytes(bytes), ends, this);
             });
             return;
         }
         const int64_t floats = kernels_.attention_scratch(block, shape.head_dim);
         // Packing a key costs about as much as using it four times.
         each_piece(work + k.rows * shape.head_dim * 8, [&](const AttentionPiece& piece, int64_t, Scratch& scratch) {
-            kernels_.attention(piece, scratch.floats(floats), cancelled, &control_);
+            kernels_.attention(piece, scratch.floats(floats), ends, this);
         });
     }
 
@@ -240,6 +239,9 @@ private:
         std::vector<float> cos_sin_;  // (rows, head_dim)
     };
 
+    // What kernels poll.
+    static bool ends(const void* ops) { return static_cast<const CpuOps*>(ops)->control_.ends(); }
+
     // fn(item, scratch) for every item of [0, n), on the pool if the work repays it.
     template <class Fn>
     void run(int64_t n, int64_t work_per_item, Fn&& fn) {
@@ -247,6 +249,7 @@ private:
         if (n * work_per_item <= kInlineWork) {
             control_.check();
             for (int64_t i = 0; i < n; ++i) fn(i, scratch_);
+            control_.check();  // a kernel that was to end left the rest undone
             return;
         }
         const int64_t grain = std::max<int64_t>(kPieceWork / work_per_item, 1);
@@ -413,8 +416,7 @@ private:
             .finish = finish == nullptr ? nullptr : +call,
             .finish_arg = finish,
         };
-        const auto cancelled = [](const void* control) { return static_cast<const Control*>(control)->cancelled(); };
-        form.kernels.linear(piece, scratch, cancelled, &control_);
+        form.kernels.linear(piece, scratch, ends, this);
     }
 
     // Some outputs of a product.

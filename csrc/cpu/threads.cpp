@@ -153,6 +153,7 @@ struct ThreadPool::Shared {
     };
     std::mutex turn_mutex;
     bool busy = false;
+    std::thread::id caller;           // whose operation is at work
     const Control* holder = nullptr;  // whose turn it is
     std::chrono::steady_clock::time_point turn_end, last_use;
     std::deque<Waiter*> queue;
@@ -274,6 +275,9 @@ class ThreadPool::Turn {
 public:
     Turn(Shared& shared, Control& control) : shared_(shared) {
         std::unique_lock lock(shared_.turn_mutex);
+        if (shared_.busy && shared_.caller == std::this_thread::get_id()) {
+            throw std::logic_error("a model cannot be used from inside its own work, as by a signal handler");
+        }
         if (!shared_.busy && (shared_.queue.empty() || (shared_.holder == &control && !over()))) {
             begin(control);
             return;
@@ -304,6 +308,7 @@ public:
     ~Turn() {
         const std::lock_guard lock(shared_.turn_mutex);
         shared_.last_use = Clock::now();
+        shared_.caller = {};
         if (over()) {
             pass_on();
         } else {
@@ -321,6 +326,7 @@ private:
     bool idle() const { return Clock::now() >= shared_.last_use + kTurnIdle; }
     void begin(const Control& control) {
         shared_.busy = true;
+        shared_.caller = std::this_thread::get_id();
         if (shared_.holder == &control && !over()) return;
         shared_.holder = &control;
         shared_.turn_end = Clock::now() + kTurnTime;
