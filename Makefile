@@ -7,7 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc python convert demo -type f -not -name '*.pyc' 2>/dev/null) CMakeLists.txt pyproject.toml
 GOLDEN := tests/data/golden
-# The checkpoint's ViT is a .bin file. A plain "torch" could fetch another build with gigabytes of GPU libraries.
+# The checkpoint's ViT is a .bin file. From PyPI this is a build with gigabytes of GPU libraries; where pip has been told of a
+# place with CPU builds (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL), it takes one of those.
 TORCH := torch==2.13.0
 
 .PHONY: demo test test-neon test-amx test-interop test-cuda-emulator cuda-kernels lint format fuzz tsan clean

@@ -243,4 +243,6 @@ def _termination_raises() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from yivl_edge.cli import main as command_line
+
+    sys.exit(command_line(["convert", *sys.argv[1:]]))

@@ -73,7 +73,8 @@ Placement place_model(std::string_view device, std::optional<int64_t> n_gpu_laye
                       const MemoryPlan& plan, Control& control) {
     const int64_t most = device == "cpu" ? 0 : plan.n_layers();
     if (n_gpu_layers && (*n_gpu_layers < 0 || *n_gpu_layers > most)) {
-        throw std::invalid_argument("n_gpu_layers: expected 0 to " + std::to_string(most) + " with device '" +
+        throw std::invalid_argument("n_gpu_layers: expected 0 " +
+                                    (device == "cpu" ? "or None" : "to " + std::to_string(most)) + " with device '" +
                                     std::string(device) + "', found " + std::to_string(*n_gpu_layers));
     }
     if (device == "cpu") return on_cpu(n_threads);

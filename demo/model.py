@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -476,8 +476,3 @@ def _preprocessor_config(s: Sizes) -> dict[str, Any]:
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": s.image},
     }
-
-
-def sizes_as_dict(sizes: Sizes) -> dict[str, Any]:
-    """For checkpoints."""
-    return asdict(sizes)

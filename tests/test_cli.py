@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import json
 import os
 import pty
@@ -131,10 +132,12 @@ def test_nobody_reading_the_answer_is_no_traceback(golden_f32):
     ("arguments", "expected"),
     [
         (["chat", "missing.gguf", "--prompt", "x"], "missing.gguf: cannot open: No such file or directory"),
+        (["chat", "", "--prompt", "x"], "error: '': cannot open: No such file or directory"),
         (["inspect", "missing.gguf"], "missing.gguf: cannot open: No such file or directory"),
         (["inspect", __file__], "this is no GGUF file"),
         (["chat", __file__, "--prompt", "x"], "this is no GGUF file"),
         (["chat", "{model}", "--image", "missing.png", "--prompt", "x"], "missing.png: no such file"),
+        (["chat", "{model}", "--image", "", "--prompt", "x"], "error: '': no such file"),
         (["chat", "{model}", "--image", "{model}", "--prompt", "x"], "expected a picture"),
         (
             ["chat", "{text}", "--image", "{image}", "--prompt", "x"],
@@ -190,6 +193,8 @@ def test_what_cannot_work_is_one_line(golden_f32, golden_pair, golden_image, cap
         (["chat", "m", "--n-ctx", "0"], "--n-ctx: expected an integer of at least 1, found '0'"),
         (["inspect"], "required: FILE"),
         (["inspect", "m", "--n-ctx", "1.5"], "--n-ctx: expected an integer of at least 1, found '1.5'"),
+        (["inspect", "m", "--device", "cpu"], "--device: expected cuda or cuda:N, found 'cpu'"),
+        (["inspect", "m", "--device", "cuda:x"], "--device: expected cuda or cuda:N, found 'cuda:x'"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(capfd, arguments, expected):
@@ -214,6 +219,17 @@ def test_version(capfd):
     assert re.fullmatch(r"yivl-edge \d+\.\d+\.\d+\n", capfd.readouterr().out)
 
 
+def test_the_version_is_unknown_where_the_package_is_not_installed(capfd, monkeypatch):
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert main(["--version"]) == 0
+    assert capfd.readouterr().out == "yivl-edge unknown\n"
+    with pytest.raises(AttributeError, match="'yivl_edge' has no attribute '_version'"):
+        yivl_edge._version  # noqa: B018
+
+
 # A terminal.
 
 
@@ -224,9 +240,11 @@ ANSWER_BEGINS = r"\x1b\[K[^A-Z\r\x1b]"
 class Terminal:
     """A command on a pseudo-terminal, and what it has written."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, stdout: Path | None = None) -> None:
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
+            if stdout is not None:
+                os.dup2(os.open(stdout, os.O_WRONLY | os.O_CREAT), 1)
             os.execve(sys.executable, [*COMMAND, *map(str, arguments)], ENVIRONMENT)
         self.unread = ""
 
@@ -359,6 +377,21 @@ def test_ctrl_c_stops_only_the_answer_being_given(golden_f32, golden_model):
         assert session.exit_code() == 0
     finally:
         session.close()
+
+
+def test_only_answers_go_where_standard_output_leads(golden_f32, golden_model, tmp_path):
+    log = tmp_path / "log"
+    session = Terminal("chat", golden_f32, "--temperature", 0, "--max-tokens", 6, stdout=log)
+    try:
+        session.read_until("> $")
+        session.type("hello\n")
+        session.read_until(r"\(stopped after 6 tokens\)\n> $")
+        session.type("/exit\n")
+        assert session.exit_code() == 0
+    finally:
+        session.close()
+    expected = golden_model.chat(None, "hello", max_tokens=6, temperature=0).text
+    assert log.read_text(encoding="utf-8") == expected + "\n"
 
 
 def test_a_terminal_says_what_it_does_not_understand(terminal):

@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -49,6 +50,37 @@ def test_command_line_tells_errors_without_a_traceback(
     assert capsys.readouterr().err.startswith("yivl-edge: error: ")
     assert main([str(GOLDEN), "-o", str(tmp_path / "none" / "out.gguf")]) == 1
     assert "No such file or directory" in capsys.readouterr().err
+
+
+def test_folder_of_something_else_is_told_by_the_name_that_the_usage_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path), "-o", str(tmp_path / "out.gguf")]) == 1
+    assert "SOURCE should be a published Yi-VL folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert re.search(r"usage: .* SOURCE", capsys.readouterr().out, re.DOTALL)
+
+
+MODULE = [sys.executable, "-m", "yivl_edge.convert", str(GOLDEN), "-o", "out.gguf", "--dry-run"]
+
+
+def test_module_ends_as_the_command_does_when_nobody_reads() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run(MODULE, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (141, b"")
+
+
+def test_module_ends_as_the_command_does_after_ctrl_c() -> None:
+    # The plan is longer than this pipe: once its first byte has come, the program still prints.
+    with subprocess.Popen(MODULE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pipesize=4096) as process:
+        assert process.stdout is not None
+        os.read(process.stdout.fileno(), 1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, b"\n")
 
 
 def test_help_shows_an_example_and_the_pair(capsys: pytest.CaptureFixture[str]) -> None:

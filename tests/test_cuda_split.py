@@ -146,13 +146,11 @@ def test_a_card_without_room_for_the_vision_tower_is_an_error(
             Model(golden_q4_0, device="cuda", n_gpu_layers=n_gpu_layers)
 
 
-@pytest.mark.parametrize(("device", "n", "most"), [("cuda", 4, 3), ("auto", 4, 3), ("cpu", 1, 0)])
-def test_a_number_of_layers_that_there_is_not_is_an_error(
-    golden_q4_0: Path, device: str, n: int, most: int
-) -> None:
-    message = f"n_gpu_layers: expected 0 to {most} with device '{device}', found {n}"
+@pytest.mark.parametrize("device", ["cuda", "auto"])
+def test_a_number_of_layers_that_there_is_not_is_an_error(golden_q4_0: Path, device: str) -> None:
+    message = f"n_gpu_layers: expected 0 to 3 with device '{device}', found 4"
     with pytest.raises(ValueError, match=re.escape(message)):
-        Model(golden_q4_0, device=device, n_gpu_layers=n)
+        Model(golden_q4_0, device=device, n_gpu_layers=4)
     with pytest.raises(ValueError, match="n_gpu_layers: expected an integer from 0"):
         Model(golden_q4_0, device=device, n_gpu_layers=-1)
 

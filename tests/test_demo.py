@@ -43,6 +43,15 @@ def test_the_demo_talks_about_a_picture_of_ones_own(capfd):
     assert "STOP" in capfd.readouterr().out
 
 
+def test_the_demo_asks_for_a_picture_on_standard_error(capfd, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("0\nstop\n/exit\n"))
+    assert main(["demo"]) == 0
+    output = capfd.readouterr()
+    assert output.out == ""
+    assert output.err.count(f"Which picture, 1 to {len(samples())}? ") == 2
+    assert f"(the picture is {samples()['stop']})" in output.err
+
+
 def test_the_demo_says_how_to_choose_a_picture_where_nobody_can_be_asked(capfd, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert main(["demo"]) == 1

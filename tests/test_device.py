@@ -24,6 +24,12 @@ def test_the_cpu_can_be_asked_for(golden_f32: Path) -> None:
     assert Model(golden_f32, device="cpu").device in _core.available_isas()
 
 
+def test_the_cpu_takes_no_gpu_layers(golden_f32: Path) -> None:
+    assert Model(golden_f32, device="cpu", n_gpu_layers=0).n_gpu_layers == 0
+    with pytest.raises(ValueError, match="n_gpu_layers: expected 0 or None with device 'cpu', found 2"):
+        Model(golden_f32, device="cpu", n_gpu_layers=2)
+
+
 def test_auto_is_the_cpu_where_its_instruction_set_is_chosen(
     golden_f32: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

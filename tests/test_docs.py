@@ -7,9 +7,11 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
+import yivl_edge
 from emulated import missing_device
 from PIL import Image
 from yivl_edge._core import GgufFile
@@ -99,6 +101,7 @@ def test_the_commands_of_the_command_line_page_run(folder, command):
 def test_every_option_is_documented(capfd):
     page = (DOCS / "command-line.md").read_text(encoding="utf-8")
     for command in (
+        "",
         "chat",
         "demo",
         "inspect",
@@ -109,6 +112,26 @@ def test_every_option_is_documented(capfd):
         "convert",
         "quantize",
     ):
-        assert main([command, "--help"]) == 0
+        assert main([*command.split(), "--help"]) == 0
         for option in re.findall(r"^  (?:-o [^,]*, )?(--[a-z-]+)", capfd.readouterr().out, re.MULTILINE):
-            assert f"`{option}" in page, option
+            assert re.search(f"`(yivl-edge )?{option}", page), option
+
+
+def test_every_public_name_is_documented():
+    page = (DOCS / "api.md").read_text(encoding="utf-8")
+    for name in (*yivl_edge.__all__, "__version__"):
+        assert getattr(yivl_edge, name)
+        assert re.search(rf"`(yivl_edge\.)?{name}\b", page), name
+
+
+def test_the_types_of_arguments_annotate_functions_that_say_when_there_is_none():
+    def ask(
+        image: yivl_edge.ImageSource | None,
+        messages: yivl_edge.Messages | None,
+        on_progress: yivl_edge.Progress | None,
+        cancel: yivl_edge.CancelFlag | None,
+    ) -> None: ...
+
+    types = get_type_hints(ask)  # evaluated, as where a module does not put its annotations off
+    for name in ("image", "messages", "on_progress", "cancel"):
+        assert type(None) in get_args(types[name])

@@ -321,6 +321,20 @@ def test_json_lines_are_whole_conversations(pictures, tmp_path):
     assert second == Conversation(pictures / "a.jpg", (("user", "What?"),))
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\v", "\f"])
+def test_only_a_newline_ends_a_line(pictures, tmp_path, mark):
+    asked = f"What{mark}is this?"
+    questions = tmp_path / "questions.txt"
+    questions.write_bytes(f"{asked}\r\nWhy?\r\n".encode())
+    found = load_conversations(pictures, questions, limit=2)
+    assert [c.turns[0][1] for c in found] == [asked, "Why?"]
+    if mark not in "\v\f":  # which JSON allows in no string
+        talk = tmp_path / "talk.jsonl"
+        line = {"image": "a.jpg", "messages": asked}
+        talk.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+        assert load_conversations(pictures, talk)[0].turns == (("user", asked),)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -403,6 +417,7 @@ def test_a_pair_is_recorded_as_the_single_file(golden_model, golden_pair, golden
         ({"--prompts": "missing"}, "missing"),
         ({"-o": "nowhere/out.gguf"}, "nowhere/out.gguf: expected a file's name in a folder that exists"),
         ({"-o": "empty"}, "empty: expected a file's name in a folder that exists"),
+        ({"-o": ""}, "error: '': expected a file's name in a folder that exists"),
         ({"model": "missing.gguf"}, "missing.gguf: cannot open"),
         ({"model": "{text}"}, "no vision tower"),
     ],

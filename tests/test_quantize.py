@@ -328,7 +328,15 @@ def test_impossible_importance_is_refused(value: float) -> None:
 
 
 def test_other_types_of_array_are_refused() -> None:
-    with pytest.raises(TypeError, match="array must be float32, found float64"):
-        quantize(np.zeros((1, 32)), "q8_0")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="importance must be float32, found int64"):
-        quantize(normal(1, 32), "q4_0", np.ones(32, np.int64))  # type: ignore[arg-type]
+    for array, found in (
+        (np.zeros((1, 32)), "float64"),
+        (np.ones(32, np.int64), "int64"),
+        ([[1.0, 2.0]], "list"),
+        ("weights", "str"),
+    ):
+        with pytest.raises(TypeError, match=f"^array: expected a float32 array, found {found}$"):
+            quantize(array, "q8_0")  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=f"^importance: expected a float32 array, found {found}$"):
+            quantize(normal(1, 32), "q4_0", array)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^array: expected a float32 array, found NoneType$"):
+        quantize(None, "q8_0")  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf_bytes
 import numpy as np
 import pytest
 import yivl_edge.convert.converter as converter_module
@@ -20,6 +21,7 @@ import yivl_edge.convert.writer as writer_module
 import yivl_edge.verify as verify_module
 from checkpoints import GOLDEN, write_checkpoint
 from gguf import GGML_QUANT_SIZES, GGUFReader
+from gguf_bytes import Kind
 from twin import Twin
 from yivl_edge import Model, ModelFileError, _core
 from yivl_edge.cli import main
@@ -410,6 +412,17 @@ def test_files_without_hashes_or_self_test_are_told(files: dict[str, Path], tmp_
             verify(hashed_anew(tmp_path / "half.gguf"))
 
 
+def test_hashes_of_nothing_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "empty.gguf"
+    keys = [
+        gguf_bytes.key("yivl.sha256", gguf_bytes.array(Kind.STRING, ["0" * 64 + "  output.weight"])),
+        gguf_bytes.key(HEADER_KEY, gguf_bytes.scalar(Kind.STRING, "0" * 64)),
+    ]
+    path.write_bytes(gguf_bytes.build(keys))
+    with pytest.raises(ModelFileError, match=r"empty\.gguf: expected tensors, found none"):
+        check_hashes(path)
+
+
 def test_command_line(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(files["q4_k_m"]), "--threads", "1"]) == 0
     out = capsys.readouterr().out
@@ -428,6 +441,11 @@ def test_command_line(files: dict[str, Path], tmp_path: Path, capsys: pytest.Cap
     assert report["checks"][0]["name"] == "hashes"
     assert main(["verify", str(tmp_path / "missing.gguf")]) == 1
     assert "missing.gguf" in capsys.readouterr().err
+
+
+def test_a_device_that_is_none_is_told(files: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match="expected .*, found 'gpu'"):
+        verify(files["q8_0"], device="gpu")
 
 
 def test_progress_of_every_stage_is_told(files: dict[str, Path]) -> None:

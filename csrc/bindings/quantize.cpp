@@ -21,18 +21,20 @@ const TypeInfo& type_called(std::string name) {
 }
 
 // Without a conversion: from float64 it could make infinities.
-Floats float_array(const py::array& array, const char* name) {
+Floats float_array(const py::object& array, const char* name) {
     if (!py::isinstance<py::array_t<float>>(array)) {
-        throw py::type_error(std::string(name) + " must be float32, found " +
-                             py::cast<std::string>(py::str(array.dtype())));
+        const py::object found =
+            py::isinstance<py::array>(array) ? array.attr("dtype") : py::type::of(array).attr("__name__");
+        throw py::type_error(std::string(name) + ": expected a float32 array, found " +
+                             py::cast<std::string>(py::str(found)));
     }
     return Floats::ensure(array);
 }
 
 std::span<const float> span(const Floats& array) { return {array.data(), static_cast<size_t>(array.size())}; }
 
-py::array_t<uint8_t> quantize_array(const py::array& array, const std::string& type,
-                                    const std::optional<py::array>& importance, std::optional<int> n_threads) {
+py::array_t<uint8_t> quantize_array(const py::object& array, const std::string& type,
+                                    const std::optional<py::object>& importance, std::optional<int> n_threads) {
     const TypeInfo& info = type_called(type);
     const Floats values = float_array(array, "array");
     if (values.ndim() != 1 && values.ndim() != 2) {

@@ -72,7 +72,8 @@ def load_conversations(
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: expected UTF-8 text, found other bytes at {error.start}") from error
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    # Not splitlines(): text, of JSON strings too, may hold what it also takes for the end of a line, such as U+2028.
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ValueError(f"{file}: expected a question or a conversation per line, found no line")
     if lines[0][1].startswith("{"):

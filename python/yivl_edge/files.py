@@ -36,7 +36,8 @@ def check_output(path: str | os.PathLike[str]) -> None:
     """Raise OSError for a place where `write_whole` could put nothing, which is better said before the work."""
     target = resolved(path)
     if target.is_dir() or not target.parent.is_dir():
-        raise FileNotFoundError(f"{os.fspath(path)}: expected a file's name in a folder that exists")
+        name = os.fspath(path) or "''"
+        raise FileNotFoundError(f"{name}: expected a file's name in a folder that exists")
 
 
 def beside(target: Path) -> Path:

@@ -59,6 +59,8 @@ def check_hashes(
         missing = HEADER_KEY if isinstance(lines, list) else TENSORS_KEY
         raise _core.ModelFileError(f"{name}: it carries no hashes ({missing}); yivl-edge convert writes them")
     tensors = file.tensors
+    if not tensors:
+        raise _core.ModelFileError(f"{name}: expected tensors, found none")
     with open(path, "rb") as stream:
         found = header_hash(stream.read(min(tensor.offset for tensor in tensors)))
     if found != header:

@@ -24,7 +24,7 @@ DEFAULT_MAX_PIXELS = 100_000_000
 """Limit on width x height of a picture."""
 
 ImageSource: TypeAlias = (
-    "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[np.uint8]"
+    str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[np.uint8]
 )
 
 # Formats that people have pictures in. The others that Pillow knows stay shut: some run outside programs
@@ -115,7 +115,7 @@ def _from_array(array: NDArray[np.uint8], max_pixels: int) -> NDArray[np.uint8]:
 
 
 def _from_path(path: str | bytes, max_pixels: int) -> NDArray[np.uint8]:
-    name = os.fsdecode(path)
+    name = os.fsdecode(path) or "''"
     try:
         with open(path, "rb") as file:
             return _from_file(file, name, max_pixels)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import yivl_edge
 from yivl_edge._core import DeviceError
 from yivl_edge.cli import bench, chat, compare, demo, imatrix, inspect, verify
 from yivl_edge.cli.arguments import Parser
@@ -31,9 +32,7 @@ class _Version(argparse.Action):
     """Prints the version; reads the package's metadata only when asked."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from importlib.metadata import version
-
-        print(f"yivl-edge {version('yivl-edge')}")
+        print(f"yivl-edge {yivl_edge.__version__}")
         parser.exit(0)
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from yivl_edge import ChatResult, Model
 from yivl_edge.cli.arguments import add_device, integer, number
-from yivl_edge.cli.terminal import Progress, is_terminal, note, visible
+from yivl_edge.cli.terminal import Progress, is_terminal, note, read_line, visible
 from yivl_edge.image import DEFAULT_MAX_PIXELS, load_image
 
 _EXAMPLE = """\
@@ -358,7 +358,7 @@ def _converse(conversation: Conversation) -> int:
     while True:
         conversation.prefill()
         try:
-            line = input("> ")
+            line = read_line("> ")
         except KeyboardInterrupt:
             print(file=sys.stderr)
             note("/exit or Ctrl-D ends the conversation")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from yivl_edge.cli.chat import INTERRUPTED, Conversation, Options, add_options, converse
-from yivl_edge.cli.terminal import note
+from yivl_edge.cli.terminal import note, read_line
 from yivl_edge.data import MODEL, samples
 from yivl_edge.model import Model
 
@@ -88,7 +88,7 @@ def _picture(args: _Args) -> Path:
         note(f"{number} {name}: {pictures[name]}")
     while True:
         try:
-            answer = input(f"Which picture, 1 to {len(names)}? ").strip() or "1"
+            answer = read_line(f"Which picture, 1 to {len(names)}? ").strip() or "1"
         except EOFError:
             raise ValueError(
                 f"expected a picture, 1 to {len(names)}, found the end of the input: give it with --sample or --image"

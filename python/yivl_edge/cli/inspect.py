@@ -62,10 +62,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument(
         "--device",
+        type=_gpu,
         metavar="D",
         help="cuda, cuda:1, ...: also what this GPU would hold, beside what it has free now",
     )
     parser.add_argument("--json", action="store_true", help="print JSON; sizes are in bytes")
+
+
+def _gpu(text: str) -> str:
+    """Parser of a GPU's name."""
+    if not re.fullmatch("cuda(:[0-9]+)?", text):
+        raise argparse.ArgumentTypeError(f"expected cuda or cuda:N, found {text!r}")
+    return text
 
 
 def run(args: _Args) -> int:

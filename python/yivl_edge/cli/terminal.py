@@ -39,6 +39,19 @@ def note(message: str) -> None:
     print(f"{wipe}({message})", file=sys.stderr, flush=True)
 
 
+def read_line(prompt: str) -> str:
+    """A line that a person types. Where standard output is no terminal, the prompt goes to standard error.
+
+    Raises:
+        EOFError: The input has ended.
+    """
+    # Readline, which edits the line, has to know the prompt; input() gives it to it, or to standard output.
+    if sys.stdout.isatty():
+        return input(prompt)
+    print(prompt, end="", file=sys.stderr, flush=True)
+    return input("")
+
+
 def fail(message: str) -> int:
     """Says on one line what is wrong; returns the exit code."""
     print("yivl-edge: error:", " ".join(message.split()), file=sys.stderr)

@@ -25,6 +25,7 @@ class _Args(argparse.Namespace):
 
     file: str
     mmproj: str | None
+    device: str
     threads: int | None
     json: bool
 
@@ -45,6 +46,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="FILE",
         help="of a pair, the file with the vision tower; either half can be checked alone",
     )
+    parser.add_argument(
+        "--device", default="auto", metavar="D", help="what repeats the self-test, as for chat (default: auto)"
+    )
     add_threads(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -53,7 +57,9 @@ def run(args: _Args) -> int:
     """Prints the checks; 1 if one failed."""
     progress = Progress()
     try:
-        report = verify(args.file, mmproj=args.mmproj, n_threads=args.threads, on_progress=progress)
+        report = verify(
+            args.file, mmproj=args.mmproj, device=args.device, n_threads=args.threads, on_progress=progress
+        )
     finally:
         progress.wipe()
     if args.json:
