@@ -6,29 +6,42 @@ Examples:
     python benchmarks/gpu_check.py suite accuracy
     python benchmarks/gpu_check.py models bench report
     python benchmarks/gpu_check.py --size 34b models bench report
-    python benchmarks/gpu_check.py all
+    python benchmarks/gpu_check.py --limit 540 --results FOLDER all
 
-Each step is a command of its own and leaves what it found in --work, so that a machine which is lent for minutes can
-be used piece by piece. Nothing is downloaded: Python needs pybind11, numpy, pillow and gguf, for the tests also
-pytest, torch, safetensors, sentencepiece and tqdm, for the whole suite all of `.[test]`; --wheels installs what is
-missing from a folder. Needs nvcc, CMake, 10 GB of disk (34b: 25 GB), and compute-sanitizer for one step.
+For a machine that is borrowed for some minutes: each step leaves what it found in --work, one that fails keeps none of
+the others from going on, and before --limit is over the whole call has ended and told what it had no time for. After
+each step --results gets all there is to know in one small file, gpu-check.tar.gz: logs, figures and report.json.
+
+Nothing is downloaded: Python needs pybind11, numpy, pillow and gguf, for the tests also pytest, torch, safetensors,
+sentencepiece and tqdm, for the whole suite all of `.[test]`; what is missing can be in a folder on PYTHONPATH, or
+--wheels installs it from one. Needs nvcc, CMake, 10 GB of disk (34b: 25 GB), and compute-sanitizer for one step.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
+import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+STEPS = ("build", "test", "suite", "accuracy", "primitives", "sanitize", "models", "bench", "report")
+RESERVE = 10.0  # seconds of --limit that no command gets: to end one, and to report
+LOG_BYTES = 1 << 20  # of each log's end go into the results: room for the names of all tests, some MB in all
+LOG_LINES = 40  # of a failure's log go into the report
 TYPES = {"6b": ("q4_0", "q4_k_m"), "34b": ("q4_k_m",), "demo": ("q4_0", "q4_k_m")}
 CONTEXT = 4000
 PROMPT_TOKENS = 1075  # a picture and a question
@@ -55,6 +68,10 @@ GOALS_6B = (
 GOALS = {"6b": GOALS_6B, "34b": (Goal("decoding", least_share=0.85),), "demo": GOALS_6B}
 
 
+class NotRunError(Exception):
+    """Why a step cannot go on, in one line."""
+
+
 class Check:
     """The steps, and where they leave what they find."""
 
@@ -63,12 +80,15 @@ class Check:
         self.build_folder: Path = (args.build or self.work / "build").resolve()
         self.emulated: bool = args.emulated
         self.size: str = args.size
-        self.limit: float = args.limit
+        self.deadline = time.monotonic() + args.limit
         self.wheels: Path | None = args.wheels
-        self.work.mkdir(parents=True, exist_ok=True)
+        self.results: Path | None = args.results
+        self.steps: Path = self.work / "steps"
+        self.steps.mkdir(parents=True, exist_ok=True)
         self.site = self.work / "site"
         self.answers = {device: self.work / f"accuracy-{device}.json" for device in ("cpu", "cuda")}
-        self.environment = os.environ | {"PYTHONPATH": str(self.site), "PYTHONUNBUFFERED": "1"}
+        path = os.pathsep.join(filter(None, [str(self.site), os.environ.get("PYTHONPATH")]))
+        self.environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         if self.emulated:
             self.environment["YIVL_CUDA_EMULATOR"] = str(self.build_folder)
 
@@ -94,7 +114,7 @@ class Check:
         compile_ = ["cmake", "--build", str(self.build_folder), "--target", "_core", "cuda_primitives"]
         return (
             self.run("configure", [*configure, *kind, *python])
-            and self.run("build", [*compile_, "--parallel", str(os.cpu_count())])
+            and self.run("compile", [*compile_, "--parallel", str(os.cpu_count())])
             and self.run(
                 "device", self.python("-c", "from yivl_edge import _core; print(*_core.cuda_memory('cuda'))")
             )
@@ -102,13 +122,11 @@ class Check:
 
     def test(self) -> bool:
         """The tests of the CUDA backend, on the card."""
-        return self.run(
-            "test", self.python("-m", "pytest", "-q", *map(str, sorted(ROOT.glob("tests/test_cuda*.py"))))
-        )
+        return self.run("test", self.pytest(*map(str, sorted(ROOT.glob("tests/test_cuda*.py")))))
 
     def suite(self) -> bool:
         """All tests, with the card as the device of every model that names none."""
-        return self.run("suite", ["env", "YIVL_TEST_DEVICE=cuda", *self.python("-m", "pytest", "-q")])
+        return self.run("suite", ["env", "YIVL_TEST_DEVICE=cuda", *self.pytest()])
 
     def accuracy(self) -> bool:
         """The demo model's right answers, on the CPU and on the card."""
@@ -122,10 +140,9 @@ class Check:
 
     def primitives(self) -> bool:
         """The wrappers that kernels are made of, against plain loops."""
-        program = str(self.build_folder / "tests/cpp/cuda_primitives")
-        names = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
-        well = True
-        for name in names:
+        program = str(self.built("tests/cpp/cuda_primitives"))
+        well = self.run("primitives", [program])
+        for name in self.file("primitives", "log").read_text().split() if well else ():
             if not name.startswith("fault-"):  # those are for the emulator to find
                 well = self.run(f"primitive {name}", [program, name]) and well
         return well
@@ -134,18 +151,17 @@ class Check:
         """compute-sanitizer on a reply about a picture: the model that comes with the package, and the golden one."""
         tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
         if not Path(tool).exists():
-            print("sanitize: compute-sanitizer is not on this machine")
-            return False
+            raise NotRunError("compute-sanitizer is not on this machine")
         data, golden = ROOT / "python/yivl_edge/data", ROOT / "tests/data/golden"
         model = self.work / "golden-q4_0.gguf"
         asked = [(next(data.glob("*.gguf")), next(data.glob("**/*.png")))]
         convert = self.python(
             "-m", "yivl_edge.convert", str(golden / "checkpoint"), "-o", str(model), "--type", "q4_0"
         )
-        if model.exists() or self.run("convert", convert):
+        well = model.exists() or self.run("convert", convert)
+        if well:
             asked.append((model, golden / "image.png"))
         question = ["--prompt", "What is this?", "--temperature", "0.5", "--seed", "1", "--max-tokens", "4"]
-        well = True
         for path, picture in asked:
             chat = self.python(
                 "-m", "yivl_edge", "chat", str(path), "--device", "cuda", "--image", str(picture)
@@ -190,25 +206,39 @@ class Check:
         return well
 
     def report(self) -> bool:
-        """The goals beside what was measured; writes report.json."""
-        rows, found = [], {}
-        for size, types in TYPES.items():
-            for t in types:
-                if (path := self.result(size, t)).exists():
-                    bench = found[f"{size} {t}"] = json.loads(path.read_text())
-                    rows += compare(size, t, bench)
-        rows += compare_accuracy(*self.answers.values())
-        steps = {
-            path.stem: json.loads(path.read_text()) for path in sorted((self.work / "steps").glob("*.json"))
-        }
-        print(table(rows))
-        failed = [name for name, step in steps.items() if step["exit_code"] != 0]
-        print(f"steps that failed: {', '.join(failed) or 'none'} of {len(steps)}")
-        result = {"goals": rows, "steps": steps, "bench": found}
-        (self.work / "report.json").write_text(json.dumps(result, indent=2) + "\n")
-        return bool(rows) and not failed
+        """The goals beside what was measured, and what failed or was not run."""
+        found = self.findings()
+        codes = {name: step["exit_code"] for name, step in found["steps"].items()}
+        failed = [name for name, code in codes.items() if code]
+        not_run = [name for name, code in codes.items() if code is None]
+        print(table(found["goals"]))
+        print(f"steps that failed: {', '.join(failed) or 'none'} of {len(codes)}")
+        print(f"steps that were not run: {', '.join(not_run) or 'none'}")
+        return bool(found["goals"]) and not failed and not not_run
 
     # --- How
+
+    def step(self, name: str) -> bool:
+        """Runs a step; whether all was well. What it raises is its own failure: the steps after it go on."""
+        log = self.file(name, "log")
+        for earlier in (log, self.file(name, "json")):
+            earlier.unlink(missing_ok=True)
+        began = time.perf_counter()
+        try:
+            well = bool(getattr(self, name)())
+        except NotRunError as error:
+            log.write_text(f"{error}\n")
+            well = self.record(name, None, time.perf_counter() - began)
+        except Exception:
+            log.write_text(traceback.format_exc())
+            well = self.record(name, 1, time.perf_counter() - began)
+        finally:  # and what there is when this script is ended
+            self.keep()
+        return well
+
+    def file(self, name: str, kind: str) -> Path:
+        """The log of a step or of one of its commands, or how it ended (json)."""
+        return self.steps / f"{name.replace(' ', '-').replace('/', '-')}.{kind}"
 
     def result(self, size: str, type_name: str) -> Path:
         """What `yivl-edge bench` finds with a file."""
@@ -218,11 +248,23 @@ class Check:
         """The file of a type."""
         return self.work / f"{self.size}-{type_name}.gguf"
 
+    def built(self, pattern: str) -> Path:
+        """What the step build leaves."""
+        for path in self.build_folder.glob(pattern):
+            return path
+        raise NotRunError(f"no {pattern} in {self.build_folder}: run the step build first")
+
+    def pytest(self, *tests: str) -> list[str]:
+        """Tests that are named as they end, so that a run without time to finish leaves those that failed."""
+        # Eight at a time: each process takes its share of the card's memory.
+        together = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+        return self.python("-m", "pytest", "-v", "--tb=short", *together, *tests)
+
     def python(self, *arguments: str) -> list[str]:
         """A command that sees the package with this build's native module."""
+        module = self.built("_core*.so")
         package = self.site / "yivl_edge"
         package.mkdir(parents=True, exist_ok=True)
-        module = next(self.build_folder.glob("_core*.so"))
         for path in [*(ROOT / "python/yivl_edge").iterdir(), ROOT / "convert", module]:
             link = package / path.name
             link.unlink(missing_ok=True)
@@ -230,34 +272,112 @@ class Check:
         return [sys.executable, *arguments]
 
     def run(self, name: str, command: Sequence[str]) -> bool:
-        """Runs a command, its output into a file and its end onto the screen; whether it succeeded."""
-        steps = self.work / "steps"
-        steps.mkdir(exist_ok=True)
-        file = steps / name.replace(" ", "-").replace("/", "-")
+        """Runs a command until the time is up, its output into a file; whether it succeeded."""
+        left = self.deadline - RESERVE - time.monotonic()
+        if left <= 0:
+            raise NotRunError(f"no time was left for {name}")
         began = time.perf_counter()
-        with file.with_suffix(".log").open("w") as log:
-            try:
-                code = subprocess.run(
-                    command,
-                    cwd=ROOT,
-                    env=self.environment,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    timeout=self.limit,
-                    check=False,
-                ).returncode
-            except subprocess.TimeoutExpired:
-                code = 124
-        seconds = time.perf_counter() - began
-        print(f"== {name}: {'ok' if code == 0 else f'exit code {code}'}, {seconds:.1f} s", flush=True)
-        lines = file.with_suffix(".log").read_text(errors="replace").splitlines()
-        print(
-            "\n".join(
-                lines if code == 0 and name.startswith(("bench", "device")) else lines[-(20 if code else 1) :]
+        with self.file(name, "log").open("w") as log:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=self.environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
-        )
-        file.with_suffix(".json").write_text(json.dumps({"exit_code": code, "seconds": seconds}))
-        return code == 0
+        try:
+            code = process.wait(left)
+        except subprocess.TimeoutExpired:
+            code = 124
+        finally:
+            # Its children too: nvcc, or a program under compute-sanitizer, would disturb what is timed next.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            # A card that hangs can keep a process from ending.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(RESERVE / 2)
+        well = self.record(name, code, time.perf_counter() - began)
+        self.keep()
+        return well
+
+    def record(self, name: str, code: int | None, seconds: float) -> bool:
+        """How a step or one of its commands ended (None: not run), the end of its log onto the screen."""
+        well = code == 0
+        outcome = {0: "ok", 124: "ended, its time was up", None: "not run"}.get(code, f"exit code {code}")
+        lines = last_lines(self.file(name, "log"))
+        shown = lines if well and name.startswith(("bench", "device")) else lines[-(1 if well else 20) :]
+        print(f"== {name}: {outcome}, {seconds:.1f} s", *shown, sep="\n", flush=True)
+        ended = {"exit_code": code, "seconds": seconds}
+        replace(self.file(name, "json"), json.dumps(ended).encode())
+        return well
+
+    def findings(self) -> dict[str, Any]:
+        """All that was found so far."""
+        rows: list[dict[str, Any]] = []
+        bench: dict[str, Any] = {}
+        steps: dict[str, Any] = {}
+        for path in sorted(self.steps.glob("*.json")):
+            with unreadable_fails(path.name, steps):
+                step = steps[path.stem] = json.loads(path.read_text())
+                if step["exit_code"] != 0:
+                    step["log"] = last_lines(path.with_suffix(".log"))[-LOG_LINES:]
+        for size, types in TYPES.items():
+            for t in types:
+                if (path := self.result(size, t)).exists():
+                    with unreadable_fails(path.name, steps):
+                        found = json.loads(path.read_text())
+                        rows += compare(size, t, found)
+                        bench[f"{size} {t}"] = found
+        with unreadable_fails("accuracy-*.json", steps):
+            rows += compare_accuracy(*self.answers.values())
+        return {"goals": rows, "steps": steps, "bench": bench}
+
+    def keep(self) -> None:
+        """Writes the report, and --results: all that is to outlast the machine, as one small file."""
+        replace(self.work / "report.json", (json.dumps(self.findings(), indent=2) + "\n").encode())
+        if self.results is None:
+            return
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+            for path in sorted(
+                [*self.work.glob("*.json"), *self.steps.glob("*.json"), *self.steps.glob("*.log")]
+            ):
+                content = end(path) if path.suffix == ".log" else path.read_bytes()
+                member = tarfile.TarInfo(str(path.relative_to(self.work)))
+                member.size, member.mtime = len(content), int(path.stat().st_mtime)
+                archive.addfile(member, io.BytesIO(content))
+        self.results.mkdir(parents=True, exist_ok=True)
+        replace(self.results / "gpu-check.tar.gz", packed.getvalue())
+
+
+def end(log: Path) -> bytes:
+    """The last LOG_BYTES of a log."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - LOG_BYTES))
+        return file.read()
+
+
+def last_lines(log: Path) -> list[str]:
+    """The lines at the end of a log."""
+    return end(log).decode(errors="replace").splitlines()
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Writes a file that is whole at any time, whenever the machine is taken away."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+@contextlib.contextmanager
+def unreadable_fails(name: str, steps: dict[str, Any]) -> Iterator[None]:
+    """A file that cannot be understood, half a one say, is among the steps as a failure."""
+    try:
+        yield
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+        steps[f"read {name}"] = {"exit_code": 1, "seconds": 0.0, "log": [problem]}
 
 
 def compare(size: str, type_name: str, bench: dict[str, Any]) -> list[dict[str, Any]]:
@@ -316,22 +436,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     """Runs the steps that the command line names; 1 if one of them failed."""
-    steps = (
-        "build",
-        "test",
-        "suite",
-        "accuracy",
-        "primitives",
-        "sanitize",
-        "models",
-        "bench",
-        "report",
-    )
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "steps", nargs="+", choices=(*steps, "all"), metavar="STEP", help=", ".join((*steps, "all"))
+        "steps", nargs="+", choices=(*STEPS, "all"), metavar="STEP", help=", ".join((*STEPS, "all"))
     )
     parser.add_argument(
         "--work", type=Path, default=ROOT / "build/gpu-check", help="where everything goes (build/gpu-check)"
@@ -341,7 +450,10 @@ def main() -> int:
         "--wheels", type=Path, metavar="DIR", help="install all wheels of this folder before building"
     )
     parser.add_argument(
-        "--limit", type=float, default=570, metavar="SECONDS", help="end each command then (570)"
+        "--limit", type=float, default=570, metavar="SECONDS", help="for the whole call (570)"
+    )
+    parser.add_argument(
+        "--results", type=Path, metavar="DIR", help="keep gpu-check.tar.gz there, rewritten after each step"
     )
     parser.add_argument(
         "--size", choices=("6b", "34b", "demo"), default="6b", help="of the models to measure (6b)"
@@ -349,11 +461,11 @@ def main() -> int:
     parser.add_argument("--emulated", action="store_true", help="without a card: to try this script")
     args = parser.parse_args()
     check = Check(args)
-    chosen = steps if "all" in args.steps else args.steps
-    run: dict[str, Callable[[], bool]] = {step: getattr(check, step) for step in steps}
-    well = [run[step]() for step in chosen]
+    well = [check.step(step) for step in (STEPS if "all" in args.steps else args.steps)]
     return 0 if all(well) else 1
 
 
 if __name__ == "__main__":
+    # A command is in a session of its own: it ends with this script only if this script ends it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

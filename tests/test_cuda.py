@@ -15,6 +15,7 @@ import pytest
 import test_attention_kernels
 import test_golden
 import test_kernels
+from closeness import relative_l2
 from emulated import EMULATOR, missing_device
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from test_attention_kernels import attention, exact_attention
@@ -508,6 +509,28 @@ def test_greedy_ids_are_those_of_the_reference(
     ids = [*model.prompt_ids(QUESTIONS[turn]), *expected]
     logits = _core.Session(model._model).logits(ids, model.preprocess(golden_image), _core.Control())
     assert logits[-len(expected) - 1 : -1].argmax(1).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("without", "other_kernels"), [("overlap", False), ("graph", False), ("warpgroups", True)]
+)
+def test_what_can_be_left_out_changes_replies_by_rounding_at_most(
+    golden_q4_0: Path, golden_image: Path, without: str, other_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("YIVL_EMULATOR_CAPABILITY", "90")
+
+    def results() -> tuple[np.ndarray, str]:
+        model = Model(golden_q4_0, device="cuda")
+        reply = model.chat(golden_image, QUESTIONS[0], temperature=0, max_tokens=6)
+        return model.logits(golden_image, QUESTIONS[0]), reply.text
+
+    logits, text = results()
+    monkeypatch.setenv("YIVL_CUDA_WITHOUT", f"{without},nothing else")
+    found, same_text = results()
+    assert relative_l2(found, logits) < 1e-3  # halves of activations, summed in another order
+    if EMULATOR:  # a card may have no warpgroups
+        assert np.array_equal(found, logits) != other_kernels
+    assert same_text == text
 
 
 def test_steps_that_were_recorded_serve_later_replies(golden_q4_0: Path) -> None:

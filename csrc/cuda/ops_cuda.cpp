@@ -4,6 +4,7 @@
 #include <array>
 #include <atomic>
 #include <cassert>
+#include <cstdlib>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -92,7 +93,9 @@ struct Intermediates {
 
 // What one caller needs at a time; kept for the next.
 struct Workspace {
-    explicit Workspace(int device) : stream(device), windows{Event(device), Event(device)} {}
+    explicit Workspace(int device) : stream(device), windows{Event(device), Event(device)} {
+        if (const char* names = std::getenv("YIVL_CUDA_WITHOUT")) stream.leave_out(names);
+    }
 
     Stream stream;
     std::array<Event, 2> windows;
@@ -314,7 +317,7 @@ public:
             }};
             forward();
         };
-        if (r.state == CudaStepRecord::none || stream_.profile != nullptr) {
+        if (r.state == CudaStepRecord::none || !stream_.records_steps() || stream_.profile != nullptr) {
             in_step();
             r.state = CudaStepRecord::tried;
             return;

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <string_view>
 #include <utility>
 
 namespace yivl::cuda {
@@ -50,6 +51,15 @@ public:
     bool overlaps_kernels() const { return overlaps_kernels_; }
     // Whether the card multiplies by four warps at once (multiply_async in device.h).
     bool has_warpgroups() const { return has_warpgroups_; }
+    // Whether a step is recorded, and then started as one.
+    bool records_steps() const { return records_steps_; }
+    // Does without what the text names, of overlap, warpgroups and graph: to find which of them a fault comes with.
+    void leave_out(std::string_view names) {
+        const auto named = [names](std::string_view name) { return names.find(name) != std::string_view::npos; };
+        if (named("overlap")) overlaps_kernels_ = false;
+        if (named("warpgroups")) has_warpgroups_ = false;
+        if (named("graph")) records_steps_ = false;
+    }
 
     // Rows of `width` bytes that begin `pitch` bytes apart. The host's memory may be used again when a call returns,
     // and holds what was copied out.
@@ -70,7 +80,7 @@ private:
     friend class Graph;
     int device_;
     void* handle_ = nullptr;
-    bool overlaps_kernels_ = false, has_warpgroups_ = false;
+    bool overlaps_kernels_ = false, has_warpgroups_ = false, records_steps_ = true;
     Work work_;
 };
 
