@@ -1,7 +1,6 @@
 #include "config.h"
 
 #include <cmath>
-#include <limits>
 
 namespace yivl {
 
@@ -14,11 +13,10 @@ constexpr int64_t kMaxContext = 1 << 24;
 constexpr int64_t kFormatVersion = 1;
 
 constexpr const char* kDefaultSystem =
-    "This is a chat between an inquisitive human and an AI assistant. Assume the role of the AI assistant. Read all "
-    "the "
-    "images carefully, and respond to the human's questions with informative, helpful, detailed and polite answers. "
-    "这是一个好奇的人类和一个人工智能助手之间的对话。假设你扮演这个AI助手的角色。仔细阅读所有的图像，并对人类的问题做"
-    "出信息丰富、有帮助、详细的和礼貌的回答。";
+    "This is a chat between an inquisitive human and an AI assistant. Assume the role of the AI assistant. "
+    "Read all the images carefully, and respond to the human's questions with informative, helpful, detailed and "
+    "polite answers. 这是一个好奇的人类和一个人工智能助手之间的对话。假设你扮演这个AI助手的角色。"
+    "仔细阅读所有的图像，并对人类的问题做出信息丰富、有帮助、详细的和礼貌的回答。";
 
 int64_t integer_in(const GgufFile& file, const char* key, int64_t low, int64_t high) {
     const int64_t value = file.integer(key);
@@ -30,11 +28,13 @@ int64_t integer_in(const GgufFile& file, const char* key, int64_t low, int64_t h
 }
 
 float positive(const GgufFile& file, const char* key) {
-    const double value = file.number(key);
-    if (!(value > 0) || value > std::numeric_limits<float>::max()) {
-        file.fail(std::string(key) + ": expected a positive number, found " + std::to_string(value));
+    const double number = file.number(key);
+    const auto value = static_cast<float>(number);
+    if (!(value > 0) || std::isinf(value)) {
+        file.fail(std::string(key) + ": expected a positive number that 32 bits can hold, found " +
+                  number_text(number));
     }
-    return static_cast<float>(value);
+    return value;
 }
 
 DecoderConfig read_decoder(const GgufFile& file) {
@@ -137,10 +137,10 @@ PreprocessConfig read_preprocess(const GgufFile& file, int64_t image_size) {
     c.std = three_floats(file, "clip.vision.image_std");
     for (int i = 0; i < 3; ++i) {
         if (!(c.mean[i] >= 0 && c.mean[i] <= 1)) {
-            file.fail("clip.vision.image_mean: expected numbers from 0 to 1, found " + std::to_string(c.mean[i]));
+            file.fail("clip.vision.image_mean: expected numbers from 0 to 1, found " + number_text(c.mean[i]));
         }
-        if (!(c.std[i] > 0)) {
-            file.fail("clip.vision.image_std: expected positive numbers, found " + std::to_string(c.std[i]));
+        if (!(c.std[i] > 0) || std::isinf(c.std[i])) {
+            file.fail("clip.vision.image_std: expected positive finite numbers, found " + number_text(c.std[i]));
         }
         c.pad_color[i] = static_cast<uint8_t>(c.mean[i] * 255.0F);
     }
@@ -192,8 +192,7 @@ Config read_config(const GgufFile& text, const GgufFile* vision) {
     if (text.has("yivl.sampling.temperature")) {
         const double temperature = text.number("yivl.sampling.temperature");
         if (!(temperature >= 0 && temperature <= 100)) {
-            text.fail("yivl.sampling.temperature: expected a number from 0 to 100, found " +
-                      std::to_string(temperature));
+            text.fail("yivl.sampling.temperature: expected a number from 0 to 100, found " + number_text(temperature));
         }
         c.temperature = static_cast<float>(temperature);
     }

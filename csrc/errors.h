@@ -1,6 +1,10 @@
-// Every way in which the core reports failure. The bindings map each to a Python exception of the same name.
+// The core's own exceptions, and how messages write numbers. The bindings map each exception to a Python exception
+// of the same name, but AllocationError to MemoryError. The core throws the standard library's, too: for a bad argument
+// std::invalid_argument, ValueError in Python.
 #pragma once
 
+#include <charconv>
+#include <iterator>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -42,5 +46,13 @@ private:
 struct Cancelled : std::runtime_error {
     Cancelled() : std::runtime_error("cancelled") {}
 };
+
+// The fewest digits that give the number back, as a float where it is one.
+inline std::string number_text(double number) {
+    char digits[32];
+    const auto written = [&](auto value) { return std::to_chars(digits, std::end(digits), value).ptr; };
+    const auto narrow = static_cast<float>(number);
+    return {digits, narrow == number ? written(narrow) : written(number)};
+}
 
 }  // namespace yivl

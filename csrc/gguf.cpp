@@ -80,13 +80,7 @@ std::string printable(std::string_view text) {
 }
 
 [[noreturn]] void fail_file(const std::string& path, const std::string& what) {
-    throw ModelFileError(printable(path) + ": " + what);
-}
-
-std::string shape_text(std::span<const int64_t> shape) {
-    std::string out = "(";
-    for (size_t i = 0; i < shape.size(); ++i) out += (i ? ", " : "") + std::to_string(shape[i]);
-    return out + ")";
+    throw ModelFileError((path.empty() ? "''" : printable(path)) + ": " + what);
 }
 
 std::string readable_types() {
@@ -123,6 +117,12 @@ std::string quoted(std::string_view text) {
     size_t end = kLongest;
     while (end > 0 && (static_cast<uint8_t>(text[end]) & 0xC0) == 0x80) --end;  // not inside a UTF-8 sequence
     return "'" + printable(text.substr(0, end)) + "...'";
+}
+
+std::string shape_text(std::span<const int64_t> shape) {
+    std::string out = "(";
+    for (size_t i = 0; i < shape.size(); ++i) out += (i ? ", " : "") + std::to_string(shape[i]);
+    return out + ")";
 }
 
 MappedFile::MappedFile(const std::string& path) : path_(path) {
@@ -329,7 +329,7 @@ private:
     float read_narrowed(const std::string& subject) {
         const auto value = read<double>(subject);
         if (std::isfinite(value) && std::abs(value) > std::numeric_limits<float>::max()) {
-            fail(subject, "floats in the range of 32 bits", std::to_string(value));
+            fail(subject, "floats in the range of 32 bits", number_text(value));
         }
         return static_cast<float>(value);
     }

@@ -62,6 +62,8 @@ struct GgufTensor {
 
 // Text from a file, fit for an error message: in quotes, control characters and invalid UTF-8 as \xNN, cut when long.
 std::string quoted(std::string_view text);
+// A tensor's shape for one, e.g. "(64, 32)".
+std::string shape_text(std::span<const int64_t> shape);
 
 class GgufFile {
 public:

@@ -194,8 +194,9 @@ void filter_row(uint8_t* out, const int16_t* planes, int64_t stride, const Colum
 
 // Resizes what Pillow would see if the picture were padded with `background`: columns first, rounded to 8 bits, then
 // rows. Padding costs neither memory nor time: it enters each sum as one product. Besides the result, memory is taken
-// for the picture's rows as the first pass leaves them, in those columns that the picture reaches: less than the
-// picture when it shrinks, up to 5 times as much when it is a few pixels wide and very tall.
+// for the picture's rows as the first pass leaves them, in those columns that the picture reaches: as many times the
+// picture's size as it gets wider, and less than that size when it shrinks, unless it is a few pixels wide and a very
+// tall picture that is padded: up to 5 times as much.
 Image resample(const ImageView& picture, const Axis& across, const Axis& down, const Color& background,
                Control& control) {
     Image result{across.count, down.count, {}};

@@ -62,7 +62,8 @@ std::vector<float> downloaded(ConstMat x, Ops& ops) {
     return values;
 }
 
-// A picture is seen before its question is read. What a GPU has is not read again.
+// A picture is seen before its question is read. Nothing is read ahead where a GPU has some of the weights, not even
+// those that stay on the CPU.
 std::vector<std::span<const std::byte>> files_to_read(const Placement& placement, const Weights& weights) {
     std::vector<std::span<const std::byte>> files;
     if (placement.cpu != nullptr || placement.n_gpu_layers > 0) return files;

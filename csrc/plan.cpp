@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <charconv>
+#include <stdexcept>
+#include <string>
 #include <string_view>
 #include <utility>
 
@@ -23,10 +25,22 @@ int64_t block_number(std::string_view name, std::string_view prefix) {
 
 }  // namespace
 
+void MemoryPlan::check(int64_t n_gpu_layers) const {
+    if (n_gpu_layers >= 0 && n_gpu_layers <= n_layers()) return;
+    throw std::invalid_argument("n_gpu_layers: expected 0 to " + std::to_string(n_layers()) + ", found " +
+                                std::to_string(n_gpu_layers));
+}
+
 int64_t MemoryPlan::weights_on_device(int64_t n_gpu_layers) const {
+    check(n_gpu_layers);
     int64_t bytes = vision_weights + head + (n_gpu_layers == n_layers() ? table : 0);
     for (int64_t i = n_layers() - n_gpu_layers; i < n_layers(); ++i) bytes += layers[static_cast<size_t>(i)];
     return bytes;
+}
+
+int64_t MemoryPlan::kv_on_device(int64_t n_gpu_layers) const {
+    check(n_gpu_layers);
+    return n_gpu_layers * layer_kv;
 }
 
 int64_t MemoryPlan::on_device(int64_t n_gpu_layers) const {

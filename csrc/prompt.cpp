@@ -41,13 +41,12 @@ Prompt build_prompt(const PromptConfig& config, std::span<const Message> message
 }
 
 std::vector<int32_t> prompt_ids(const Prompt& prompt, const Tokenizer& tokenizer) {
-    // The reference drops the BOS that tokenising the second part adds again.
-    const bool begins_with_bos = tokenizer.config().add_bos;
     std::vector<int32_t> ids = tokenizer.encode(prompt.before);
     if (!prompt.has_image) return ids;
     const std::vector<int32_t> after = tokenizer.encode(prompt.after);
     ids.push_back(kImageId);
-    ids.insert(ids.end(), after.begin() + (begins_with_bos ? 1 : 0), after.end());
+    // The reference drops the BOS that tokenising the second part adds again.
+    ids.insert(ids.end(), after.begin() + (tokenizer.adds_bos() ? 1 : 0), after.end());
     return ids;
 }
 

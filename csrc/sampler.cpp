@@ -10,6 +10,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "errors.h"
+
 namespace yivl {
 
 namespace {
@@ -18,8 +20,7 @@ constexpr float infinity = std::numeric_limits<float>::infinity();
 
 void require(bool ok, const char* option, const char* expected, float found) {
     if (!ok)
-        throw std::invalid_argument(std::string(option) + ": expected " + expected + ", found " +
-                                    std::to_string(found));
+        throw std::invalid_argument(std::string(option) + ": expected " + expected + ", found " + number_text(found));
 }
 
 // The first position of the greatest logit.

@@ -419,6 +419,7 @@ Tokenizer::~Tokenizer() = default;
 
 const TokenizerConfig& Tokenizer::config() const { return impl_->config; }
 int64_t Tokenizer::vocab_size() const { return impl_->vocab_size(); }
+bool Tokenizer::adds_bos() const { return impl_->config.add_bos && impl_->config.bos_id >= 0; }
 
 std::vector<int32_t> Tokenizer::encode(std::string_view text, bool add_special) const {
     if (const size_t at = find_invalid_utf8(text); at != std::string_view::npos)
@@ -429,7 +430,7 @@ std::vector<int32_t> Tokenizer::encode(std::string_view text, bool add_special) 
 
     const TokenizerConfig& config = impl_->config;
     std::vector<int32_t> ids;
-    if (add_special && config.add_bos && config.bos_id >= 0) ids.push_back(config.bos_id);
+    if (add_special && adds_bos()) ids.push_back(config.bos_id);
     // Each part between special pieces is encoded on its own (transformers' slow tokeniser with legacy=True).
     size_t part = 0;
     for (size_t at = 0; at < text.size();) {

@@ -41,6 +41,8 @@ public:
 
     const TokenizerConfig& config() const;
     int64_t vocab_size() const;
+    // Whether encode() begins with a BOS: asked for, and there is one.
+    bool adds_bos() const;
 
     // Ids of UTF-8 text, with BOS and EOS only if the config adds them and `add_special`. Special pieces written in the
     // text become their ids, as in the reference. Throws std::invalid_argument for invalid UTF-8.

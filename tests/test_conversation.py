@@ -668,7 +668,8 @@ def test_four_threads_on_one_model_reply_as_one_after_another(model, golden_imag
         assert list(pool.map(run, jobs)) == one_by_one
 
 
-def test_other_python_threads_run_while_the_core_computes(model, golden_image):
+def ticks_during(work):
+    """How often another Python thread runs while `work` does; about once if it holds the GIL all the time."""
     ticks = []
     done = threading.Event()
 
@@ -680,11 +681,28 @@ def test_other_python_threads_run_while_the_core_computes(model, golden_image):
     ticker = threading.Thread(target=tick)
     ticker.start()
     begin = time.perf_counter()
-    pixels = model.preprocess(golden_image)
-    with model._borrowed_session() as session:
-        session.logits(model.prompt_ids("a" * 300), pixels, _core.Control())
+    work()
     end = time.perf_counter()
     done.set()
     ticker.join()
-    # Held for the whole computation, the GIL would allow no tick strictly inside it.
-    assert sum(begin < t < end for t in ticks) >= 2
+    return sum(begin < t < end for t in ticks)
+
+
+def test_other_python_threads_run_while_the_core_computes(model, golden_image):
+    def compute():
+        pixels = model.preprocess(golden_image)
+        with model._borrowed_session() as session:
+            session.logits(model.prompt_ids("a" * 300), pixels, _core.Control())
+
+    assert ticks_during(compute) >= 2
+
+
+def test_other_python_threads_run_while_the_core_tokenises(model):
+    text = "a cat " * 100000
+    ids = model.tokenize("cat") * 2000000
+    for work in (
+        lambda: model._model.tokenize(text),
+        lambda: model._model.prompt_ids([("user", text)], True),
+        lambda: model._model.detokenize(ids),
+    ):
+        assert ticks_during(work) >= 15  # of about 100

@@ -376,7 +376,7 @@ MANY_BYTES = b"\0" * 4_000_000
         ),
         (
             build([key("k", array(12, [1e300]))]),
-            "key 'k': expected floats in the range of 32 bits, found 1000000",
+            "key 'k': expected floats in the range of 32 bits, found 1e+300",
         ),
         # Alignment.
         *[

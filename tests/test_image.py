@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
-from yivl_edge import _core
+from yivl_edge import Model, _core
 from yivl_edge.image import image_from_url, load_image
 
 Pixels = NDArray[np.uint8]
@@ -224,6 +224,16 @@ def test_cropped_pixels_equal_those_of_the_clip_image_processor(shape: tuple[int
 def test_the_core_names_a_wrong_shape(pixels: Pixels, found: str) -> None:
     with pytest.raises(_core.ImageError, match=found):
         _core.fit(pixels, config(8))
+
+
+def test_a_model_names_a_wrong_shape(golden_model: Model) -> None:
+    for shape, found in (
+        ((4,), "found 1 dimensions"),
+        ((4, 4), "found 2 dimensions"),
+        ((1, 4, 4, 3), "found 4 dim"),
+    ):
+        with pytest.raises(_core.ImageError, match=found):
+            golden_model._model.preprocess(np.zeros(shape, np.uint8), _core.Control())
 
 
 @pytest.mark.parametrize("size", [0, -1, 2**31, 2**62])

@@ -238,6 +238,27 @@ def test_default_threads_are_cores_this_process_may_use() -> None:
         assert one.stdout.strip() == "1"
 
 
+@pytest.mark.parametrize(
+    ("quotas", "cpus"),
+    [
+        ({"a/b": "max 100000", "a": "150000 100000", "": "400000 100000"}, 2),
+        ({"a/b": "50000 100000", "a": "150000 100000"}, 1),
+        ({"": "300000 100000"}, 3),
+        ({"a": "max 100000", "a/c": "100000 100000"}, 0),
+        ({}, 0),
+    ],
+    ids=["above", "own", "root", "others", "none"],
+)
+def test_the_smallest_quota_of_the_cgroups_counts(tmp_path: Path, quotas: dict[str, str], cpus: int) -> None:
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "cgroup").write_text("4:memory:/a/c\n0::/a/b\n")
+    for group, quota in quotas.items():
+        folder = tmp_path / "sys" / "fs" / "cgroup" / group
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "cpu.max").write_text(quota + "\n")
+    assert _core.cgroup_cpus(str(tmp_path)) == cpus
+
+
 def test_bad_thread_counts_are_refused() -> None:
     for count in (-1, 1025):
         with pytest.raises(ValueError, match="n_threads must be from 1 to 1024"):

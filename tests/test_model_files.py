@@ -21,7 +21,7 @@ from tiny_models import (
     write_pair,
     write_single,
 )
-from yivl_edge import Model, ModelFileError
+from yivl_edge import Model, ModelFileError, _core
 
 WIDTH = 8
 KEYS = decoder_keys(WIDTH) | vision_keys(WIDTH, WIDTH)
@@ -100,6 +100,13 @@ def test_single_file_pair_and_text_model_alone_open(single: Path, pair: tuple[Pa
     assert open_model(pair[0]).chat(None, "ab", max_tokens=2).usage.completion_tokens > 0
 
 
+def test_a_text_model_alone_takes_no_pixels(pair: tuple[Path, Path]) -> None:
+    session = _core.Session(open_model(pair[0])._model)
+    for work in (session.vision_features, session.encode_image, session.embed_image):
+        with pytest.raises(ValueError, match="no vision tower"):
+            work(np.zeros(48, np.float32), _core.Control())
+
+
 def test_a_block_that_does_not_run_may_be_missing(single: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "fewer.gguf", tensors={name: TENSORS[name] for name in NEEDED_TENSORS})
     np.testing.assert_array_equal(logits(open_model(path)), logits(open_model(single)))
@@ -110,6 +117,14 @@ def test_optional_keys_may_be_missing(tmp_path: Path) -> None:
     longer = {"llama.context_length": ("uint32", 1024)}  # for the default system text, byte by byte
     path = write(tmp_path / "bare.gguf", {name: KEYS[name] for name in needed} | longer)
     assert np.isfinite(logits(open_model(path))).all()
+
+
+def test_a_bos_that_is_asked_for_but_not_named_costs_no_text(single: Path, tmp_path: Path) -> None:
+    asked = KEYS | {"tokenizer.ggml.add_bos_token": ("bool", True)}
+    unnamed = {name: value for name, value in asked.items() if name != "tokenizer.ggml.bos_token_id"}
+    plain = open_model(single).prompt_ids("ab")
+    assert open_model(write(tmp_path / "unnamed.gguf", unnamed)).prompt_ids("ab") == plain
+    assert open_model(write(tmp_path / "named.gguf", asked)).prompt_ids("ab") == [1, *plain]
 
 
 def test_swapped_names_of_the_towers_mlp_make_no_difference(single: Path, tmp_path: Path) -> None:
@@ -276,7 +291,23 @@ def test_missing_or_mistyped_key_is_named(tmp_path: Path, name: str) -> None:
         ({"llama.attention.head_count": ("uint32", 8)}, "head dim: expected an even number, found 1"),
         (
             {"llama.attention.layer_norm_rms_epsilon": ("float32", float("nan"))},
-            "expected a positive number, found nan",
+            "expected a positive number that 32 bits can hold, found nan",
+        ),
+        (
+            {"llama.attention.layer_norm_rms_epsilon": ("float32", -1e-9)},
+            "expected a positive number that 32 bits can hold, found -1e-09",
+        ),
+        (
+            {"llama.rope.freq_base": ("float64", 1e-50)},
+            "expected a positive number that 32 bits can hold, found 1e-50",
+        ),
+        (
+            {"clip.vision.attention.layer_norm_epsilon": ("float64", 1e39)},
+            "expected a positive number that 32 bits can hold, found 1e+39",
+        ),
+        (
+            {"yivl.sampling.temperature": ("float32", -1e-9)},
+            "yivl.sampling.temperature: expected a number from 0 to 100, found -1e-09",
         ),
         (
             {"clip.vision.patch_size": ("uint32", 3)},
@@ -288,7 +319,15 @@ def test_missing_or_mistyped_key_is_named(tmp_path: Path, name: str) -> None:
         ),
         (
             {"clip.vision.image_std": ("array", [0.5, 0.5, 0.0])},
-            "clip.vision.image_std: expected positive numbers",
+            "clip.vision.image_std: expected positive finite numbers, found 0",
+        ),
+        (
+            {"clip.vision.image_std": ("array", [0.5, float("inf"), 0.5])},
+            "clip.vision.image_std: expected positive finite numbers, found inf",
+        ),
+        (
+            {"clip.vision.image_mean": ("array", [0.5, 0.5, -1e-9])},
+            "clip.vision.image_mean: expected numbers from 0 to 1, found -1e-09",
         ),
         ({"clip.projector_type": ("string", "ldp")}, "clip.projector_type: expected 'mlp', found 'ldp'"),
         (

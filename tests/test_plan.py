@@ -67,6 +67,14 @@ def test_every_tensor_counts_once(golden_f32: Path) -> None:
     )
 
 
+def test_a_number_of_layers_out_of_range_is_an_error(tmp_path: Path) -> None:
+    plan = plan_of("6b", "q4_0", tmp_path)
+    for bytes_on_device in (plan.weights_on_device, plan.kv_on_device, plan.on_device):
+        for n in (-1, 33, 2**62):
+            with pytest.raises(ValueError, match=f"n_gpu_layers: expected 0 to 32, found {n}"):
+                bytes_on_device(n)
+
+
 def test_a_context_out_of_range_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="n_ctx: expected 1 to the model's 4096, found 5000"):
         plan_of("6b", "q4_0", tmp_path, 5000)

@@ -319,11 +319,13 @@ def test_values_that_are_not_finite_are_refused(name: str, value: float) -> None
         quantize(array, name)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
-def test_impossible_importance_is_refused(value: float) -> None:
+@pytest.mark.parametrize(
+    ("value", "text"), [(np.nan, "nan"), (np.inf, "inf"), (-1.0, "-1"), (-1e-9, "-1e-09")]
+)
+def test_impossible_importance_is_refused(value: float, text: str) -> None:
     weight = np.ones(256, np.float32)
     weight[7] = value
-    with pytest.raises(ValueError, match=r"finite and not negative, found .* for column 7"):
+    with pytest.raises(ValueError, match=f"finite and not negative, found {text} for column 7"):
         quantize(normal(2, 256), "q4_k", weight)
 
 

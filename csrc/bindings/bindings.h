@@ -16,6 +16,14 @@ void bind_model(py::module_& m);
 void bind_quantize(py::module_& m);
 void bind_text(py::module_& m);
 
+struct ImageView;
+
+// (height, width, channels), C-contiguous.
+using ImageArray = py::array_t<uint8_t, py::array::c_style>;
+
+// Lives as long as the array. Throws ImageError for any other number of axes.
+ImageView view(const ImageArray& image);
+
 // A float32 array of this shape that takes over the vector's memory.
 inline py::array_t<float> to_array(std::vector<float>&& values, std::vector<py::ssize_t> shape) {
     auto* owner = new std::vector<float>(std::move(values));

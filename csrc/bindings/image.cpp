@@ -5,17 +5,6 @@
 namespace yivl {
 namespace {
 
-// (height, width, channels), C-contiguous; the view lives as long as the array.
-using Pixels = py::array_t<uint8_t, py::array::c_style>;
-
-ImageView view(const Pixels& image) {
-    if (image.ndim() != 3) {
-        throw ImageError("expected an array (height, width, channels), found " + std::to_string(image.ndim()) +
-                         " dimensions");
-    }
-    return {image.shape(1), image.shape(0), image.shape(2), {image.data(), static_cast<size_t>(image.size())}};
-}
-
 py::array_t<uint8_t> to_array(Image&& image) {
     auto* owner = new Image(std::move(image));
     py::capsule free_owner(owner, [](void* p) { delete static_cast<Image*>(p); });
@@ -23,6 +12,14 @@ py::array_t<uint8_t> to_array(Image&& image) {
 }
 
 }  // namespace
+
+ImageView view(const ImageArray& image) {
+    if (image.ndim() != 3) {
+        throw ImageError("expected an array (height, width, channels), found " + std::to_string(image.ndim()) +
+                         " dimensions");
+    }
+    return {image.shape(1), image.shape(0), image.shape(2), {image.data(), static_cast<size_t>(image.size())}};
+}
 
 void bind_image(py::module_& m) {
     using namespace py::literals;
@@ -39,7 +36,7 @@ void bind_image(py::module_& m) {
 
     m.def(
         "fit",
-        [](const Pixels& image, const PreprocessConfig& config) {
+        [](const ImageArray& image, const PreprocessConfig& config) {
             const ImageView input = view(image);
             return to_array([&] {
                 py::gil_scoped_release release;
@@ -51,7 +48,7 @@ void bind_image(py::module_& m) {
         "uint8 (H, W, 3) or (H, W, 4) -> uint8 (S, S, 3): padded or cropped, and resized.");
     m.def(
         "resize_bicubic",
-        [](const Pixels& image, int64_t width, int64_t height) {
+        [](const ImageArray& image, int64_t width, int64_t height) {
             const ImageView input = view(image);
             return to_array([&] {
                 py::gil_scoped_release release;
@@ -62,7 +59,7 @@ void bind_image(py::module_& m) {
         py::arg("image").noconvert(), "width"_a, "height"_a, "uint8 (H, W, 3) -> uint8 (height, width, 3).");
     m.def(
         "preprocess",
-        [](const Pixels& image, const PreprocessConfig& config) {
+        [](const ImageArray& image, const PreprocessConfig& config) {
             const ImageView input = view(image);
             std::vector<float> pixels;
             {

@@ -332,6 +332,7 @@ void bind_kernels(py::module_& m) {
         py::arg("bytes"), py::arg("type"), py::arg("rows"), py::arg("cols"), py::arg("isa") = "",
         "Weights of a GGUF type as float32 (rows, cols); by the reference code, or by an instruction set's kernel.");
     m.def("default_thread_count", &default_thread_count, "Physical cores that this process may use.");
+    m.def("cgroup_cpus", &cgroup_cpus, py::arg("root") = "", "CPUs that quotas of cgroups allow; 0: no limit.");
     m.def(
         "available_isas",
         [] {

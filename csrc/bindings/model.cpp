@@ -45,16 +45,18 @@ Pixels to_pixels(const std::optional<FloatArray>& array) {
     return std::make_shared<const std::vector<float>>(array->data(), array->data() + array->size());
 }
 
-// What `compute` returns, computed without the GIL, as rows of `cols` values.
-template <class Compute>
-py::array_t<float> compute_rows(Compute compute, int64_t cols) {
+// What `compute` returns, computed without the GIL, as rows of `cols(config)` values: asked for afterwards, because it
+// is `compute` that refuses a model whose config has no vision tower.
+template <class Compute, class Cols>
+py::array_t<float> compute_rows(const Session& session, Compute compute, Cols cols) {
     std::vector<float> values;
     {
         const py::gil_scoped_release release;
         values = compute();
     }
-    const auto rows = static_cast<py::ssize_t>(values.size()) / cols;
-    return to_array(std::move(values), {rows, cols});
+    const int64_t row = cols(session.model().config());
+    const auto rows = static_cast<py::ssize_t>(values.size()) / row;
+    return to_array(std::move(values), {rows, row});
 }
 
 std::vector<Message> to_messages(const std::vector<std::pair<std::string, std::string>>& messages) {
@@ -159,13 +161,15 @@ void bind_session(py::module_& m) {
              })
         .def("vision_features",
              [](Session& s, const FloatArray& pixels, PyControl& control) {
-                 return compute_rows([&, picture = to_pixels(pixels)] { return s.vision_features(picture, control); },
-                                     s.model().config().vit->width);
+                 return compute_rows(
+                     s, [&, picture = to_pixels(pixels)] { return s.vision_features(picture, control); },
+                     [](const Config& c) { return c.vit->width; });
              })
         .def("encode_image",
              [](Session& s, const FloatArray& pixels, PyControl& control) {
-                 return compute_rows([&, picture = to_pixels(pixels)] { return s.encode_image(picture, control); },
-                                     s.model().config().decoder.width);
+                 return compute_rows(
+                     s, [&, picture = to_pixels(pixels)] { return s.encode_image(picture, control); },
+                     [](const Config& c) { return c.decoder.width; });
              })
         .def("embed_image",
              [](Session& s, const FloatArray& pixels, PyControl& control) {
@@ -179,8 +183,8 @@ void bind_session(py::module_& m) {
                ActivationStatistics* statistics, std::optional<std::vector<int64_t>> positions) {
                 const LogitsOptions options{std::move(positions), statistics};
                 return compute_rows(
-                    [&, picture = to_pixels(pixels)] { return s.logits(ids, picture, control, options); },
-                    s.model().config().decoder.vocab_size);
+                    s, [&, picture = to_pixels(pixels)] { return s.logits(ids, picture, control, options); },
+                    [](const Config& c) { return c.decoder.vocab_size; });
             },
             py::arg("ids"), py::arg("pixels"), py::arg("control"), py::arg("statistics") = py::none(),
             py::arg("positions") = py::none());
@@ -204,9 +208,8 @@ void bind_activations(py::module_& m) {
                 }
                 return dict;
             },
-            "dict of tensor name to (sums of squares (I,) float64, how many rows were summed, and the same two of the "
-            "rows "
-            "of the decoder's blocks whose logits were asked for).");
+            "dict of tensor name to (sums of squares (I,) float64, how many rows were summed, and the same two of "
+            "the rows of the decoder's blocks whose logits were asked for).");
 }
 
 }  // namespace
@@ -253,24 +256,28 @@ void bind_model(py::module_& m) {
              [](const Model& model, const std::vector<std::pair<std::string, std::string>>& messages, bool image) {
                  return build_prompt(model.config().prompt, to_messages(messages), image).text();
              })
-        .def("prompt_ids",
-             [](const Model& model, const std::vector<std::pair<std::string, std::string>>& messages, bool image) {
-                 return prompt_ids(build_prompt(model.config().prompt, to_messages(messages), image),
-                                   model.tokenizer());
-             })
-        .def("tokenize", [](const Model& model, const std::string& text) { return model.tokenizer().encode(text); })
-        .def("detokenize",
-             [](const Model& model, const std::vector<int32_t>& ids) { return model.tokenizer().decode(ids); })
+        .def(
+            "prompt_ids",
+            [](const Model& model, const std::vector<std::pair<std::string, std::string>>& messages, bool image) {
+                return prompt_ids(build_prompt(model.config().prompt, to_messages(messages), image), model.tokenizer());
+            },
+            py::call_guard<py::gil_scoped_release>())
+        .def(
+            "tokenize", [](const Model& model, const std::string& text) { return model.tokenizer().encode(text); },
+            py::call_guard<py::gil_scoped_release>())
+        .def(
+            "detokenize",
+            [](const Model& model, const std::vector<int32_t>& ids) { return model.tokenizer().decode(ids); },
+            py::call_guard<py::gil_scoped_release>())
         .def(
             "preprocess",
-            [](const Model& model, const py::array_t<uint8_t, py::array::c_style>& image, PyControl& control) {
+            [](const Model& model, const ImageArray& image, PyControl& control) {
                 const int64_t S = model.config().preprocess.image_size;
                 std::vector<float> pixels;
-                const ImageView view{
-                    image.shape(1), image.shape(0), image.shape(2), {image.data(), static_cast<size_t>(image.size())}};
+                const ImageView input = view(image);
                 {
                     const py::gil_scoped_release release;
-                    pixels = preprocess(view, model.config().preprocess, control);
+                    pixels = preprocess(input, model.config().preprocess, control);
                 }
                 return to_array(std::move(pixels), {3, S, S});
             },

@@ -159,7 +159,7 @@ void unpack(float* dst, const BlockIQ4_XS& b) {
     }
 }
 
-// A tensor may begin at any multiple of the file's alignment, which can be one byte: blocks are copied out.
+// A file's blocks lie at even addresses, but bytes that a caller gives may lie anywhere: blocks are copied out.
 template <class Block, int kWeights>
 void unpack_blocks(float* dst, const std::byte* src, int64_t n) {
     assert(n % kWeights == 0);

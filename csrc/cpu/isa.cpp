@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdlib>
+#include <functional>
 #include <stdexcept>
 #include <string>
 
@@ -107,11 +108,13 @@ bool usable(const Kernels& kernels) {
     return &kernels == &kPortableKernels;
 }
 
-std::string list(const std::vector<const Kernels*>& tables) {
+// Of names, or of things with a name.
+template <class Things, class Name = std::identity>
+std::string list(const Things& things, Name name = {}) {
     std::string names;
-    for (const Kernels* kernels : tables) {
+    for (const auto& thing : things) {
         if (!names.empty()) names += ", ";
-        names += kernels->name;
+        names += std::invoke(name, thing);
     }
     return names;
 }
@@ -132,13 +135,14 @@ const Kernels& choose_kernels(std::string_view name) {
 
     const std::string quoted = "instruction set \"" + std::string(name) + "\"";
     if (std::ranges::find(kNames, name) == kNames.end()) {
-        throw std::invalid_argument(quoted + " is unknown; known: amx, avx512, avx2, neon, portable");
+        throw std::invalid_argument(quoted + " is unknown; known: " + list(kNames));
     }
     const std::vector<const Kernels*> built = built_kernels();
     if (std::ranges::none_of(built, called)) {
-        throw std::invalid_argument(quoted + " is not in this build, which has: " + list(built));
+        throw std::invalid_argument(quoted + " is not in this build, which has: " + list(built, &Kernels::name));
     }
-    throw std::invalid_argument("this CPU or its operating system lacks " + quoted + "; here are: " + list(available));
+    throw std::invalid_argument("this CPU or its operating system lacks " + quoted +
+                                "; here are: " + list(available, &Kernels::name));
 }
 
 const Kernels& default_kernels() {

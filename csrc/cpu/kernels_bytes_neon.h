@@ -3,8 +3,7 @@
 // instruction, after these definitions:
 //
 //   columns(p, stride, out)        16 bytes of kLanes rows; out[0] and out[1] hold columns [0, 8) as Sum takes them,
-//   out[2]
-//                                  and out[3] columns [8, 16)
+//                                  out[2] and out[3] columns [8, 16)
 //   Sum                            multiply(w0, w1, x) adds the products of eight columns with eight high and eight low
 //                                  bytes; total() has the sum of each row in a lane
 

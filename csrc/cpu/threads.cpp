@@ -60,14 +60,14 @@ bool spin_until(Ready ready) {
     return ready();
 }
 
-// CPUs of a cgroup v2 quota ("max 100000" or "150000 100000"), rounded up; 0: no limit.
-int cgroup_cpus() {
-    std::ifstream file("/sys/fs/cgroup/cpu.max");
+// CPUs of a cgroup's quota ("max 100000" or "150000 100000"), rounded up; 0: no limit.
+int64_t quota_cpus(const std::string& path) {
+    std::ifstream file(path);
     std::string quota;
     int64_t period = 0;
     if (!(file >> quota >> period) || quota == "max" || period <= 0) return 0;
     const int64_t microseconds = std::strtoll(quota.c_str(), nullptr, 10);
-    return static_cast<int>((microseconds + period - 1) / period);
+    return (microseconds + period - 1) / period;
 }
 
 // One name for all SMT siblings of a CPU, e.g. "0,64"; the CPU's own number where the system does not tell.
@@ -83,6 +83,19 @@ int cgroup_cpus() {
 
 }  // namespace
 
+int64_t cgroup_cpus(const std::string& root) {
+    std::ifstream membership(root + "/proc/self/cgroup");
+    std::string group;
+    for (std::string line; std::getline(membership, line);) {
+        if (line.starts_with("0::/")) group = line.substr(3);
+    }
+    for (int64_t least = 0;; group.resize(group.rfind('/'))) {
+        const int64_t cpus = quota_cpus(root + "/sys/fs/cgroup" + group + "/cpu.max");
+        if (cpus > 0 && (least == 0 || cpus < least)) least = cpus;
+        if (group.empty()) return least;
+    }
+}
+
 int default_thread_count() {
     int n = static_cast<int>(std::thread::hardware_concurrency());
 #if defined(__linux__)
@@ -95,7 +108,7 @@ int default_thread_count() {
         n = static_cast<int>(cores.size());
     }
 #endif
-    if (const int quota = cgroup_cpus(); quota > 0) n = std::min(n, quota);
+    if (const int64_t quota = cgroup_cpus(); quota > 0) n = static_cast<int>(std::min<int64_t>(n, quota));
     return std::max(n, 1);
 }
 
@@ -356,6 +369,9 @@ ThreadPool::ThreadPool(int n_threads) : n_threads_(n_threads), shared_(std::make
             shared_->end_workers();
             throw std::system_error(
                 e.code(), "cannot start thread " + std::to_string(i + 2) + " of " + std::to_string(n_threads));
+        } catch (...) {
+            shared_->end_workers();
+            throw;
         }
     }
 }

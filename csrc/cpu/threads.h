@@ -4,13 +4,17 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
 
 #include "control.h"
 
 namespace yivl {
 
-// Physical cores that this process may use: SMT siblings count once, a cgroup's CPU quota is kept.
+// Physical cores that this process may use: SMT siblings count once, CPU quotas of cgroups (version 2) are kept.
 int default_thread_count();
+// CPUs that the quotas of this process's cgroup and of those round it allow, rounded up; 0: no limit. `root` stands
+// before /proc and /sys, for tests.
+int64_t cgroup_cpus(const std::string& root = "");
 
 // n_threads - 1 workers; the caller of parallel_for is the last thread. Workers sleep when there is nothing to do.
 // Any number of threads may call: an operation has the whole pool to itself, and callers take turns in order of

@@ -262,7 +262,8 @@ void unpack_any(const Rows& rows) {
     }
 }
 
-// A file may place its blocks at odd addresses, which nobody who writes files does.
+// A file's tensors begin on multiples of 8 and blocks have even sizes: only other bytes, as of a test's array, lie at
+// odd addresses.
 Unpack unpacker(WeightType type, const std::byte* src) {
     if (reinterpret_cast<uintptr_t>(src) % alignof(half_bits) != 0) return unpack_any;
     switch (type) {

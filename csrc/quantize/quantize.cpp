@@ -27,8 +27,6 @@ const Quantizers& quantizers_for(const Kernels& kernels) {
     return kPortableQuantizers;
 }
 
-std::string quoted(float value) { return std::to_string(value); }
-
 void check_finite(const QuantizeInput& input, int64_t begin, int64_t end) {
     uint32_t largest = 0;
     for (int64_t i = begin; i < end; ++i) {
@@ -38,7 +36,7 @@ void check_finite(const QuantizeInput& input, int64_t begin, int64_t end) {
     int64_t i = begin;
     while (std::isfinite(input.values[static_cast<size_t>(i)])) ++i;
     throw std::invalid_argument("weights to be quantised must be finite, found " +
-                                quoted(input.values[static_cast<size_t>(i)]) + " in row " +
+                                number_text(input.values[static_cast<size_t>(i)]) + " in row " +
                                 std::to_string(i / input.columns) + ", column " + std::to_string(i % input.columns));
 }
 
@@ -81,7 +79,7 @@ void check(const QuantizeInput& input, const TypeInfo& info, size_t bytes) {
     for (size_t i = 0; i < columns; ++i) {
         const float w = input.importance[i];
         if (!std::isfinite(w) || w < 0) {
-            throw std::invalid_argument("importance must be finite and not negative, found " + quoted(w) +
+            throw std::invalid_argument("importance must be finite and not negative, found " + number_text(w) +
                                         " for column " + std::to_string(i));
         }
     }

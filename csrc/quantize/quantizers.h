@@ -18,7 +18,6 @@ struct QuantizeSource {
 };
 
 struct Quantizers {
-    const char* name;
     // Blocks [begin, end) of the matrix; dst is where block `begin` goes.
     void (*quantize)(WeightType type, const QuantizeSource& source, int64_t begin, int64_t end, std::byte* dst);
 };

@@ -37,7 +37,7 @@ YIVL_TARGET_END
 
 namespace yivl {
 
-const Quantizers kAvx2Quantizers{"avx2", avx2::quantize};
+const Quantizers kAvx2Quantizers{avx2::quantize};
 
 }  // namespace yivl
 

@@ -43,7 +43,7 @@ YIVL_TARGET_END
 
 namespace yivl {
 
-const Quantizers kAvx512Quantizers{"avx512", avx512::quantize};
+const Quantizers kAvx512Quantizers{avx512::quantize};
 
 }  // namespace yivl
 

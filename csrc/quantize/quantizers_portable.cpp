@@ -34,6 +34,6 @@ inline F abs(F v) { return reinterpret_cast<F>(reinterpret_cast<I>(v) & 0x7fffff
 
 namespace yivl {
 
-const Quantizers kPortableQuantizers{"portable", portable::quantize};
+const Quantizers kPortableQuantizers{portable::quantize};
 
 }  // namespace yivl
