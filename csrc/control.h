@@ -42,10 +42,14 @@ public:
     }
 
 private:
-    std::atomic<bool> cancelled_{false};
+    // All threads of the work read these all the time: what the caller's writes meanwhile is in another cache line.
+    static constexpr size_t kLine = 64;
+    alignas(kLine) std::atomic<bool> cancelled_{false};
     std::atomic<std::thread::id> caller_{};
+
+    alignas(kLine) std::chrono::steady_clock::time_point last_poll_{};
     std::exception_ptr failure_;
-    std::chrono::steady_clock::time_point last_poll_{};
+    unsigned asked_ = 0;
 };
 
 }  // namespace yivl

@@ -47,7 +47,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="of a pair, the file with the vision tower; either half can be checked alone",
     )
     parser.add_argument(
-        "--device", default="auto", metavar="D", help="what repeats the self-test, as for chat (default: auto)"
+        "--device",
+        default="auto",
+        metavar="D",
+        help="what repeats the self-test, as for chat (default: auto)",
     )
     add_threads(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
