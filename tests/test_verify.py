@@ -444,7 +444,7 @@ def test_command_line(files: dict[str, Path], tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_device_that_is_none_is_told(files: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match="expected .*, found 'gpu'"):
+    with pytest.raises(ValueError, match=r"expected .*, found 'gpu'"):
         verify(files["q8_0"], device="gpu")
 
 
