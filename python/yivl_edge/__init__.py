@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from yivl_edge._core import ContextOverflowError, DeviceError, ImageError, ModelFileError, quantize
 from yivl_edge.image import ImageSource
 from yivl_edge.messages import Messages
-from yivl_edge.model import CancelFlag, ChatResult, ChatStream, Model, Progress, Timings, Usage
+from yivl_edge.model import Model
+from yivl_edge.replies import CancelFlag, ChatResult, ChatStream, Progress, Timings, Usage
 
 __all__ = [
     "CancelFlag",

@@ -16,7 +16,8 @@ from yivl_edge import _core
 from yivl_edge._core import ImageError
 from yivl_edge.image import load_image
 from yivl_edge.messages import normalise
-from yivl_edge.model import Model, Progress
+from yivl_edge.model import Model
+from yivl_edge.replies import Progress
 
 
 @dataclass(frozen=True)

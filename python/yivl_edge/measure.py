@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from yivl_edge import _core
 from yivl_edge.messages import Messages
-from yivl_edge.model import ChatResult, Model
+from yivl_edge.model import Model
+from yivl_edge.replies import ChatResult
 
 _FIRST_ORDINARY_ID = 259  # after the special and the byte pieces
 _READ_BYTES = 1 << 28  # far more than the caches hold

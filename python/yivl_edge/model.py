@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import itertools
 import numbers
 import operator
@@ -10,12 +9,9 @@ import os
 import secrets
 import threading
 import time
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Literal, Protocol, SupportsIndex, overload
+from typing import Literal, SupportsIndex, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,222 +20,13 @@ from yivl_edge import _core, data
 from yivl_edge.hashes import check_hashes
 from yivl_edge.image import DEFAULT_MAX_PIXELS, ImageSource, load_image
 from yivl_edge.messages import Messages, checked_text, normalise
-
-Progress = Callable[[str, float], object]
-"""Called with the stage (``hash``, ``load``, ``image``, ``prefill``, ``decode``) and the fraction done, 0 to 1."""
+from yivl_edge.replies import CancelFlag, ChatResult, ChatStream, Prefill, Progress, Started, Work
 
 # Sessions kept after a conversation, each with a KV cache: as many as callers that usually work at once.
 _IDLE_SESSIONS = 4
 
 # How often a reply that waits for a prefill looks whether it is to end.
 _SECONDS_BETWEEN_LOOKS = 0.02
-
-
-class CancelFlag(Protocol):
-    """What can stop a reply from another thread: a ``threading.Event``, or anything with ``is_set()``."""
-
-    def is_set(self) -> bool:
-        """Whether the work should end."""
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Tokens of one reply."""
-
-    prompt_tokens: int
-    """Positions of the prompt, each image row counted as one."""
-    cached_tokens: int
-    """Of these, positions that were not computed again."""
-    completion_tokens: int
-    """Tokens of the reply, an end-of-text token included."""
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds per stage of one reply."""
-
-    preprocess: float
-    """Reading, padding and resizing the picture."""
-    image: float
-    """Vision tower and projector; 0 when the picture's embeddings were kept from the last turn."""
-    prefill: float
-    """The prompt's positions that were not cached."""
-    first_token: float
-    """The stages above and the first token of the reply."""
-    decode: float
-    """All tokens after the first."""
-
-
-@dataclass(frozen=True)
-class ChatResult:
-    """A reply."""
-
-    text: str
-    """The reply, stripped of white space at both ends and of the text that stopped it."""
-    finish_reason: Literal["stop", "length", "cancelled"]
-    """``stop``: the model ended its turn; ``length``: max_tokens reached; ``cancelled``: ended by the caller, or by an
-    error, which the stream has raised."""
-    usage: Usage
-    timings: Timings
-
-
-# Python ends a daemon thread that asks for the GIL after the interpreter's end by unwinding its stack, which no C++
-# code survives: what still computes then is stopped before.
-_all_work: weakref.WeakSet[_Work] = weakref.WeakSet()
-
-
-class _Work:
-    """Something that computes for one caller at a time, and can be stopped from any thread."""
-
-    def __init__(self, control: _core.Control) -> None:
-        self.control = control
-        # The caller may come back from inside: from on_progress, or from a signal handler.
-        self.in_use = threading.RLock()
-        _all_work.add(self)
-
-
-@atexit.register
-def _stop_work() -> None:
-    all_work = list(_all_work)
-    for work in all_work:
-        work.control.cancel()
-    for work in all_work:
-        # In a forked process the thread that held the lock does not exist.
-        if work.in_use.acquire(timeout=1):
-            work.in_use.release()
-
-
-class _Prefill:
-    """A `Model.prefill` on its way, which a reply had better wait for."""
-
-    def __init__(self, ids: list[int]) -> None:
-        self._ids = ids
-        self._thread = threading.get_ident()
-        self._pixels: NDArray[np.float32] | None = None
-        self.reached: tuple[str, float] | None = None
-        self.done = threading.Event()
-
-    def looks_at(self, pixels: NDArray[np.float32]) -> None:
-        """Says which picture it is about."""
-        self._pixels = pixels
-
-    def begins(self, ids: Sequence[int], pixels: NDArray[np.float32] | None) -> bool:
-        """Whether a prompt begins, as far as is known yet, with what is computed here in another thread."""
-        if self._thread == threading.get_ident() or list(ids[: len(self._ids)]) != self._ids:
-            return False
-        return self._pixels is None or (pixels is not None and np.array_equal(self._pixels, pixels))
-
-
-@dataclass
-class _Started:
-    """What is there before the core begins with a reply."""
-
-    session: _core.Session
-    preprocess: float
-    """Seconds for the picture's pixels."""
-    waited: float
-    """Seconds for a prefill to end."""
-
-
-class ChatStream(Iterator[str]):
-    """The pieces of a reply as they come; together they are the whole text.
-
-    Close it (or leave its ``with`` block, or drop it) to end the work early. ``cancel`` may be called from any thread.
-    """
-
-    def __init__(
-        self,
-        start: Callable[[_core.Control], _Started],
-        release: Callable[[_core.Session], None],
-        control: _core.Control,
-    ) -> None:
-        self._start: Callable[[_core.Control], _Started] | None = start
-        self._release = release
-        self._work = _Work(control)
-        self._started: _Started | None = None
-        self._result: ChatResult | None = None
-        self._computing = False
-
-    def __iter__(self) -> ChatStream:
-        return self
-
-    def __next__(self) -> str:
-        with self._work.in_use:
-            if self._computing:
-                raise ValueError("a stream cannot be read while it computes: not from on_progress")
-            if self._result is not None:
-                raise StopIteration
-            self._computing = True
-            try:
-                if self._started is None:
-                    assert self._start is not None
-                    self._started = self._start(self._work.control)
-                piece = self._started.session.next(self._work.control)
-            except _core.Cancelled:
-                piece = None
-            except BaseException:
-                self._finish()
-                raise
-            finally:
-                self._computing = False
-            if piece is None:
-                self._finish()
-                raise StopIteration
-            return piece
-
-    @property
-    def result(self) -> ChatResult:
-        """The whole reply. Reads the rest of the stream first if it has not ended."""
-        for _ in self:
-            pass
-        assert self._result is not None
-        return self._result
-
-    def cancel(self) -> None:
-        """Asks the work to end: within 100 ms the iteration stops, with finish_reason ``cancelled``."""
-        self._work.control.cancel()
-
-    def close(self) -> None:
-        """Ends the work and gives the memory back for the next conversation."""
-        self._work.control.cancel()
-        with self._work.in_use:
-            if not self._computing:  # otherwise the call that computes finishes
-                self._finish()
-
-    def _finish(self) -> None:
-        """Takes the result out of the session and hands the session back; later calls do nothing."""
-        if self._result is not None:
-            return
-        started, self._started, self._start = self._started, None, None
-        if started is None:
-            self._result = ChatResult("", "cancelled", Usage(0, 0, 0), Timings(0.0, 0.0, 0.0, 0.0, 0.0))
-            return
-        session = started.session
-        image, prefill, first_token, decode = session.timings
-        self._result = ChatResult(
-            text=session.text,
-            finish_reason=session.finish_reason or "cancelled",
-            usage=Usage(*session.usage),
-            timings=Timings(
-                preprocess=started.preprocess,
-                image=image,
-                prefill=started.waited + prefill,
-                first_token=started.preprocess + started.waited + first_token,
-                decode=decode,
-            ),
-        )
-        self._release(session)
-
-    def __enter__(self) -> ChatStream:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self._finish()
 
 
 def _integer(name: str, value: SupportsIndex, least: int, most: int) -> int:
@@ -346,7 +133,7 @@ class Model:
         )
         self._max_image_pixels = max_image_pixels
         self._lock = threading.Lock()
-        self._prefills: list[_Prefill] = []
+        self._prefills: list[Prefill] = []
         self._idle: list[_core.Session] = [_core.Session(self._model, self._n_ctx)]
 
     @classmethod
@@ -510,7 +297,7 @@ class Model:
         array = None if picture is None else load_image(picture, max_pixels=self._max_image_pixels)
         reading = time.perf_counter() - began
 
-        def start(control: _core.Control) -> _Started:
+        def start(control: _core.Control) -> Started:
             started = time.perf_counter()
             pixels = None if array is None else self._model.preprocess(array, control)
             preprocessed = time.perf_counter()
@@ -518,7 +305,7 @@ class Model:
             waited = time.perf_counter() - preprocessed
             session = self._acquire(ids, pixels)
             session.begin(ids, pixels, max_tokens, sampling, stops)
-            return _Started(session, reading + preprocessed - started, waited)
+            return Started(session, reading + preprocessed - started, waited)
 
         reply = ChatStream(start, self._give_back, _core.Control(on_progress, cancel))
         return reply if stream else reply.result
@@ -556,14 +343,14 @@ class Model:
         _check_cancel(cancel)
         if picture is not None:
             self._require_vision()
-        prefill = _Prefill(ids)
+        prefill = Prefill(ids)
 
         def note(stage: str, fraction: float) -> None:
             prefill.reached = (stage, fraction)
             if on_progress is not None:
                 on_progress(stage, fraction)
 
-        work = _Work(_core.Control(note, cancel))
+        work = Work(_core.Control(note, cancel))
         with self._lock:
             self._prefills.append(prefill)
         with work.in_use:
