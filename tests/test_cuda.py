@@ -93,6 +93,7 @@ needs_emulator = pytest.mark.skipif(
         "atomics",
         "copies",
         "overlap",
+        "copies-between",
         "graph",
         "numbers",
         "halves",

@@ -26,7 +26,7 @@ void launch([[maybe_unused]] Stream& stream, const char* name, void (*kernel)(Pa
     const Work work = stream.take_work();
     std::unique_ptr<Event> begin = stream.profile == nullptr ? nullptr : Profile::mark(stream);
 #ifdef __CUDACC__
-    check(cudaSetDevice(stream.device()), name);
+    const OnDevice here(stream.device());
     // More than this must be asked for, once for each kernel and device; asking again costs little.
     constexpr size_t kWithoutAsking = 48 << 10;
     if (dynamic_shared > kWithoutAsking) {

@@ -7,8 +7,6 @@ namespace yivl::cuda {
 
 namespace {
 
-void use(int device) { check(cudaSetDevice(device), "choosing the device"); }
-
 std::string version_text(int version) {
     return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
@@ -16,7 +14,7 @@ std::string version_text(int version) {
 void copy_rows(Stream& stream, void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
                size_t rows, cudaMemcpyKind kind) {
     if (width == 0 || rows == 0) return;
-    use(stream.device());
+    const OnDevice here(stream.device());
     const auto handle = static_cast<cudaStream_t>(stream.handle());
     // The runtime takes no pitch beyond 2 GiB.
     const bool side_by_side = rows == 1 || (to_pitch == width && from_pitch == width);
@@ -53,7 +51,7 @@ DeviceInfo device_info(int device) {
     }
     cudaDeviceProp properties;
     check(cudaGetDeviceProperties(&properties, device), "asking for the device's properties");
-    use(device);
+    const OnDevice here(device);
     size_t free = 0, total = 0;
     check(cudaMemGetInfo(&free, &total), "asking for free memory");
     return {properties.name,
@@ -65,7 +63,7 @@ DeviceInfo device_info(int device) {
 }
 
 std::byte* allocate(int device, size_t bytes) {
-    use(device);
+    const OnDevice here(device);
     void* memory = nullptr;
     const cudaError_t result = cudaMalloc(&memory, bytes);
     if (result == cudaErrorMemoryAllocation) {
@@ -82,11 +80,12 @@ std::byte* allocate(int device, size_t bytes) {
 
 void release(int device, std::byte* memory) noexcept {
     // At the process's end the runtime may be gone before us; the memory is then free already.
-    if (cudaSetDevice(device) != cudaSuccess || cudaFree(memory) != cudaSuccess) cudaGetLastError();
+    const OnDevice here(device, std::nothrow);
+    if (cudaFree(memory) != cudaSuccess) cudaGetLastError();
 }
 
 Stream::Stream(int device) : device_(device) {
-    use(device_);
+    const OnDevice here(device_);
     cudaStream_t stream;
     check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
     handle_ = stream;
@@ -104,9 +103,8 @@ Stream::Stream(int device) : device_(device) {
 }
 
 Stream::~Stream() {
-    if (cudaSetDevice(device_) != cudaSuccess || cudaStreamDestroy(static_cast<cudaStream_t>(handle_)) != cudaSuccess) {
-        cudaGetLastError();
-    }
+    const OnDevice here(device_, std::nothrow);
+    if (cudaStreamDestroy(static_cast<cudaStream_t>(handle_)) != cudaSuccess) cudaGetLastError();
 }
 
 void Stream::copy_in(void* to, size_t to_pitch, const void* host, size_t host_pitch, size_t width, size_t rows) {
@@ -127,20 +125,18 @@ void Stream::copy(void* to, size_t to_pitch, const void* from, size_t from_pitch
 }
 
 void Stream::synchronize() {
-    use(device_);
+    const OnDevice here(device_);
     check(cudaStreamSynchronize(static_cast<cudaStream_t>(handle_)), "waiting for the device");
 }
 
 Graph::~Graph() {
     if (handle_ == nullptr) return;
-    if (cudaSetDevice(device_) != cudaSuccess ||
-        cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(handle_)) != cudaSuccess) {
-        cudaGetLastError();
-    }
+    const OnDevice here(device_, std::nothrow);
+    if (cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(handle_)) != cudaSuccess) cudaGetLastError();
 }
 
 void Graph::record(Stream& stream, const std::function<void()>& work) {
-    use(device_);
+    const OnDevice here(device_);
     const auto handle = static_cast<cudaStream_t>(stream.handle());
     // Relaxed: a Control may run Python meanwhile, which may drop a session, and giving back memory must not fail.
     check(cudaStreamBeginCapture(handle, cudaStreamCaptureModeRelaxed), "beginning to record");
@@ -161,13 +157,13 @@ void Graph::record(Stream& stream, const std::function<void()>& work) {
 }
 
 void Graph::start(Stream& stream) {
-    use(device_);
+    const OnDevice here(device_);
     check(cudaGraphLaunch(static_cast<cudaGraphExec_t>(handle_), static_cast<cudaStream_t>(stream.handle())),
           "starting what was recorded");
 }
 
 Event::Event(int device, Kind kind) : device_(device) {
-    use(device_);
+    const OnDevice here(device_);
     cudaEvent_t event;
     check(cudaEventCreateWithFlags(&event, kind == timed ? cudaEventDefault : cudaEventDisableTiming),
           "making an event");
@@ -175,19 +171,18 @@ Event::Event(int device, Kind kind) : device_(device) {
 }
 
 Event::~Event() {
-    if (cudaSetDevice(device_) != cudaSuccess || cudaEventDestroy(static_cast<cudaEvent_t>(handle_)) != cudaSuccess) {
-        cudaGetLastError();
-    }
+    const OnDevice here(device_, std::nothrow);
+    if (cudaEventDestroy(static_cast<cudaEvent_t>(handle_)) != cudaSuccess) cudaGetLastError();
 }
 
 void Event::record(Stream& stream) {
-    use(device_);
+    const OnDevice here(device_);
     check(cudaEventRecord(static_cast<cudaEvent_t>(handle_), static_cast<cudaStream_t>(stream.handle())),
           "recording an event");
 }
 
 void Event::wait() {
-    use(device_);
+    const OnDevice here(device_);
     check(cudaEventSynchronize(static_cast<cudaEvent_t>(handle_)), "waiting for the device");
 }
 

@@ -162,7 +162,8 @@ void copies(Stream& stream) {
 __global__ void sum_kernel(int* to, const int* from, const Words* what) {
     const Words before = load_constant_words(what);
     wait_for_earlier_kernels();
-    to[thread_id()] = from[thread_id()] + static_cast<int>(before.word[thread_id() % 4]);
+    const int i = block_x() * block_threads() + thread_id();
+    to[i] = from[i] + static_cast<int>(before.word[i % 4]);
 }
 
 void overlap(Stream& stream) {
@@ -176,6 +177,25 @@ void overlap(Stream& stream) {
     }
     const std::vector<int> found = sums[1 - kSteps % 2].values();
     for (int i = 0; i < 64; ++i) expect(found[i] == kSteps * (1 + i % 4), "sum", i);
+}
+
+// A copy comes after the kernels before it and before those that follow, recorded or not.
+void copies_between(Stream& stream) {
+    constexpr int kRounds = 100, kBlocks = 4, kSize = kBlocks * 64;
+    const Array<Words> what(stream, {Words{{1, 2, 3, 4}}});
+    const Array<int> from(stream, std::vector<int>(kSize)), to(stream, std::vector<int>(kSize));
+    const auto round = [&] {
+        for (int i = 0; i < 2; ++i) {
+            launch(stream, "sum", sum_kernel, {kBlocks}, 64, 0, to.data(), from.data(), what.data());
+            stream.copy(from.data(), 0, to.data(), 0, kSize * sizeof(int), 1);
+        }
+    };
+    for (int i = 0; i < kRounds; ++i) round();
+    Graph graph(stream.device());
+    graph.record(stream, round);
+    for (int i = 0; i < kRounds; ++i) graph.start(stream);
+    const std::vector<int> found = from.values();
+    for (int i = 0; i < kSize; ++i) expect(found[i] == 4 * kRounds * (1 + i % 4), "sum with copies between", i);
 }
 
 // ---- recorded work ----
@@ -583,6 +603,7 @@ const std::map<std::string, void (*)(Stream&)> kCases{
     {"atomics", atomics},
     {"copies", copies},
     {"overlap", overlap},
+    {"copies-between", copies_between},
     {"graph", graph},
     {"numbers", numbers},
     {"halves", halves},
