@@ -301,7 +301,7 @@ def ask(terminal: Terminal, question: str) -> tuple[int, int]:
 
 def test_a_conversation_goes_on_until_reset(terminal, golden_model):
     alone = len(golden_model.prompt_ids("Hello", image=False))
-    time.sleep(0.2)  # a person types longer than a thread takes to begin
+    time.sleep(0.5)  # a person types longer than a thread takes to begin
     first, cached = ask(terminal, "Hello")
     assert first == alone
     # What comes before the question was computed while it was typed.
@@ -327,7 +327,7 @@ def test_a_picture_starts_a_new_conversation(terminal, golden_model, golden_imag
     picture.unlink()  # what has been seen stays seen
     rows = golden_model.config.vision.n_patches
     alone = len(golden_model.prompt_ids("What?")) + rows - 1
-    time.sleep(0.2)
+    time.sleep(0.5)
     prompt, cached = ask(terminal, "What?")
     assert prompt == alone
     assert rows < cached < alone
