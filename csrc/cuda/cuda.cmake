@@ -1,5 +1,5 @@
-#The CUDA backend, as YIVL_CUDA says; without one, a stub.Sets YIVL_CUDA_KIND(native, emulated or none),
-#YIVL_CUDA_SOURCES and YIVL_CUDA_LIBRARIES.
+# The CUDA backend, as YIVL_CUDA says; without one, a stub. Sets YIVL_CUDA_KIND (native, emulated or none),
+# YIVL_CUDA_SOURCES and YIVL_CUDA_LIBRARIES.
 
 set(YIVL_CUDA_OLDEST_TOOLKIT 12.4)
 
@@ -78,4 +78,3 @@ elseif(YIVL_CUDA_KIND STREQUAL "emulated")
 else()
   set(YIVL_CUDA_SOURCES csrc/cuda/stub.cpp)
 endif()
-

@@ -31,5 +31,5 @@ echo "== Running the tests of what AMX computes on it"
 export PYTHONPATH=$BUILD/package YIVL_ISA=amx YIVL_AMX_EMULATOR=$BUILD
 "$PYTHON" -m pytest tests/test_amx_emulator.py tests/test_kernels.py tests/test_attention_kernels.py \
   tests/test_kernel_threads.py tests/test_golden.py tests/test_exactness.py \
-  tests/test_demo_answers.py tests/test_conversation.py tests/test_foreign_files.py tests/test_verify.py tests/test_bench.py \
-  tests/test_isa_objects.py
+  tests/test_demo_answers.py tests/test_conversation.py tests/test_prefill.py tests/test_foreign_files.py tests/test_verify.py \
+  tests/test_bench.py tests/test_isa_objects.py
