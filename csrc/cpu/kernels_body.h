@@ -152,15 +152,21 @@ void rotate(float* x, const float* cos_sin, int64_t n) {
 constexpr int64_t kFewQueryRows = 16;
 constexpr int64_t kPanel = kTileVectors * kLanes;  // keys, or values of a head, that one tile takes at a time
 
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+inline int64_t round_up(int64_t n, int64_t multiple) { return divide_up(n, multiple) * multiple; }
+
+constexpr int64_t kLine = 64;  // bytes
 
 struct FetchNothing {
     YIVL_INLINE void operator()(int64_t) const {}
 };
 
+// Steps of a tile between two looks ahead.
+constexpr int64_t kTogether = 4;
+
 // c[r][0..V lanes) (+)= sum over i of a[r * row_step + i * step] * b[i][..], in order of i. The steps are constants: R
 // addresses would not fit the registers. The next tile's `a` is fetched meanwhile, from where it lies if it is as
-// large, and what fetch(i) fetches.
+// large, and what fetch(i) fetches, for every kTogether-th i.
 template <int R, int V, int row_step, int step, class Fetch = FetchNothing>
 YIVL_INLINE void outer_tile(float* c, int64_t c_stride, const float* a, int64_t next, const float* b, int64_t b_stride,
                             int64_t k, bool accumulate, Fetch fetch = {}) {
@@ -170,9 +176,7 @@ YIVL_INLINE void outer_tile(float* c, int64_t c_stride, const float* a, int64_t 
         YIVL_UNROLL
         for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? load(c + r * c_stride + v * kLanes) : zero();
     }
-    for (int64_t i = 0; i < k; ++i) {
-        prefetch(reinterpret_cast<const std::byte*>(a + next + i * step));
-        fetch(i);
+    const auto one = [&](int64_t i) YIVL_INLINE_LAMBDA {
         F bs[V];
         YIVL_UNROLL
         for (int v = 0; v < V; ++v) bs[v] = load(b + i * b_stride + v * kLanes);
@@ -182,7 +186,18 @@ YIVL_INLINE void outer_tile(float* c, int64_t c_stride, const float* a, int64_t 
             YIVL_UNROLL
             for (int v = 0; v < V; ++v) acc[r][v] = fma(as, bs[v], acc[r][v]);
         }
+    };
+    int64_t i = 0;
+    for (; i + kTogether <= k; i += kTogether) {
+        YIVL_UNROLL
+        for (int64_t at = 0; at < kTogether * step; at += kLine / 4) {
+            prefetch(reinterpret_cast<const std::byte*>(a + next + i * step + at));
+        }
+        fetch(i);
+        YIVL_UNROLL
+        for (int64_t j = 0; j < kTogether; ++j) one(i + j);
     }
+    for (; i < k; ++i) one(i);
     YIVL_UNROLL
     for (int r = 0; r < R; ++r) {
         YIVL_UNROLL
@@ -193,12 +208,13 @@ YIVL_INLINE void outer_tile(float* c, int64_t c_stride, const float* a, int64_t 
 struct AttentionRows {
     const AttentionPiece& piece;
     int64_t rows;
+    int64_t tile;   // rows of a tile, all as even as can be: one of few waits for its own sums
     int64_t width;  // head_dim rounded up to whole vectors
     float* q;       // scaled, (head_dim, R) for every R rows that each_tile takes
     float* out;     // (rows, width)
     float* largest;
     float* totals;  // (rows, kLanes), to be added up
-    float* k;       // panels of (head_dim, kPanel)
+    float* k;       // a panel (head_dim, kPanel)
     float* v;       // panels of (kKeyBlock, kPanel)
     bool in_place;  // values are read where they are
     float* scores;  // (rows, kKeyBlock)
@@ -209,50 +225,60 @@ inline int64_t visible_of(const AttentionRows& a, int64_t row, int64_t key, int6
     return min64(n, a.piece.visible_keys(a.piece.row_begin + row) - key);
 }
 
-constexpr int power_below(int n) {
-    int power = 1;
-    while (power * 2 < n) power *= 2;
-    return power;
-}
-
-// fn<R>(row) for all rows, R of them at a time: kTileRows, and of the rest powers of two.
+// fn<R>(row) for all rows, `size` of them at a time, at most kTileRows, and the rest together.
 template <int R = kTileRows, class Fn>
-YIVL_INLINE void each_tile(int64_t row, int64_t rows, Fn&& fn) {
-    for (; row + R <= rows; row += R) fn.template operator()<R>(row);
+YIVL_INLINE void each_tile(int64_t row, int64_t rows, int64_t size, Fn&& fn) {
+    if (R <= size) {
+        for (; row + R <= rows; row += R) fn.template operator()<R>(row);
+    }
     if constexpr (R > 1) {
-        if (row < rows) each_tile<power_below(R)>(row, rows, fn);
+        if (row < rows) each_tile<R - 1>(row, rows, size, fn);
     }
 }
 
-// Few rows use each key and value once, and memory sets the pace, if only it is always asked for what comes next. Lines
-// are fetched to the second-level cache evenly over all the work of a block: its values [kValuesEarly, kKeyBlock) while
-// keys are packed, the next block's keys [0, kKeysEarly) with the scores, its other keys and its first values while
-// values are added.
-constexpr int64_t kValuesEarly = kKeyBlock / 2;
-constexpr int64_t kKeysEarly = kKeyBlock / 4 * 3;
-constexpr int64_t kLine = 16;  // floats
+// Few rows use each key and value once, and memory sets the pace, if only it is always asked for what comes next: lines
+// in their order, to the second-level cache, with each step of the work as many bytes as it should take. What is asked
+// for in a burst has no place to wait in, and is dropped.
+struct Ahead {
+    const std::byte* at = nullptr;
+    int64_t n_bytes = 0;
+    int64_t step = 0;  // bytes with each step, a power of two
 
-// Scores of all rows, a panel of keys at a time, which stays in the first-level cache.
-void score(const AttentionRows& a, int64_t key, int64_t n) {
-    const int64_t head_dim = a.piece.head_dim;
-    const float* const next_keys = a.piece.k + (key + kKeyBlock) * a.piece.k_stride;
-    for (int64_t j = 0; j < n; j += kPanel) {
-        // This panel's share of the keys, a part of one with each column of q.
-        constexpr int64_t kKeys = kPanel * kKeysEarly / kKeyBlock, kParts = 4;
-        const float* const far = next_keys + j / kPanel * kKeys * a.piece.k_stride;
-        const auto fetch = [&](int64_t i) YIVL_INLINE_LAMBDA {
-            if (!a.in_place || i >= kKeys * kParts) return;
-            const float* const part = far + i / kParts * a.piece.k_stride + i % kParts * (head_dim / kParts);
-            for (int64_t d = 0; d < head_dim / kParts; d += kLine) {
-                prefetch_far(reinterpret_cast<const std::byte*>(part + d));
-            }
-        };
-        each_tile(0, a.rows, [&]<int R>(int64_t row) YIVL_TARGET_LAMBDA {
-            if (visible_of(a, row + R - 1, key, n) <= j) return;
-            outer_tile<R, kTileVectors, 1, R>(a.scores + row * kKeyBlock + j, kKeyBlock, a.q + row * head_dim,
-                                              R * head_dim, a.k + j * head_dim, kPanel, head_dim, false, fetch);
-        });
+    // From step `first` on.
+    YIVL_INLINE Ahead from(int64_t first) const {
+        return first * step < n_bytes ? Ahead{at + first * step, n_bytes - first * step, step} : Ahead();
     }
+    YIVL_INLINE void operator()(int64_t i) const {
+        const int64_t from = i * step;
+        if ((from & (kLine - 1)) != 0) return;
+        for (int64_t line = 0; line < kTogether * step; line += kLine) prefetch_far(at + from + line);
+    }
+};
+
+// n values over so many steps.
+inline Ahead ahead_of(const float* values, int64_t n, int64_t steps) {
+    const int64_t n_bytes = n * static_cast<int64_t>(sizeof(float));
+    int64_t step = 1;
+    while (step * steps < n_bytes) step *= 2;
+    return {reinterpret_cast<const std::byte*>(values), n_bytes, step};
+}
+
+// Scores of all rows for the packed panel, which are keys [j, j + kPanel) of a block.
+void score(const AttentionRows& a, int64_t key, int64_t n, int64_t j, const Ahead& ahead) {
+    const int64_t head_dim = a.piece.head_dim;
+    int64_t tiles = 0;
+    each_tile(0, a.rows, a.tile, [&]<int R>(int64_t row) YIVL_TARGET_LAMBDA {
+        if (visible_of(a, row + R - 1, key, n) <= j) return;
+        const auto tile = [&](auto fetch) YIVL_INLINE_LAMBDA {
+            outer_tile<R, kTileVectors, 1, R>(a.scores + row * kKeyBlock + j, kKeyBlock, a.q + row * head_dim,
+                                              R * head_dim, a.k, kPanel, head_dim, false, fetch);
+        };
+        if (a.in_place) {
+            tile(ahead.from(head_dim * tiles++));
+        } else {
+            tile(FetchNothing());
+        }
+    });
 }
 
 // scores = 2^(score - the largest so far) of visible keys, 0 of others; totals and out are brought to the new largest
@@ -301,59 +327,51 @@ void softmax_rows(const AttentionRows& a, int64_t row, int64_t key, int64_t n) {
     }
 }
 
-// Rows between the values that are read where they are and those that are fetched.
+// Rows between the values that are read and those that are fetched.
 constexpr int kValuesAhead = 16;
 
 // out += scores . values for R rows and up to N vectors of columns. Values that are read where they are come to the
-// first-level cache a little ahead, and rows at `far` to the second-level cache, null: none.
+// first-level cache a little ahead.
 template <int R, int N, bool in_place>
 void value_tile(int64_t vectors, float* out, const float* p, const float* v, int64_t v_stride, int64_t width,
-                int64_t n_keys, const float* far, int64_t far_stride) {
+                int64_t n_keys, const Ahead& ahead) {
     if (vectors >= N) {
         const auto fetch = [&](int64_t i) YIVL_INLINE_LAMBDA {
             if constexpr (in_place) {
                 YIVL_UNROLL
-                for (int64_t d = 0; d < N * kLanes; d += kLine) {
-                    prefetch(reinterpret_cast<const std::byte*>(v + (i + kValuesAhead) * v_stride + d));
-                    if (far != nullptr) prefetch_far(reinterpret_cast<const std::byte*>(far + i * far_stride + d));
+                for (int64_t j = 0; j < kTogether; ++j) {
+                    YIVL_UNROLL
+                    for (int64_t d = 0; d < N * kLanes; d += kLine / 4) {
+                        prefetch(reinterpret_cast<const std::byte*>(v + (i + j + kValuesAhead) * v_stride + d));
+                    }
                 }
+                ahead(i);
             }
         };
         outer_tile<R, N, kKeyBlock, 1>(out, width, p, R * kKeyBlock, v, v_stride, n_keys, true, fetch);
     } else if constexpr (N > 1) {
-        value_tile<R, N - 1, in_place>(vectors, out, p, v, v_stride, width, n_keys, far, far_stride);
+        value_tile<R, N - 1, in_place>(vectors, out, p, v, v_stride, width, n_keys, ahead);
     }
 }
 
-// out += scores . values [from, to) of a block.
-void add_some_values(const AttentionRows& a, int64_t key, int64_t n, int64_t from, int64_t to, const float* far,
-                     int64_t far_stride) {
+void add_values(const AttentionRows& a, int64_t key, int64_t n, const Ahead& ahead) {
+    int64_t tiles = 0;
     for (int64_t d = 0; d < a.width; d += kPanel) {
         const int64_t stride = a.in_place ? a.piece.v_stride : kPanel;
-        const float* const v = (a.in_place ? a.piece.v + key * stride + d : a.v + d * kKeyBlock) + from * stride;
-        each_tile(0, a.rows, [&]<int R>(int64_t row) YIVL_TARGET_LAMBDA {
-            const int64_t visible = min64(visible_of(a, row + R - 1, key, n), to) - from;
+        const float* const v = a.in_place ? a.piece.v + key * stride + d : a.v + d * kKeyBlock;
+        each_tile(0, a.rows, a.tile, [&]<int R>(int64_t row) YIVL_TARGET_LAMBDA {
+            const int64_t visible = visible_of(a, row + R - 1, key, n);
             if (visible <= 0) return;
             const auto tile = a.in_place ? value_tile<R, kTileVectors, true> : value_tile<R, kTileVectors, false>;
-            tile((a.width - d) / kLanes, a.out + row * a.width + d, a.scores + row * kKeyBlock + from, v, stride,
-                 a.width, visible, far == nullptr ? nullptr : far + d, far_stride);
+            tile((a.width - d) / kLanes, a.out + row * a.width + d, a.scores + row * kKeyBlock, v, stride, a.width,
+                 visible, ahead.from(n * tiles++));
         });
     }
 }
 
-void add_values(const AttentionRows& a, int64_t key, int64_t n) {
-    if (!a.in_place) return add_some_values(a, key, n, 0, n, nullptr, 0);
-    const float* const next_keys = a.piece.k + (key + kKeyBlock) * a.piece.k_stride;
-    const float* const next_values = a.piece.v + (key + kKeyBlock) * a.piece.v_stride;
-    constexpr int64_t kLate = kKeyBlock - kKeysEarly;
-    add_some_values(a, key, n, 0, kLate, next_keys + kKeysEarly * a.piece.k_stride, a.piece.k_stride);
-    add_some_values(a, key, n, kLate, kLate + kValuesEarly, next_values, a.piece.v_stride);
-    add_some_values(a, key, n, kLate + kValuesEarly, kKeyBlock, nullptr, 0);
-}
-
 void pack_queries(const AttentionRows& a, float scale) {
     const AttentionPiece& piece = a.piece;
-    each_tile(0, a.rows, [&]<int R>(int64_t first) YIVL_TARGET_LAMBDA {
+    each_tile(0, a.rows, a.tile, [&]<int R>(int64_t first) YIVL_TARGET_LAMBDA {
         for (int r = 0; r < R; ++r) {
             const int64_t row = piece.row_begin + first + r;
             const float* const from = piece.q + row / piece.group * piece.q_stride + row % piece.group * piece.head_dim;
@@ -362,27 +380,48 @@ void pack_queries(const AttentionRows& a, float scale) {
     });
 }
 
-void pack_keys(const AttentionRows& a, int64_t key, int64_t n) {
-    const int64_t head_dim = a.piece.head_dim;
-    const bool all_values = key == 0 || !a.in_place;  // or those that the last block did not fetch
-    for (int64_t j = 0; j < round_up(n, kPanel); j += kLanes) {
-        const float* const from = a.piece.k + (key + j) * a.piece.k_stride;
-        float* const to = a.k + j / kPanel * kPanel * head_dim + j % kPanel;
-        for (int64_t d = 0; d < head_dim; d += kLanes) {
+// kLanes keys from `key` on, of which n are there, into lanes of a panel; zeros for the others.
+template <bool whole, class Fetch>
+YIVL_INLINE void pack_lanes(float* to, const float* from, int64_t stride, int64_t n, int64_t head_dim, Fetch&& fetch) {
+    for (int64_t d = 0; d < head_dim; d += kLanes) {
+        if (d % (kLine / 4) == 0) {
             YIVL_UNROLL
             for (int i = 0; i < kLanes; ++i) {
-                prefetch(reinterpret_cast<const std::byte*>(from + (i + kLanes) * a.piece.k_stride + d));
-                if (!all_values && i % 2 != 0) continue;
-                const int64_t value = all_values ? j + i : kValuesEarly + (j + i) / 2;
-                prefetch_far(reinterpret_cast<const std::byte*>(a.piece.v + (key + value) * a.piece.v_stride + d));
+                prefetch(reinterpret_cast<const std::byte*>(from + (i + kLanes) * stride + d));
             }
-            F lanes[kLanes];
-            YIVL_UNROLL
-            for (int i = 0; i < kLanes; ++i) {
-                lanes[i] = j + i < n ? load_some(from + i * a.piece.k_stride + d, head_dim - d) : zero();
+        }
+        fetch(d / kLanes);
+        F lanes[kLanes];
+        YIVL_UNROLL
+        for (int i = 0; i < kLanes; ++i) {
+            if constexpr (whole) {
+                lanes[i] = load(from + i * stride + d);
+            } else {
+                lanes[i] = i < n ? load_some(from + i * stride + d, head_dim - d) : zero();
             }
-            transpose(lanes);
-            for (int64_t i = 0; i < min64(kLanes, head_dim - d); ++i) store(to + (d + i) * kPanel, lanes[i]);
+        }
+        transpose(lanes);
+        YIVL_UNROLL
+        for (int i = 0; i < kLanes; ++i) {
+            if (whole || d + i < head_dim) store(to + (d + i) * kPanel, lanes[i]);
+        }
+    }
+}
+
+// Keys [panel, panel + kPanel) of a block of n.
+void pack_keys(const AttentionRows& a, int64_t key, int64_t n, int64_t panel, const Ahead& ahead) {
+    const int64_t head_dim = a.piece.head_dim, looks = divide_up(head_dim, kLanes);
+    for (int v = 0; v < kTileVectors; ++v) {
+        const int64_t j = panel + v * kLanes;
+        const auto fetch = [&](int64_t i) YIVL_INLINE_LAMBDA { ahead(kTogether * (v * looks + i)); };
+        const auto pack = [&]<bool whole>() YIVL_INLINE_LAMBDA {
+            pack_lanes<whole>(a.k + v * kLanes, a.piece.k + (key + j) * a.piece.k_stride, a.piece.k_stride, n - j,
+                              head_dim, fetch);
+        };
+        if (j + kLanes <= n && head_dim % kLanes == 0) {
+            pack.template operator()<true>();
+        } else {
+            pack.template operator()<false>();
         }
     }
 }
@@ -391,6 +430,9 @@ void pack_values(const AttentionRows& a, int64_t key, int64_t n) {
     const int64_t head_dim = a.piece.head_dim;
     for (int64_t j = 0; j < n; ++j) {
         const float* from = a.piece.v + (key + j) * a.piece.v_stride;
+        for (int64_t d = 0; d < head_dim; d += kLine / 4) {
+            prefetch(reinterpret_cast<const std::byte*>(from + kValuesAhead * a.piece.v_stride + d));
+        }
         for (int64_t d = 0; d < a.width; d += kLanes) {
             store(a.v + d / kPanel * kPanel * kKeyBlock + j * kPanel + d % kPanel, load_some(from + d, head_dim - d));
         }
@@ -399,13 +441,13 @@ void pack_values(const AttentionRows& a, int64_t key, int64_t n) {
 
 int64_t attention_scratch(int64_t rows, int64_t head_dim) {
     return round_up(rows * head_dim, kLanes) + rows * round_up(head_dim, kLanes) + round_up(rows, kLanes) +
-           rows * kLanes + kKeyBlock * (head_dim + round_up(head_dim, kPanel)) + rows * kKeyBlock;
+           rows * kLanes + kPanel * head_dim + kKeyBlock * round_up(head_dim, kPanel) + rows * kKeyBlock;
 }
 
 void attention(const AttentionPiece& piece, float* scratch, bool (*stop)(const void*), const void* stop_arg) {
     const int64_t rows = piece.row_end - piece.row_begin;
     const int64_t head_dim = piece.head_dim;
-    const int64_t width = round_up(head_dim, kLanes);
+    const int64_t width = round_up(head_dim, kLanes), n_tiles = divide_up(rows, kTileRows);
     const auto take = [&scratch](int64_t n) YIVL_TARGET_LAMBDA {
         float* p = scratch;
         scratch += n;
@@ -413,12 +455,13 @@ void attention(const AttentionPiece& piece, float* scratch, bool (*stop)(const v
     };
     const AttentionRows a{.piece = piece,
                           .rows = rows,
+                          .tile = divide_up(rows, n_tiles),
                           .width = width,
                           .q = take(round_up(rows * head_dim, kLanes)),
                           .out = take(rows * width),
                           .largest = take(round_up(rows, kLanes)),
                           .totals = take(rows * kLanes),
-                          .k = take(kKeyBlock * head_dim),
+                          .k = take(kPanel * head_dim),
                           .v = take(kKeyBlock * round_up(head_dim, kPanel)),
                           .in_place = rows <= kFewQueryRows && width == head_dim,
                           .scores = take(rows * kKeyBlock)};
@@ -432,14 +475,26 @@ void attention(const AttentionPiece& piece, float* scratch, bool (*stop)(const v
     }
 
     const int64_t n_keys = piece.visible_keys(piece.row_end - 1);
+    const bool fetches = a.in_place && piece.k_stride == head_dim && piece.v_stride == head_dim;
     for (int64_t key = 0; key < n_keys; key += kKeyBlock) {
         if (stop(stop_arg)) return;
         const int64_t n = min64(kKeyBlock, n_keys - key);
-        pack_keys(a, key, n);
+        // Values come while their keys are scored, half of them while these are packed.
+        const auto values_ahead = [&](int64_t from, int64_t steps) YIVL_TARGET_LAMBDA {
+            const int64_t some = min64(kPanel / 2, n - from);
+            return fetches && some > 0 ? ahead_of(piece.v + (key + from) * head_dim, some * head_dim, steps) : Ahead();
+        };
+        // A panel at a time: it stays in the first-level cache until all rows have used it.
+        for (int64_t j = 0; j < n; j += kPanel) {
+            pack_keys(a, key, n, j, values_ahead(j, kTogether * kTileVectors * divide_up(head_dim, kLanes)));
+            score(a, key, n, j, values_ahead(j + kPanel / 2, n_tiles * head_dim));
+        }
         if (!a.in_place) pack_values(a, key, n);
-        score(a, key, n);
-        each_tile(0, rows, [&]<int R>(int64_t row) YIVL_TARGET_LAMBDA { softmax_rows<R>(a, row, key, n); });
-        add_values(a, key, n);
+        each_tile(0, rows, a.tile, [&]<int R>(int64_t row) YIVL_TARGET_LAMBDA { softmax_rows<R>(a, row, key, n); });
+        // And the next keys while these are added.
+        const int64_t next = min64(kKeyBlock, n_keys - key - n), steps = n_tiles * n * divide_up(width, kPanel);
+        add_values(a, key, n,
+                   fetches && next > 0 ? ahead_of(piece.k + (key + n) * head_dim, next * head_dim, steps) : Ahead());
     }
 
     for (int64_t i = 0; i < rows; ++i) {

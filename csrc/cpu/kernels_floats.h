@@ -38,7 +38,7 @@ int64_t packed_float_bytes(int64_t n_tokens, int64_t cols) {
 // x lies in slabs of kWideCols columns, in these the tiles of each_tile, (columns, R) each.
 void pack_floats(std::byte* dst, const PackedInput& p, int64_t group) {
     const int64_t begin = group * kTileRows, end = min64(begin + kTileRows, p.n_tokens);
-    each_tile(begin, end, [&]<int R>(int64_t first) YIVL_TARGET_LAMBDA {
+    each_tile(begin, end, kTileRows, [&]<int R>(int64_t first) YIVL_TARGET_LAMBDA {
         const float* const x = p.x + (first - begin) * p.x_stride;
         for (int64_t col = 0; col < p.cols; col += kWideCols) {
             const int64_t n = min64(kWideCols, p.cols - col);
@@ -163,7 +163,7 @@ void multiply_floats(const PackedPiece& p, std::byte* scratch, bool (*stop)(cons
                 const int64_t n = min64(kWideCols, p.cols - col);
                 widen(s, p, p.w + row * p.row_bytes, n_rows, col, n);
                 for (int64_t i = 0; i < n; i += kPanelCols) {
-                    each_tile(0, n_tokens, [&]<int R>(int64_t first) YIVL_TARGET_LAMBDA {
+                    each_tile(0, n_tokens, kTileRows, [&]<int R>(int64_t first) YIVL_TARGET_LAMBDA {
                         outer_tile<R, kTileVectors, 1, R>(
                             s.sums + first * kPanel, kPanel, x + col * p.n_tokens + (token + first) * n + i * R, R * n,
                             s.panel + i * kPanel, kPanel, min64(kPanelCols, n - i), col + i > 0);

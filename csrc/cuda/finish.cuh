@@ -6,14 +6,21 @@
 
 namespace yivl::cuda {
 
-__device__ __forceinline__ void put(Finish finish, float& y, float v) {
+__device__ __forceinline__ bool meets_old(Finish finish) { return finish == Finish::add || finish == Finish::times; }
+
+// What a product v makes of y, which was `old`, anything where the two do not meet.
+__device__ __forceinline__ float finished(Finish finish, float old, float v) {
     switch (finish) {
-        case Finish::store: y = v; break;
-        case Finish::add: y += v; break;
-        case Finish::gelu: y = gelu_of(v); break;
-        case Finish::silu: y = silu_of(v); break;
-        case Finish::times: y *= v; break;
+        case Finish::store: return v;
+        case Finish::add: return old + v;
+        case Finish::gelu: return gelu_of(v);
+        case Finish::silu: return silu_of(v);
+        case Finish::times: return old * v;
     }
+    return v;
+}
+__device__ __forceinline__ void put(Finish finish, float& y, float v) {
+    y = finished(finish, meets_old(finish) ? y : 0.0f, v);
 }
 
 // One product of several in a launch.

@@ -16,7 +16,7 @@ void add(Stream& stream, Mat y, ConstMat x);
 int code_capability();
 
 // x rounded to 15-bit integers, 256 * high + low, with a scale for every 32 columns.
-struct RoundedBlock {
+struct alignas(8) RoundedBlock {
     float scale;
     int32_t sum;  // of the integers
 };

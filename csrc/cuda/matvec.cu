@@ -52,10 +52,11 @@ __device__ __forceinline__ void prefetch_row(const std::byte* row, int64_t row_b
     if (lane_id() < kLinesAhead && at < row_bytes) prefetch_line(row + at);
 }
 
-// sums[r][t] = w[r] . x[first_token + t], in every lane. Tokens past the last repeat it.
-template <class P, class Input, int kTokens>
+// sums[r][t] = w[r] . x[first_token + t], in every lane. Tokens past the last repeat it. begun() is called when earlier
+// kernels have ended: what it loads comes while this multiplies.
+template <class P, class Input, int kTokens, class Begun>
 __device__ __forceinline__ void multiply_rows(float (&sums)[kRows][kTokens], const std::byte* const (&w)[kRows],
-                                              const Input& x, int64_t first_token, int64_t n_tokens) {
+                                              const Input& x, int64_t first_token, int64_t n_tokens, Begun&& begun) {
     const int n_pieces = static_cast<int>((columns(x) + P::kColumns - 1) / P::kColumns);
     for (auto& row : sums) {
         for (float& sum : row) sum = 0.0f;
@@ -66,6 +67,7 @@ __device__ __forceinline__ void multiply_rows(float (&sums)[kRows][kTokens], con
         for (int r = 0; r < kRows; ++r) weights[r] = load_piece<P>(w[r], piece, x);
     }
     wait_for_earlier_kernels();
+    begun();
     while (piece < n_pieces) {
         // The next piece is on its way while this one is computed.
         const int next = piece + kWarp;
@@ -105,24 +107,38 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kType, kTokens))
         w[r] = to.w + (first_row + r < to.y.cols ? first_row + r : first_row) * row_bytes;
         prefetch_row(w[r], row_bytes);
     }
-    float sums[kRows][kTokens];
-    multiply_rows<Piece<kType>>(sums, w, x, first_token, to.y.rows);
-    if (lane_id() != 0) return;
     static_assert(kRows == 2);  // a pair that is rotated together
     const bool has_second = first_row + 1 < to.y.cols;
+    // What the sums meet, loaded as soon as it can be: at the end each of these would be a wait for memory of its own.
+    const int64_t position = number(to.row), turned = number(to.turns.first);
+    float bias[kRows]{}, old[kTokens][kRows]{};
+    Turn turns[kTokens]{};
+    if (to.bias != nullptr) {
+        for (int r = 0; r < kRows; ++r) bias[r] = to.bias[first_row + (has_second ? r : 0)];
+    }
+    const auto load_more = [&] {
+        YIVL_UNROLL
+        for (int t = 0; t < kTokens; ++t) {
+            const int64_t token = first_token + t;
+            if (token >= to.y.rows) break;
+            if (to.turns.cos_sin != nullptr) turns[t] = turn_of(to.turns, turned + token, first_row);
+            if (!meets_old(to.finish)) continue;
+            const float* y = to.y.data + (position + token) * to.y.stride + first_row;
+            for (int r = 0; r < kRows; ++r) old[t][r] = y[has_second ? r : 0];
+        }
+    };
+    float sums[kRows][kTokens];
+    multiply_rows<Piece<kType>>(sums, w, x, first_token, to.y.rows, load_more);
+    if (lane_id() != 0) return;
     YIVL_UNROLL
     for (int t = 0; t < kTokens; ++t) {
         const int64_t token = first_token + t;
         if (token >= to.y.rows) break;
-        float first = sums[0][t], second = sums[1][t];
-        if (to.bias != nullptr) {
-            first += to.bias[first_row];
-            if (has_second) second += to.bias[first_row + 1];
-        }
-        if (to.turns.cos_sin != nullptr) turn(first, second, to.turns, token, first_row);
-        float* y = to.y.data + (number(to.row) + token) * to.y.stride + first_row;
-        put(to.finish, y[0], first);
-        if (has_second) put(to.finish, y[1], second);
+        float first = sums[0][t] + bias[0], second = sums[1][t] + bias[1];
+        if (to.turns.cos_sin != nullptr) turn(first, second, turns[t]);
+        float* y = to.y.data + (position + token) * to.y.stride + first_row;
+        y[0] = finished(to.finish, old[t][0], first);
+        if (has_second) y[1] = finished(to.finish, old[t][1], second);
     }
 }
 
@@ -146,7 +162,7 @@ __global__ void __launch_bounds__(kGatedWarps* kWarp, gated_blocks_at_once(kType
         static_assert(kRows == 2);
         const std::byte* const w[kRows] = {gate + row * row_bytes, up + row * row_bytes};
         float sums[kRows][kTokens];
-        multiply_rows<Piece<kType>>(sums, w, x, first_token, y.rows);
+        multiply_rows<Piece<kType>>(sums, w, x, first_token, y.rows, [] {});
         if (lane_id() != 0) continue;
         YIVL_UNROLL
         for (int t = 0; t < kTokens; ++t) {

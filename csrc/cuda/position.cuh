@@ -14,13 +14,19 @@ __device__ __forceinline__ int64_t keys_of(int64_t row, ConstMat q, ConstMat k, 
     return shape.causal ? k.rows - q.rows + row + 1 : k.rows;
 }
 
-// Turns columns `col` and `col` + 1 of row `row` of x.
-__device__ __forceinline__ void turn(float& a, float& b, const Turns& turns, int64_t row, int64_t col) {
-    const float* of = turns.cos_sin + (number(turns.first) + row) * turns.head_dim + col % turns.head_dim;
-    const float c = of[0], s = of[1], x = a, y = b;
+struct Turn {
+    float cos, sin;
+};
+// Of columns `col` and `col` + 1 of row `row` of `cos_sin`.
+__device__ __forceinline__ Turn turn_of(const Turns& turns, int64_t row, int64_t col) {
+    const float* of = turns.cos_sin + row * turns.head_dim + col % turns.head_dim;
+    return {of[0], of[1]};
+}
+__device__ __forceinline__ void turn(float& a, float& b, const Turn& by) {
+    const float x = a, y = b;
     // Written out: a compiler's choice of what to fuse would differ from kernel to kernel.
-    a = fmaf(x, c, -(y * s));
-    b = fmaf(x, s, y * c);
+    a = fmaf(x, by.cos, -(y * by.sin));
+    b = fmaf(x, by.sin, y * by.cos);
 }
 
 }  // namespace yivl::cuda

@@ -28,7 +28,7 @@ __global__ void rotate_kernel(Mat x, Turns turns, RowNumber row) {
     const int64_t pair = int64_t{block_y()} * kThreads + thread_id();
     if (pair >= x.cols / 2) return;
     float* at = x.data + (block_x() + number(row)) * x.stride + 2 * pair;
-    turn(at[0], at[1], turns, block_x(), 2 * pair);
+    turn(at[0], at[1], turn_of(turns, number(turns.first) + block_x(), 2 * pair));
 }
 
 }  // namespace

@@ -72,14 +72,14 @@ __device__ __forceinline__ float sum_of_heads(float (&of)[kHeads]) {
 __global__ void __launch_bounds__(kThreads, 2)
     split_attention_kernel(Mat out, ConstMat q, ConstMat k, ConstMat v, AttentionShape shape, RowNumber position,
                            int32_t* counts, Partial* partials, RoundedInput rounded) {
-    wait_for_earlier_kernels();
     SplitTile& tile = shared<SplitTile>();
     const int64_t row = block_z(), head_dim = shape.head_dim;
+    const int64_t n_keys = keys_of(row, q, k, shape, position);
+    wait_for_earlier_kernels();
     const int64_t of_kv_head = shape.n_heads / shape.n_kv_heads, groups = (of_kv_head + kHeads - 1) / kHeads;
     const int64_t kv_head = block_y() / groups, first_of_kv = block_y() % groups * kHeads;
     const int64_t first_head = kv_head * of_kv_head + first_of_kv;
     const int n_heads = static_cast<int>(of_kv_head - first_of_kv < kHeads ? of_kv_head - first_of_kv : kHeads);
-    const int64_t n_keys = keys_of(row, q, k, shape, position);
     const int64_t of_split = keys_of_split(n_keys);
     const int64_t n_splits = (n_keys + of_split - 1) / of_split;
     if (block_x() >= n_splits) return;
