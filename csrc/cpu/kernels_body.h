@@ -249,9 +249,9 @@ struct Ahead {
         return first * step < n_bytes ? Ahead{at + first * step, n_bytes - first * step, step} : Ahead();
     }
     YIVL_INLINE void operator()(int64_t i) const {
-        const int64_t from = i * step;
-        if ((from & (kLine - 1)) != 0) return;
-        for (int64_t line = 0; line < kTogether * step; line += kLine) prefetch_far(at + from + line);
+        const int64_t begin = i * step;
+        if ((begin & (kLine - 1)) != 0) return;
+        for (int64_t line = 0; line < kTogether * step; line += kLine) prefetch_far(at + begin + line);
     }
 };
 

@@ -32,7 +32,7 @@ void layer_norm(Stream& stream, Mat y, ConstMat x, Vec weight, Vec bias, float e
 // And y rounded, if `rounded` has room for it.
 void rms_norm(Stream& stream, Mat y, ConstMat x, Vec weight, float eps, const RoundedInput& rounded);
 
-// A number of rows that is known on the card alone: 0 where null.
+// A number of rows that is known on the card alone, and that no kernel writes: 0 where null.
 using RowNumber = const int32_t*;
 
 // How the heads of a row of x are rotated.
