@@ -380,7 +380,7 @@ void pack_queries(const AttentionRows& a, float scale) {
     });
 }
 
-// kLanes keys from `key` on, of which n are there, into lanes of a panel; zeros for the others.
+// kLanes keys, of which n are there, into lanes of a panel; zeros for the others.
 template <bool whole, class Fetch>
 YIVL_INLINE void pack_lanes(float* to, const float* from, int64_t stride, int64_t n, int64_t head_dim, Fetch&& fetch) {
     for (int64_t d = 0; d < head_dim; d += kLanes) {
