@@ -42,13 +42,23 @@ struct Partial {
 };
 
 // Of n keys: how many a split has depends on nothing else.
-__device__ __forceinline__ int64_t keys_of_split(int64_t n) {
-    return (n + kSplits * kWarp - 1) / (kSplits * kWarp) * kWarp;
-}
+__device__ __forceinline__ int keys_of_split(int n) { return (n + kSplits * kWarp - 1) / (kSplits * kWarp) * kWarp; }
 
 __device__ __forceinline__ void load(float (&to)[kLane], const float* from) {
     const Words words = load_words(from);
     for (int i = 0; i < kLane; ++i) to[i] = float_of_bits(words.word[i]);
+}
+
+// Columns [col, col + n) of keys [begin, end) and of their values, to be on their way before q is there: all but the
+// last key are from earlier steps.
+__device__ __forceinline__ void prefetch_keys(ConstMat k, ConstMat v, int begin, int end, int64_t col, int n) {
+    constexpr int kFloats = kLine / static_cast<int>(sizeof(float));
+    const int lines = (n + kFloats - 1) / kFloats, n_lines = (end - begin) * lines;
+    for (int i = thread_id(); i < n_lines; i += kThreads) {
+        const int64_t key = begin + i / lines, at = col + i % lines * kFloats;
+        prefetch_line(k.data + key * k.stride + at);
+        prefetch_line(v.data + key * v.stride + at);
+    }
 }
 
 // Of head lane / 4, over the warp.
@@ -74,16 +84,17 @@ __global__ void __launch_bounds__(kThreads, 2)
                            int32_t* counts, Partial* partials, RoundedInput rounded) {
     SplitTile& tile = shared<SplitTile>();
     const int64_t row = block_z(), head_dim = shape.head_dim;
-    const int64_t n_keys = keys_of(row, q, k, shape, position);
-    wait_for_earlier_kernels();
     const int64_t of_kv_head = shape.n_heads / shape.n_kv_heads, groups = (of_kv_head + kHeads - 1) / kHeads;
     const int64_t kv_head = block_y() / groups, first_of_kv = block_y() % groups * kHeads;
     const int64_t first_head = kv_head * of_kv_head + first_of_kv;
     const int n_heads = static_cast<int>(of_kv_head - first_of_kv < kHeads ? of_kv_head - first_of_kv : kHeads);
-    const int64_t of_split = keys_of_split(n_keys);
-    const int64_t n_splits = (n_keys + of_split - 1) / of_split;
-    if (block_x() >= n_splits) return;
-    const int64_t begin = block_x() * of_split, end = begin + of_split < n_keys ? begin + of_split : n_keys;
+    const auto n_keys = static_cast<int>(keys_of(row, q, k, shape, position));
+    const int of_split = keys_of_split(n_keys), n_splits = (n_keys + of_split - 1) / of_split;
+    if (block_x() >= n_splits) return wait_for_earlier_kernels();
+    const int begin = block_x() * of_split, end = begin + of_split < n_keys ? begin + of_split : n_keys;
+    prefetch_keys(k, v, begin, end < begin + kTile ? end : begin + kTile, kv_head * head_dim,
+                  static_cast<int>(head_dim));
+    wait_for_earlier_kernels();
 
     const int warp = warp_id(), col = lane_id() * kLane;
     const bool has_columns = col < head_dim;
@@ -98,14 +109,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     float largest = -INFINITY, total = 0.0f;  // of head `warp`
 
-    for (int64_t first = begin; first < end; first += kTile) {
-        const int n = static_cast<int>(end - first < kTile ? end - first : kTile);
+    for (int first = begin; first < end; first += kTile) {
+        const int n = end - first < kTile ? end - first : kTile;
         for (int key = warp; key < n; key += kWarps * kAtOnce) {
             float keys[kAtOnce][kLane];
             YIVL_UNROLL
             for (int i = 0; i < kAtOnce; ++i) {
                 const int at = key + i * kWarps;
-                load(keys[i], k.data + (first + (at < n ? at : key)) * k.stride + kv_col);
+                load(keys[i], k.data + int64_t{first + (at < n ? at : key)} * k.stride + kv_col);
             }
             YIVL_UNROLL
             for (int i = 0; i < kAtOnce; ++i) {
@@ -144,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             YIVL_UNROLL
             for (int i = 0; i < kAtOnce; ++i) {
                 const int at = key + i * kWarps;
-                load(values[i], v.data + (first + (at < n ? at : key)) * v.stride + kv_col);
+                load(values[i], v.data + int64_t{first + (at < n ? at : key)} * v.stride + kv_col);
             }
             YIVL_UNROLL
             for (int i = 0; i < kAtOnce; ++i) {
