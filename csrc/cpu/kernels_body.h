@@ -239,14 +239,14 @@ YIVL_INLINE void each_tile(int64_t row, int64_t rows, int64_t size, Fn&& fn) {
 // Few rows use each key and value once, and memory sets the pace, if only it is always asked for what comes next: lines
 // in their order, to the second-level cache, with each step of the work as many bytes as it should take. What is asked
 // for in a burst has no place to wait in, and is dropped.
-struct Ahead {
+struct LinesAhead {
     const std::byte* at = nullptr;
     int64_t n_bytes = 0;
     int64_t step = 0;  // bytes with each step, a power of two
 
     // From step `first` on.
-    YIVL_INLINE Ahead from(int64_t first) const {
-        return first * step < n_bytes ? Ahead{at + first * step, n_bytes - first * step, step} : Ahead();
+    YIVL_INLINE LinesAhead from(int64_t first) const {
+        return first * step < n_bytes ? LinesAhead{at + first * step, n_bytes - first * step, step} : LinesAhead();
     }
     YIVL_INLINE void operator()(int64_t i) const {
         const int64_t begin = i * step;
@@ -256,7 +256,7 @@ struct Ahead {
 };
 
 // n values over so many steps.
-inline Ahead ahead_of(const float* values, int64_t n, int64_t steps) {
+inline LinesAhead lines_ahead(const float* values, int64_t n, int64_t steps) {
     const int64_t n_bytes = n * static_cast<int64_t>(sizeof(float));
     int64_t step = 1;
     while (step * steps < n_bytes) step *= 2;
@@ -264,7 +264,7 @@ inline Ahead ahead_of(const float* values, int64_t n, int64_t steps) {
 }
 
 // Scores of all rows for the packed panel, which are keys [j, j + kPanel) of a block.
-void score(const AttentionRows& a, int64_t key, int64_t n, int64_t j, const Ahead& ahead) {
+void score(const AttentionRows& a, int64_t key, int64_t n, int64_t j, const LinesAhead& ahead) {
     const int64_t head_dim = a.piece.head_dim;
     int64_t tiles = 0;
     each_tile(0, a.rows, a.tile, [&]<int R>(int64_t row) YIVL_TARGET_LAMBDA {
@@ -334,7 +334,7 @@ constexpr int kValuesAhead = 16;
 // first-level cache a little ahead.
 template <int R, int N, bool in_place>
 void value_tile(int64_t vectors, float* out, const float* p, const float* v, int64_t v_stride, int64_t width,
-                int64_t n_keys, const Ahead& ahead) {
+                int64_t n_keys, const LinesAhead& ahead) {
     if (vectors >= N) {
         const auto fetch = [&](int64_t i) YIVL_INLINE_LAMBDA {
             if constexpr (in_place) {
@@ -354,7 +354,7 @@ void value_tile(int64_t vectors, float* out, const float* p, const float* v, int
     }
 }
 
-void add_values(const AttentionRows& a, int64_t key, int64_t n, const Ahead& ahead) {
+void add_values(const AttentionRows& a, int64_t key, int64_t n, const LinesAhead& ahead) {
     int64_t tiles = 0;
     for (int64_t d = 0; d < a.width; d += kPanel) {
         const int64_t stride = a.in_place ? a.piece.v_stride : kPanel;
@@ -409,7 +409,7 @@ YIVL_INLINE void pack_lanes(float* to, const float* from, int64_t stride, int64_
 }
 
 // Keys [panel, panel + kPanel) of a block of n.
-void pack_keys(const AttentionRows& a, int64_t key, int64_t n, int64_t panel, const Ahead& ahead) {
+void pack_keys(const AttentionRows& a, int64_t key, int64_t n, int64_t panel, const LinesAhead& ahead) {
     const int64_t head_dim = a.piece.head_dim, looks = divide_up(head_dim, kLanes);
     for (int v = 0; v < kTileVectors; ++v) {
         const int64_t j = panel + v * kLanes;
@@ -482,7 +482,8 @@ void attention(const AttentionPiece& piece, float* scratch, bool (*stop)(const v
         // Values come while their keys are scored, half of them while these are packed.
         const auto values_ahead = [&](int64_t from, int64_t steps) YIVL_TARGET_LAMBDA {
             const int64_t some = min64(kPanel / 2, n - from);
-            return fetches && some > 0 ? ahead_of(piece.v + (key + from) * head_dim, some * head_dim, steps) : Ahead();
+            return fetches && some > 0 ? lines_ahead(piece.v + (key + from) * head_dim, some * head_dim, steps)
+                                       : LinesAhead();
         };
         // A panel at a time: it stays in the first-level cache until all rows have used it.
         for (int64_t j = 0; j < n; j += kPanel) {
@@ -493,8 +494,9 @@ void attention(const AttentionPiece& piece, float* scratch, bool (*stop)(const v
         each_tile(0, rows, a.tile, [&]<int R>(int64_t row) YIVL_TARGET_LAMBDA { softmax_rows<R>(a, row, key, n); });
         // And the next keys while these are added.
         const int64_t next = min64(kKeyBlock, n_keys - key - n), steps = n_tiles * n * divide_up(width, kPanel);
-        add_values(a, key, n,
-                   fetches && next > 0 ? ahead_of(piece.k + (key + n) * head_dim, next * head_dim, steps) : Ahead());
+        add_values(
+            a, key, n,
+            fetches && next > 0 ? lines_ahead(piece.k + (key + n) * head_dim, next * head_dim, steps) : LinesAhead());
     }
 
     for (int64_t i = 0; i < rows; ++i) {
