@@ -52,8 +52,10 @@ fuzz: $(VENV)/.cmake
 
 tsan: out/golden-q8_0.gguf $(VENV)/.cmake
 	@echo "== Four threads on one model under ThreadSanitizer"
-	@$(BIN)/cmake -S . -B build/tsan -DYIVL_CUDA=OFF -DYIVL_PYTHON=OFF -DYIVL_CPP_TESTS=ON -DYIVL_SANITIZE=thread >/dev/null
-	@$(BIN)/cmake --build build/tsan --target chat_threads
+	@$(BIN)/cmake -S . -B build/tsan -DYIVL_CUDA=OFF -DYIVL_PYTHON=OFF -DYIVL_CPP_TESTS=ON -DYIVL_SANITIZE=thread \
+	  -DCMAKE_CXX_FLAGS_RELEASE=-O1 >/dev/null
+	@$(BIN)/cmake --build build/tsan --target chat_threads --parallel "$$(nproc)" >build/tsan/build.log 2>&1 || \
+	  { cat build/tsan/build.log; exit 1; }
 	@build/tsan/tests/cpp/chat_threads out/golden-q8_0.gguf
 
 # The CUDA backend without a GPU: its sources compiled as C++ (docs/cuda.md).
@@ -69,10 +71,10 @@ test-cuda-emulator: $(VENV)/.test $(VENV)/.cmake
 	  tests/test_docs.py
 
 # Every kernel for every generation of GPU, warnings and spilled registers as errors, and the core that starts them; needs a
-# CUDA toolkit, but no GPU. Only opening a model is tried: the core is compiled in a hurry.
+# CUDA toolkit, but no GPU.
 cuda-kernels: $(VENV)/.test $(VENV)/.cmake
 	@echo "== Compiling the CUDA kernels and the package's core with them"
-	@$(BIN)/cmake -S . -B build/cuda -DYIVL_CUDA=ON -DYIVL_WERROR=ON -DYIVL_CPP_TESTS=ON -DCMAKE_CXX_FLAGS_RELEASE=-O1 \
+	@$(BIN)/cmake -S . -B build/cuda -DYIVL_CUDA=ON -DYIVL_WERROR=ON -DYIVL_CPP_TESTS=ON \
 	  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" >/dev/null
 	@$(BIN)/cmake --build build/cuda --target _core cuda_primitives_object --parallel "$$(nproc)" >build/cuda/build.log 2>&1 || \
 	  { grep -v 'ptxas info' build/cuda/build.log; $(BIN)/python tests/report_spills.py build/cuda/build.log; exit 1; }

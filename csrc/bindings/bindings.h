@@ -1,4 +1,5 @@
-// What the files in this folder share. The bindings convert types and release the GIL; they hold no logic.
+// What the files in this folder share. The bindings convert types and release the GIL; they hold no logic. They are
+// compiled as one unit: a name stands in one of them only.
 #pragma once
 
 #include <pybind11/numpy.h>

@@ -5,7 +5,7 @@
 namespace yivl {
 namespace {
 
-py::array_t<uint8_t> to_array(Image&& image) {
+py::array_t<uint8_t> image_array(Image&& image) {
     auto* owner = new Image(std::move(image));
     py::capsule free_owner(owner, [](void* p) { delete static_cast<Image*>(p); });
     return py::array_t<uint8_t>({owner->height, owner->width, int64_t{3}}, owner->data.data(), free_owner);
@@ -38,7 +38,7 @@ void bind_image(py::module_& m) {
         "fit",
         [](const ImageArray& image, const PreprocessConfig& config) {
             const ImageView input = view(image);
-            return to_array([&] {
+            return image_array([&] {
                 py::gil_scoped_release release;
                 Control control;
                 return fit(input, config, control);
@@ -50,7 +50,7 @@ void bind_image(py::module_& m) {
         "resize_bicubic",
         [](const ImageArray& image, int64_t width, int64_t height) {
             const ImageView input = view(image);
-            return to_array([&] {
+            return image_array([&] {
                 py::gil_scoped_release release;
                 Control control;
                 return resize_bicubic(input, width, height, control);

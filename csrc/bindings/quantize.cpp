@@ -10,7 +10,7 @@ namespace yivl {
 
 namespace {
 
-using Floats = py::array_t<float, py::array::c_style>;
+using PlainFloats = py::array_t<float, py::array::c_style>;
 
 const TypeInfo& type_called(std::string name) {
     std::ranges::transform(name, name.begin(), [](unsigned char c) { return static_cast<char>(std::toupper(c)); });
@@ -21,22 +21,22 @@ const TypeInfo& type_called(std::string name) {
 }
 
 // Without a conversion: from float64 it could make infinities.
-Floats float_array(const py::object& array, const char* name) {
+PlainFloats float_array(const py::object& array, const char* name) {
     if (!py::isinstance<py::array_t<float>>(array)) {
         const py::object found =
             py::isinstance<py::array>(array) ? array.attr("dtype") : py::type::of(array).attr("__name__");
         throw py::type_error(std::string(name) + ": expected a float32 array, found " +
                              py::cast<std::string>(py::str(found)));
     }
-    return Floats::ensure(array);
+    return PlainFloats::ensure(array);
 }
 
-std::span<const float> span(const Floats& array) { return {array.data(), static_cast<size_t>(array.size())}; }
+std::span<const float> span(const PlainFloats& array) { return {array.data(), static_cast<size_t>(array.size())}; }
 
 py::array_t<uint8_t> quantize_array(const py::object& array, const std::string& type,
                                     const std::optional<py::object>& importance, std::optional<int> n_threads) {
     const TypeInfo& info = type_called(type);
-    const Floats values = float_array(array, "array");
+    const PlainFloats values = float_array(array, "array");
     if (values.ndim() != 1 && values.ndim() != 2) {
         throw std::invalid_argument("array must have the shape (rows, columns) or (columns,), found " +
                                     std::to_string(values.ndim()) + " dimensions");
@@ -46,7 +46,7 @@ py::array_t<uint8_t> quantize_array(const py::object& array, const std::string& 
     }
     const py::ssize_t rows = values.ndim() == 2 ? values.shape(0) : 1, columns = values.shape(values.ndim() - 1);
     QuantizeInput input{span(values), {}, columns};
-    Floats weights;
+    PlainFloats weights;
     if (importance) {
         weights = float_array(*importance, "importance");
         if (weights.ndim() != 1 || weights.shape(0) != columns) {

@@ -68,12 +68,9 @@ YIVL_INLINE I multiply_step(I sums, const I (&w)[kStep], const I (&x)[kStep]) {
 
 // What the next turn unpacks is fetched while this one multiplies, a little with each block of each tile: the loads of
 // the tiles would wait behind a burst.
-template <class Rows>
 struct NextTurn {
-    static constexpr int64_t kFarLines = (kSideRows * Rows::kBytes + 63) / 64;
-
-    const std::byte* near;  // a slab of each of near_rows rows, to the first-level cache
-    int64_t row_bytes, near_rows;
+    const std::byte* near;  // slab_bytes of each of near_rows rows, to the first-level cache
+    int64_t slab_bytes, row_bytes, near_rows;
     const std::byte* far;  // lines one after the other, to the second-level cache
     int64_t far_lines;
     int64_t rows_at_once = 0, lines_at_once = 0;
@@ -85,7 +82,7 @@ struct NextTurn {
     }
     YIVL_INLINE void fetch_some() {
         for (int64_t n = min64(rows_at_once, near_rows); n > 0; --n, --near_rows, near += row_bytes) {
-            for (int64_t line = 0; line < Rows::kBytes; line += 64) prefetch(near + line);
+            for (int64_t line = 0; line < slab_bytes; line += 64) prefetch(near + line);
         }
         for (int64_t n = min64(lines_at_once, far_lines); n > 0; --n, --far_lines, far += 64) prefetch_far(far);
     }
@@ -93,9 +90,9 @@ struct NextTurn {
 
 // `sums` (rows, tokens) += a tile of T tokens over a slab, or = if `first`. What the next tile takes is fetched
 // meanwhile.
-template <int T, class Rows>
-YIVL_INLINE void multiply_tile(NextTurn<Rows>& next_turn, F* sums, const WeightSlab* w, const InputSlab* x,
-                               int64_t n_blocks, bool first) {
+template <int T, class Sums>
+void multiply_tile(Sums, NextTurn& next_turn, F* sums, const WeightSlab* w, const InputSlab* x, int64_t n_blocks,
+                   bool first) {
     constexpr int R = kIntegerRows;
     F total[R][T];
     const auto begin = [&] YIVL_INLINE_LAMBDA {
@@ -106,7 +103,7 @@ YIVL_INLINE void multiply_tile(NextTurn<Rows>& next_turn, F* sums, const WeightS
         }
     };
     F slab[R][T];
-    if constexpr (Rows::kOneScale) {
+    if constexpr (Sums::kOneScale) {
         YIVL_UNROLL
         for (int r = 0; r < R; ++r) {
             YIVL_UNROLL
@@ -153,7 +150,7 @@ YIVL_INLINE void multiply_tile(NextTurn<Rows>& next_turn, F* sums, const WeightS
             const F scale = set1(x[t].scale[b]);
             YIVL_UNROLL
             for (int r = 0; r < R; ++r) {
-                if constexpr (Rows::kOneScale) {
+                if constexpr (Sums::kOneScale) {
                     slab[r][t] = fma(to_floats(acc[r][t]), scale, slab[r][t]);
                 } else {
                     total[r][t] = fma(to_floats(acc[r][t]), mul(w[r].blocks[b].scale, scale), total[r][t]);
@@ -161,9 +158,9 @@ YIVL_INLINE void multiply_tile(NextTurn<Rows>& next_turn, F* sums, const WeightS
             }
         }
     }
-    if constexpr (Rows::kOneScale) {
+    if constexpr (Sums::kOneScale) {
         begin();
-        if constexpr (Rows::kMinimum) {
+        if constexpr (Sums::kMinimum) {
             for (int64_t b = 0; b < n_blocks; ++b) {
                 YIVL_UNROLL
                 for (int t = 0; t < T; ++t) {
@@ -229,17 +226,19 @@ void multiply_some(const PackedPiece& p, int64_t token, int64_t n_tokens, std::b
                 if (n_rows > 0) unpack_slab<Rows>(w[r], from + r * kLanes * p.row_bytes, p.row_bytes, n_rows, n_blocks);
             }
             const bool more = row + kSideRows < p.n_rows;
-            NextTurn<Rows> next_turn{
+            NextTurn next_turn{
                 .near = more ? from + kSideRows * p.row_bytes : p.w + (s + 1) * Rows::kBytes,
+                .slab_bytes = Rows::kBytes,
                 .row_bytes = p.row_bytes,
                 .near_rows = min64(kSideRows, p.n_rows - (more ? row + kSideRows : 0)),
                 .far = p.w + kSideRows * (p.row_bytes + s * Rows::kBytes),
-                .far_lines = few ? NextTurn<Rows>::kFarLines : 0,
+                .far_lines = few ? (kSideRows * Rows::kBytes + 63) / 64 : 0,
             };
             next_turn.spread(tiles.count() * n_blocks);
             F* const mine = sums + row / kSideRows * tiles.count() * kTileSums;
             const auto multiply = [&]<int T>(int64_t tile) YIVL_TARGET_LAMBDA {
-                multiply_tile<T>(next_turn, mine + tile * kTileSums, w, x + tiles.first_token(tile), n_blocks, s == 0);
+                multiply_tile<T>(typename Rows::Sums(), next_turn, mine + tile * kTileSums, w,
+                                 x + tiles.first_token(tile), n_blocks, s == 0);
             };
             for (int64_t tile = 0; tile < tiles.n_full; ++tile) multiply.template operator()<kIntegerTokens>(tile);
             if constexpr (few) {

@@ -25,15 +25,15 @@ struct Ahead {
     template <int step, int n_steps>
     YIVL_INLINE void fetch() {
         YIVL_STAYS_HERE();
-        repeat<(step + 1) * kNear / n_steps - step * kNear / n_steps>([&]<int i>() YIVL_INLINE_LAMBDA {
-            constexpr int n = step * kNear / n_steps + i;
+        YIVL_UNROLL
+        for (int n = step * kNear / n_steps; n < (step + 1) * kNear / n_steps; ++n) {
             prefetch(near + n % kRowLines * 64);
-            if constexpr (n % kRowLines == kRowLines - 1) near += row_bytes;
-        });
-        repeat<(step + 1) * kFar / n_steps - step * kFar / n_steps>([&]<int i>() YIVL_INLINE_LAMBDA {
-            const std::byte* const line = far + (step * kFar / n_steps + i) * 64;
-            kManyLines ? prefetch(line) : prefetch_far(line);
-        });
+            if (n % kRowLines == kRowLines - 1) near += row_bytes;
+        }
+        YIVL_UNROLL
+        for (int n = step * kFar / n_steps; n < (step + 1) * kFar / n_steps; ++n) {
+            kManyLines ? prefetch(far + n * 64) : prefetch_far(far + n * 64);
+        }
     }
 };
 

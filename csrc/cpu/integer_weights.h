@@ -2,17 +2,15 @@
 //
 // unpack(p, row_bytes, sink) takes a slab of kLanes rows, kBytes of each. The sink gets vector<b, i>(v) with the
 // integers of the i-th pair of columns of block b, kOffset too large, then finish<b>(scale, minimum): weight = scale *
-// integer - minimum. With kOneScale the blocks of a slab have one scale: integers that the file has for smaller groups
-// of columns are in the integers. kOrder is the order of columns in which x is packed.
+// integer - minimum. kOrder is the order of columns in which x is packed.
 
 namespace {
 
+// fn<0>() to fn<n - 1>(), in this order.
 template <int n, class Fn>
 YIVL_INLINE void repeat(Fn&& fn) {
-    if constexpr (n > 0) {
-        repeat<n - 1>(fn);
-        fn.template operator()<n - 1>();
-    }
+    [&]<int... i>(std::integer_sequence<int, i...>)
+        YIVL_INLINE_LAMBDA { (fn.template operator()<i>(), ...); }(std::make_integer_sequence<int, n>());
 }
 
 // Four bits of each half of a lane.
@@ -48,10 +46,17 @@ YIVL_INLINE void blocks_with_scales(const std::byte* p, int64_t row_bytes, Dword
     });
 }
 
-struct RowsQ8_0 {
+// What the sums of a type are made of, by which tiles are told apart. With kOneScale the blocks of a slab have one
+// scale: integers that the file has for smaller groups of columns are in the integers.
+template <bool one_scale, bool minimum>
+struct OfPairs {
+    using Sums = OfPairs;
+    static constexpr bool kOneScale = one_scale, kMinimum = minimum;
+};
+
+struct RowsQ8_0 : OfPairs<false, false> {
     static constexpr int kOffset = 0, kOrder = kOrderQ8_0;
     static constexpr int64_t kBytes = kSlabBlocks * sizeof(BlockQ8_0);
-    static constexpr bool kMinimum = false, kOneScale = false;
     template <class Sink>
     static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
         const auto dword = [&]<int b, int i>(I bytes) YIVL_INLINE_LAMBDA {
@@ -63,10 +68,9 @@ struct RowsQ8_0 {
     }
 };
 
-struct RowsQ4_0 {
+struct RowsQ4_0 : OfPairs<false, false> {
     static constexpr int kOffset = 8, kOrder = kOrderQ4_0;
     static constexpr int64_t kBytes = kSlabBlocks * sizeof(BlockQ4_0);
-    static constexpr bool kMinimum = false, kOneScale = false;
     template <class Sink>
     static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
         const auto dword = [&]<int b, int i>(I bytes) YIVL_INLINE_LAMBDA {
@@ -109,10 +113,9 @@ struct SixBits {
     }
 };
 
-struct RowsQ4_K {
+struct RowsQ4_K : OfPairs<true, true> {
     static constexpr int kOffset = 0, kOrder = kPlainOrder;
     static constexpr int64_t kBytes = sizeof(BlockQ4_K);
-    static constexpr bool kMinimum = true, kOneScale = true;
     template <class Sink>
     static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
         const SixBits six_bits(p, row_bytes);
@@ -133,10 +136,9 @@ struct RowsQ4_K {
     }
 };
 
-struct RowsQ5_K {
+struct RowsQ5_K : OfPairs<true, true> {
     static constexpr int kOffset = 0, kOrder = kPlainOrder;
     static constexpr int64_t kBytes = sizeof(BlockQ5_K);
-    static constexpr bool kMinimum = true, kOneScale = true;
     template <class Sink>
     static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
         const SixBits six_bits(p, row_bytes);
@@ -169,10 +171,9 @@ struct RowsQ5_K {
     }
 };
 
-struct RowsQ6_K {
+struct RowsQ6_K : OfPairs<true, false> {
     static constexpr int kOffset = 0, kOrder = kPlainOrder;
     static constexpr int64_t kBytes = sizeof(BlockQ6_K);
-    static constexpr bool kMinimum = false, kOneScale = true;
     template <class Sink>
     static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
         I scales[4];

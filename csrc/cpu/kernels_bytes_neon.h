@@ -37,17 +37,19 @@ inline I nibbles(I v) {
 // unpack() as in kernels_integer.h. Vectors [0, 8) of a block are its columns. Where all of them or each half have an
 // integer for a scale, that is vector 8, or 8 and 9, each as soon as its columns are there.
 
-struct Bytes {
+// As OfPairs, with the integer scales of a block.
+template <bool one_scale, bool minimum, int scales>
+struct OfBytes {
+    using Sums = OfBytes;
+    static constexpr bool kOneScale = one_scale, kMinimum = minimum;
+    static constexpr int kScales = scales;
     static constexpr int kOffset = 0, kOrder = kPlainOrder;  // no offset is left
-    static constexpr bool kOneScale = false;
-    static constexpr int kScales = 0;  // of a block
 };
 template <class Rows>
-concept OfBytes = __is_base_of(Bytes, Rows);
+concept SummedAsBytes = requires { Rows::kScales; };
 
-struct BytesQ8_0 : Bytes {
+struct BytesQ8_0 : OfBytes<false, false, 0> {
     static constexpr int64_t kBytes = kSlabBlocks * sizeof(BlockQ8_0);
-    static constexpr bool kMinimum = false;
     template <class Sink>
     static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
         repeat<kSlabBlocks>([&]<int b>() YIVL_INLINE_LAMBDA {
@@ -61,9 +63,8 @@ struct BytesQ8_0 : Bytes {
     }
 };
 
-struct BytesQ4_0 : Bytes {
+struct BytesQ4_0 : OfBytes<false, false, 0> {
     static constexpr int64_t kBytes = kSlabBlocks * sizeof(BlockQ4_0);
-    static constexpr bool kMinimum = false;
     template <class Sink>
     static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
         repeat<kSlabBlocks>([&]<int b>() YIVL_INLINE_LAMBDA {
@@ -78,10 +79,8 @@ struct BytesQ4_0 : Bytes {
     }
 };
 
-struct BytesQ4_K : Bytes {
+struct BytesQ4_K : OfBytes<true, true, 1> {
     static constexpr int64_t kBytes = sizeof(BlockQ4_K);
-    static constexpr bool kMinimum = true, kOneScale = true;
-    static constexpr int kScales = 1;
     template <class Sink>
     static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
         const SixBits six_bits(p, row_bytes);
@@ -101,10 +100,8 @@ struct BytesQ4_K : Bytes {
     }
 };
 
-struct BytesQ5_K : Bytes {
+struct BytesQ5_K : OfBytes<true, true, 1> {
     static constexpr int64_t kBytes = sizeof(BlockQ5_K);
-    static constexpr bool kMinimum = true, kOneScale = true;
-    static constexpr int kScales = 1;
     template <class Sink>
     static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
         const SixBits six_bits(p, row_bytes);
@@ -129,10 +126,8 @@ struct BytesQ5_K : Bytes {
     }
 };
 
-struct BytesQ6_K : Bytes {
+struct BytesQ6_K : OfBytes<true, false, 2> {
     static constexpr int64_t kBytes = sizeof(BlockQ6_K);
-    static constexpr bool kMinimum = false, kOneScale = true;
-    static constexpr int kScales = 2;
     template <class Sink>
     static YIVL_INLINE void unpack(const std::byte* p, int64_t row_bytes, Sink& sink) {
         I scales[4];
@@ -230,7 +225,7 @@ struct OneToken {
     }
 };
 
-template <OfBytes Rows>
+template <SummedAsBytes Rows>
 YIVL_INLINE void multiply_slab(Rows, F& total, const std::byte* p, int64_t row_bytes, const InputSlab& x,
                                int64_t n_blocks, Ahead<Rows>& ahead) {
     OneToken<Rows> sink{total, x, n_blocks, ahead, {}, {}, {}, {}};
@@ -240,11 +235,11 @@ YIVL_INLINE void multiply_slab(Rows, F& total, const std::byte* p, int64_t row_b
 // ---- many tokens ----
 
 // As its namesake for pairs.
-template <int T, OfBytes Rows>
-YIVL_INLINE void multiply_tile(NextTurn<Rows>& next_turn, F* sums, const WeightSlab* w, const InputSlab* x,
-                               int64_t n_blocks, bool first) {
+template <int T, SummedAsBytes Sums>
+void multiply_tile(Sums, NextTurn& next_turn, F* sums, const WeightSlab* w, const InputSlab* x, int64_t n_blocks,
+                   bool first) {
     constexpr int R = kIntegerRows;
-    constexpr int kParts = Rows::kScales == 2 ? 2 : 1;
+    constexpr int kParts = Sums::kScales == 2 ? 2 : 1;
     F total[R][T];
     SlabSum slab[R][T];
     YIVL_UNROLL
@@ -277,7 +272,7 @@ YIVL_INLINE void multiply_tile(NextTurn<Rows>& next_turn, F* sums, const WeightS
                 YIVL_UNROLL
                 for (int t = 0; t < T; ++t) {
                     I sum = acc[r][t].total();
-                    if constexpr (Rows::kScales > 0) {
+                    if constexpr (Sums::kScales > 0) {
                         sum = times_integers(sum, load_integers(&w[r].blocks[b].pairs[2 * kEights + part]));
                     }
                     block[r][t] = part == 0 ? sum : add_integers(block[r][t], sum);
@@ -289,9 +284,9 @@ YIVL_INLINE void multiply_tile(NextTurn<Rows>& next_turn, F* sums, const WeightS
             const WeightBlock& weights = w[r].blocks[b];
             YIVL_UNROLL
             for (int t = 0; t < T; ++t) {
-                if constexpr (Rows::kOneScale) {
+                if constexpr (Sums::kOneScale) {
                     slab[r][t].add_block(block[r][t], x[t], b);
-                    if constexpr (Rows::kMinimum) {
+                    if constexpr (Sums::kMinimum) {
                         total[r][t] = fma(weights.minimum, set1(x[t].minus_sum[b]), total[r][t]);
                     }
                 } else {
@@ -304,7 +299,7 @@ YIVL_INLINE void multiply_tile(NextTurn<Rows>& next_turn, F* sums, const WeightS
     for (int r = 0; r < R; ++r) {
         YIVL_UNROLL
         for (int t = 0; t < T; ++t) {
-            if constexpr (Rows::kOneScale) slab[r][t].add_to(total[r][t], w[r].blocks[0].scale);
+            if constexpr (Sums::kOneScale) slab[r][t].add_to(total[r][t], w[r].blocks[0].scale);
             sums[r * kIntegerTokens + t] = total[r][t];
         }
     }

@@ -22,6 +22,9 @@ endif()
 message(STATUS "CUDA backend: ${YIVL_CUDA_KIND}")
 
 file(GLOB YIVL_CUDA_KERNELS CONFIGURE_DEPENDS csrc/cuda/*.cu)
+# What takes longest to compile goes first, or the other cores wait for it at the end.
+list(REMOVE_ITEM YIVL_CUDA_KERNELS ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/matvec.cu)
+list(INSERT YIVL_CUDA_KERNELS 0 ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/matvec.cu)
 # What the CPU must find bit by bit (csrc/draw.h) is rounded after every operation, as there.
 if(YIVL_CUDA_KIND STREQUAL "native")
   set_source_files_properties(csrc/cuda/draw.cu PROPERTIES COMPILE_OPTIONS -fmad=false)
