@@ -38,8 +38,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = ("build", "test", "suite", "accuracy", "primitives", "sanitize", "models", "bench", "report")
+# What tells most of the card in the least time goes first.
+STEPS = ("build", "primitives", "test", "models", "bench", "sanitize", "accuracy", "suite", "report")
 RESERVE = 10.0  # seconds of --limit that no command gets: to end one, and to report
+# Seconds that a command gets at most: a kernel that hangs is to take no time from the others.
+MOST = {"primitive": 60.0, "bench": 200.0, "sanitize": 90.0, "accuracy": 150.0}
+TEST_SECONDS = 90  # that a test gets
+NEEDED = ("pybind11", "numpy", "PIL", "gguf")
+ALSO_USED = ("pytest", "xdist", "pytest_timeout", "torch", "safetensors", "sentencepiece", "tqdm")
+# What docs/cuda.md says YIVL_CUDA_WITHOUT can leave out, one after the other: which of them a fault needs.
+WITHOUT = ("overlap", "overlap,graph", "overlap,graph,warpgroups")
 LOG_BYTES = 1 << 20  # of each log's end go into the results: room for the names of all tests, some MB in all
 LOG_LINES = 40  # of a failure's log go into the report
 TYPES = {"6b": ("q4_0", "q4_k_m"), "34b": ("q4_k_m",), "demo": ("q4_0", "q4_k_m")}
@@ -68,6 +76,23 @@ GOALS_6B = (
 GOALS = {"6b": GOALS_6B, "34b": (Goal("decoding", least_share=0.85),), "demo": GOALS_6B}
 
 
+# The versions of Python packages; an error if one before "--" is missing.
+VERSIONS = """
+import importlib, sys
+needed = sys.argv[1 : sys.argv.index("--")]
+missing = []
+for name in sys.argv[1:]:
+    if name == "--":
+        continue
+    try:
+        print(name, getattr(importlib.import_module(name), "__version__", ""))
+    except ImportError as error:
+        print(name, "is missing:", error)
+        missing += [name] if name in needed else []
+sys.exit("expected in this Python or on PYTHONPATH: " + ", ".join(missing) if missing else 0)
+"""
+
+
 class NotRunError(Exception):
     """Why a step cannot go on, in one line."""
 
@@ -88,7 +113,9 @@ class Check:
         self.site = self.work / "site"
         self.answers = {device: self.work / f"accuracy-{device}.json" for device in ("cpu", "cuda")}
         path = os.pathsep.join(filter(None, [str(self.site), os.environ.get("PYTHONPATH")]))
-        self.environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        # No test is skipped for want of a device.
+        needs = {"YIVL_TEST_NEEDS_DEVICE": "1"}
+        self.environment = os.environ | needs | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         if self.emulated:
             self.environment["YIVL_CUDA_EMULATOR"] = str(self.build_folder)
 
@@ -102,27 +129,34 @@ class Check:
                 "wheels", [*install, *(wheel.stem.split("-")[0] for wheel in self.wheels.glob("*.whl"))]
             ):
                 return False
+        if not self.run("packages", [sys.executable, "-c", VERSIONS, *NEEDED, "--", *ALSO_USED]):
+            return False
         import pybind11
 
-        kind = (
-            ["-DYIVL_CUDA=EMULATED"]
-            if self.emulated
-            else ["-DYIVL_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=native"]
-        )
+        native = ["-DYIVL_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=native"]
+        kind = ["-DYIVL_CUDA=EMULATED"] if self.emulated else native
         python = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+        ninja = ["-G", "Ninja"] if shutil.which("ninja") else []
         configure = ["cmake", "-S", str(ROOT), "-B", str(self.build_folder), "-DYIVL_CPP_TESTS=ON"]
-        compile_ = ["cmake", "--build", str(self.build_folder), "--target", "_core", "cuda_primitives"]
+        if not self.run("configure", [*configure, *ninja, *kind, *python]):
+            # Perhaps only because CMake did not find the card.
+            shutil.rmtree(self.build_folder, ignore_errors=True)
+            if self.emulated or not self.run("configure for all", [*configure, *ninja, native[0], *python]):
+                return False
+        compile_ = ["cmake", "--build", str(self.build_folder), "--parallel", str(os.cpu_count()), "--target"]
+        say = "from yivl_edge import _core; print(*_core.cuda_memory('cuda')); print(_core.cuda_device())"
         return (
-            self.run("configure", [*configure, *kind, *python])
-            and self.run("compile", [*compile_, "--parallel", str(os.cpu_count())])
-            and self.run(
-                "device", self.python("-c", "from yivl_edge import _core; print(*_core.cuda_memory('cuda'))")
-            )
+            self.run("compile", [*compile_, "_core"])
+            and self.run("device", self.python("-c", say))
+            and self.run("compile primitives", [*compile_, "cuda_primitives"])
         )
 
     def test(self) -> bool:
-        """The tests of the CUDA backend, on the card."""
-        return self.run("test", self.pytest(*map(str, sorted(ROOT.glob("tests/test_cuda*.py")))))
+        """The tests of the CUDA backend, on the card; some again with what every card has."""
+        tests = self.pytest(*map(str, sorted(ROOT.glob("tests/test_cuda*.py"))))
+        well = self.run("test", tests)
+        plain = ["env", f"YIVL_CUDA_WITHOUT={WITHOUT[-1]}", *tests, "-k", "many_rows or demo_model"]
+        return self.run("test plain", plain) and well
 
     def suite(self) -> bool:
         """All tests, with the card as the device of every model that names none."""
@@ -133,18 +167,22 @@ class Check:
         file = next((ROOT / "python/yivl_edge/data").glob("*.gguf"))
         scenes = ["--scenes", "2"] if self.size == "demo" else []
         well = True
-        for device, out in self.answers.items():
+        for device, out in reversed(self.answers.items()):
+            if device == "cpu" and out.exists():  # it can be brought along
+                continue
+            out.unlink(missing_ok=True)
             evaluate = self.python("-m", "demo.evaluate", "--files", str(file), "--device", device, *scenes)
-            well = self.run(f"accuracy {device}", [*evaluate, "--json", str(out)]) and well
+            command = [*evaluate, "--json", str(out)]
+            well = self.run(f"accuracy {device}", command, MOST["accuracy"]) and well
         return well and all(row["met"] for row in compare_accuracy(*self.answers.values()))
 
     def primitives(self) -> bool:
         """The wrappers that kernels are made of, against plain loops."""
         program = str(self.built("tests/cpp/cuda_primitives"))
-        well = self.run("primitives", [program])
+        well = self.run("primitives", [program], MOST["primitive"])
         for name in self.file("primitives", "log").read_text().split() if well else ():
             if not name.startswith("fault-"):  # those are for the emulator to find
-                well = self.run(f"primitive {name}", [program, name]) and well
+                well = self.run(f"primitive {name}", [program, name], MOST["primitive"]) and well
         return well
 
     def sanitize(self) -> bool:
@@ -168,7 +206,7 @@ class Check:
             )
             for kind in ("memcheck", "racecheck", "synccheck"):
                 command = [tool, "--tool", kind, "--error-exitcode", "9", *chat, *question]
-                well = self.run(f"{kind} {path.stem}", command) and well
+                well = self.run(f"{kind} {path.stem}", command, MOST["sanitize"]) and well
         return well
 
     def models(self) -> bool:
@@ -183,7 +221,7 @@ class Check:
         return well
 
     def bench(self) -> bool:
-        """`yivl-edge bench` on each file, kernel by kernel too."""
+        """`yivl-edge bench` on each file, kernel by kernel too; one that fails, again without what may be at fault."""
         sizes = [
             "--prompt-tokens",
             str(PROMPT_TOKENS),
@@ -201,8 +239,16 @@ class Check:
             bench = self.python(
                 "-m", "yivl_edge", "bench", str(self.model(t)), "--device", "cuda", "--profile"
             )
-            out = ["--json", str(self.result(self.size, t))]
-            well = self.run(f"bench {self.size} {t}", [*bench, *sizes, *out]) and well
+            out = self.result(self.size, t)
+            out.unlink(missing_ok=True)
+            command = [*bench, *sizes, "--json", str(out)]
+            if self.run(f"bench {self.size} {t}", command, MOST["bench"]):
+                continue
+            well = False
+            for without in WITHOUT:
+                again = ["env", f"YIVL_CUDA_WITHOUT={without}", *command]
+                if self.run(f"bench {self.size} {t} without {without}", again, MOST["bench"]):
+                    break
         return well
 
     def report(self) -> bool:
@@ -258,7 +304,10 @@ class Check:
         """Tests that are named as they end, so that a run without time to finish leaves those that failed."""
         # Eight at a time: each process takes its share of the card's memory.
         together = ["-n", "8"] if importlib.util.find_spec("xdist") else []
-        return self.python("-m", "pytest", "-v", "--tb=short", *together, *tests)
+        # By a thread: a process that waits for a card gets no signal.
+        timeout = ["-o", f"timeout={TEST_SECONDS}", "-o", "timeout_method=thread"]
+        in_time = timeout if importlib.util.find_spec("pytest_timeout") else []
+        return self.python("-m", "pytest", "-v", "--tb=short", *together, *in_time, *tests)
 
     def python(self, *arguments: str) -> list[str]:
         """A command that sees the package with this build's native module."""
@@ -271,9 +320,9 @@ class Check:
             link.symlink_to(path)
         return [sys.executable, *arguments]
 
-    def run(self, name: str, command: Sequence[str]) -> bool:
-        """Runs a command until the time is up, its output into a file; whether it succeeded."""
-        left = self.deadline - RESERVE - time.monotonic()
+    def run(self, name: str, command: Sequence[str], most: float = float("inf")) -> bool:
+        """Runs a command until the time is up, or `most` seconds; its output into a file; whether it succeeded."""
+        left = min(self.deadline - RESERVE - time.monotonic(), most)
         if left <= 0:
             raise NotRunError(f"no time was left for {name}")
         began = time.perf_counter()

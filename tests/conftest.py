@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import emulated  # noqa: F401  before yivl_edge
 import numpy as np
 import pytest
-from yivl_edge import Model, _core
+from yivl_edge import DeviceError, Model, _core
 from yivl_edge.convert import convert
 
 DATA = Path(__file__).parent / "data"
@@ -22,6 +23,18 @@ if DEVICE := os.environ.get("YIVL_TEST_DEVICE"):
 
 # A shell that runs the tests in the background has Ctrl-C ignored, and so would every program that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Iterator[None]:
+    """A process that lost its GPU, as by an illegal access, fails every test after it: another takes its place."""
+    result = yield
+    if os.environ.get("YIVL_TEST_NEEDS_DEVICE") and os.environ.get("PYTEST_XDIST_WORKER"):
+        try:
+            _core.cuda_memory("cuda")
+        except DeviceError:
+            os._exit(70)
+    return result
 
 
 @pytest.fixture(params=_core.available_isas())

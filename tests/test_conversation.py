@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import gc
+import itertools
 import random
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -487,6 +490,42 @@ def test_a_cancel_during_a_prefill_of_a_second_ends_it_within_100_ms(golden_f32)
     assert min(waits) < 0.1
 
 
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_callback_that_refers_to_its_stream_keeps_nothing_alive(golden_f32, golden_image, dropped):
+    class Window:
+        def ask(self, model):
+            self.stream = ask(
+                model, golden_image, FIRST, stream=True, on_progress=self.progress, cancel=self, max_tokens=8
+            )
+            pieces = itertools.islice(self.stream, 1) if dropped else self.stream
+            assert "".join(pieces)
+
+        def progress(self, *_):
+            pass
+
+        def is_set(self):
+            return False
+
+    model = Model(golden_f32, n_ctx=1024)
+    Window().ask(model)
+    gc.collect()
+    # The session of the first: another would know nothing of this conversation.
+    assert ask(model, golden_image, FIRST, max_tokens=1).usage.cached_tokens > IMAGE_ROWS
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_stream_is_about_the_array_as_it_was_when_asked(model, golden_image):
+    expected = ask(model, golden_image, FIRST).text
+    frame = np.array(Image.open(golden_image).convert("RGB"))
+    stream = ask(model, frame, FIRST, stream=True)
+    frame[:] = 0
+    assert "".join(stream).strip() == expected
+    assert ask(model, frame, FIRST).text != expected
+
+
 @pytest.mark.parametrize("stage", ["image", "prefill", "decode"])
 def test_a_stream_may_be_closed_by_its_own_on_progress_but_not_read(model, golden_image, stage):
     stream = ask(
@@ -510,13 +549,16 @@ def test_a_stream_may_be_closed_by_its_own_on_progress_but_not_read(model, golde
     [
         'model.chat(picture, "a", max_tokens=2000, temperature=0, on_progress=lambda s, _: s == "decode" and set())',
         'model.prefill(picture, "sky and sea " * 400, on_progress=lambda *_: set())',
+        "[(model.chat(picture, 'a', max_tokens=9), set()) for _ in itertools.count()]",
+        "[(set(), model.logits(picture, 'sky and sea ' * 99)) for _ in itertools.count()]",
+        "[(set(), Model(sys.argv[1])) for _ in itertools.count()]",
     ],
 )
 def test_a_daemon_thread_that_computes_does_not_abort_the_interpreter_at_its_end(
     golden_f32, golden_image, work
 ):
     script = f"""if True:
-        import sys, threading
+        import itertools, sys, threading
         from yivl_edge import Model
 
         model, picture, begun = Model(sys.argv[1]), sys.argv[2], threading.Event()

@@ -347,6 +347,10 @@ def test_modes_without_a_defined_range_are_refused() -> None:
         load_image(Image.fromarray(np.array([[-1, 70000]], np.int32)))
     with pytest.raises(_core.ImageError, match=r"expected one of the modes .* found LAB"):
         load_image(Image.new("LAB", (3, 3)))
+    marked = Image.new("LAB", (3, 3))
+    marked.info["transparency"] = 0
+    with pytest.raises(_core.ImageError, match=r"expected one of the modes .* found LAB"):
+        load_image(marked)
 
 
 def test_a_pil_image_gives_its_current_frame_and_is_left_alone() -> None:
@@ -397,7 +401,9 @@ def test_files_and_their_bytes_give_the_same_pixels(format: str, tmp_path: Path)
     data = encoded(RGB, format, **LOSSLESS[format])
     path = tmp_path / "picture"  # the content tells the format, not the name
     path.write_bytes(data)
-    for source in (path, str(path), data, bytearray(data), memoryview(data)):
+    apart = bytearray(2 * len(data))
+    apart[::2] = data
+    for source in (path, str(path), data, bytearray(data), memoryview(data), memoryview(apart)[::2]):
         np.testing.assert_array_equal(load_image(source), PHOTO)
 
 

@@ -97,6 +97,29 @@ def test_using_the_pool_from_inside_its_own_work_is_an_error_not_a_wait_for_ever
     assert np.array_equal(linear(big.ops, x, w), linear(_core.KernelOps("", 1), x, w))
 
 
+def test_using_the_pool_while_waiting_for_it_is_an_error_not_a_wait_for_ever() -> None:
+    big = Big("", 2)
+    inside = threading.Event()
+    errors: list[BaseException] = []
+
+    def ask_again() -> None:
+        inside.set()
+        linear(big.ops, normal(5, 9, 300), normal(6, 40, 300))
+
+    def wait() -> None:
+        try:
+            repeat(big.linear, _core.KernelControl(ask_again))
+        except RuntimeError as error:
+            errors.append(error)
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    while waiter.is_alive():
+        big.linear(_core.KernelControl())
+    assert inside.is_set()
+    assert "from inside its own work" in str(errors[0])
+
+
 def test_four_callers_share_the_pool() -> None:
     ops = _core.KernelOps("", 2)
     inputs = [(normal(i, 20, 600), normal(i + 9, 300, 600)) for i in range(4)]

@@ -163,6 +163,7 @@ struct ThreadPool::Shared {
     struct Waiter {
         std::condition_variable granted_changed;
         bool granted = false;
+        std::thread::id thread = std::this_thread::get_id();
     };
     std::mutex turn_mutex;
     bool busy = false;
@@ -288,7 +289,10 @@ class ThreadPool::Turn {
 public:
     Turn(Shared& shared, Control& control) : shared_(shared) {
         std::unique_lock lock(shared_.turn_mutex);
-        if (shared_.busy && shared_.caller == std::this_thread::get_id()) {
+        const auto mine = [me = std::this_thread::get_id()](const Shared::Waiter* w) { return w->thread == me; };
+        // A handler may come while its thread computes, and while it waits.
+        if ((shared_.busy && shared_.caller == std::this_thread::get_id()) ||
+            std::ranges::any_of(shared_.queue, mine)) {
             throw std::logic_error("a model cannot be used from inside its own work, as by a signal handler");
         }
         if (!shared_.busy && (shared_.queue.empty() || (shared_.holder == &control && !over()))) {
@@ -350,6 +354,7 @@ private:
         Shared::Waiter* next = shared_.queue.front();
         shared_.queue.pop_front();
         next->granted = true;
+        shared_.caller = next->thread;
         next->granted_changed.notify_one();
     }
 

@@ -3,7 +3,8 @@
 //
 // Every operand is a sum of two halves, high + low, of 22 bits together. high * high + high * low + low * high is a
 // product as good as float32's to within 2^-21, for three times the work of one pass; in one pass, models with float32
-// weights would no longer be exact. Beyond 65504 keys and values become infinite.
+// weights would no longer be exact. What a tensor core does to the sums: docs/cuda.md. Beyond 65504 keys and values
+// become infinite.
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/tile.cuh"

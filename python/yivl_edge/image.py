@@ -68,7 +68,9 @@ def load_image(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
     if isinstance(source, Image.Image):
         return _from_pil(source, "PIL image", max_pixels)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _from_file(io.BytesIO(source), f"image of {memoryview(source).nbytes} bytes", max_pixels)
+        return _from_file(
+            io.BytesIO(bytes(source)), f"image of {memoryview(source).nbytes} bytes", max_pixels
+        )
     if isinstance(source, str) and source[:8].lower().startswith(("data:", "http://", "https://")):
         return _from_file(io.BytesIO(image_from_url(source)), _shortened(source), max_pixels)
     if isinstance(source, (str, os.PathLike)):
@@ -193,11 +195,11 @@ def _convert(image: Image.Image, name: str) -> NDArray[np.uint8]:
         raise ImageError(f"{name}: expected 8 or 16 bits per channel, found floating point of unknown range")
     if image.mode == "La":  # converts to nothing else
         image = image.convert("LA")
+    if image.mode not in (*_ALPHA_MODES, *_OPAQUE_MODES):
+        raise ImageError(f"{name}: expected one of the modes {', '.join(_OPAQUE_MODES)}, found {image.mode}")
     if image.mode in _ALPHA_MODES or "transparency" in image.info or _palette_mode(image) == "RGBA":
         return np.asarray(image if image.mode == "RGBA" else image.convert("RGBA"))
-    if image.mode in _OPAQUE_MODES:
-        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    raise ImageError(f"{name}: expected one of the modes {', '.join(_OPAQUE_MODES)}, found {image.mode}")
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _palette_mode(image: Image.Image) -> str | None:

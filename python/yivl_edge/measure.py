@@ -87,13 +87,18 @@ def device_ceilings(model: Model) -> Ceilings:
     """What the model's GPU reaches, in the same way. Takes some seconds and up to 512 MiB of its memory."""
     core = model._model
     memory, floats, halves = (
-        _best_rate(partial(core.exert, unit))
+        # So long that buffers, which are allocated anew, take no share of it.
+        _best_rate(partial(core.exert, unit), try_seconds=0.5)
         for unit in (_core.Unit.memory, _core.Unit.float32, _core.Unit.half)
     )
     return Ceilings(memory, floats, halves, "float16", "copied")
 
 
-def _best_rate(work: Callable[[int], int], clock: Callable[[], float] = time.perf_counter) -> float:
+def _best_rate(
+    work: Callable[[int], int],
+    clock: Callable[[], float] = time.perf_counter,
+    try_seconds: float = _TRY_SECONDS,
+) -> float:
     """Of work that takes a number of rounds and returns how much that was: the most done in a second."""
     rounds, rates = 1, list[float]()
     while len(rates) < _TRIES:
@@ -102,7 +107,7 @@ def _best_rate(work: Callable[[int], int], clock: Callable[[], float] = time.per
         seconds = clock() - begin
         if done == 0:
             return 0.0
-        if seconds < _TRY_SECONDS:
+        if seconds < try_seconds:
             rounds *= 2
         else:
             rates.append(done / seconds)

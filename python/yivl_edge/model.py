@@ -9,6 +9,7 @@ import os
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, SupportsIndex, overload
@@ -20,7 +21,17 @@ from yivl_edge import _core, data
 from yivl_edge.hashes import check_hashes
 from yivl_edge.image import DEFAULT_MAX_PIXELS, ImageSource, load_image
 from yivl_edge.messages import Messages, checked_text, normalise
-from yivl_edge.replies import CancelFlag, ChatResult, ChatStream, Prefill, Progress, Started, Work
+from yivl_edge.replies import (
+    CancelFlag,
+    ChatResult,
+    ChatStream,
+    Prefill,
+    Progress,
+    Started,
+    Work,
+    stay_if_ending,
+    working,
+)
 
 # Sessions kept after a conversation, each with a KV cache: as many as callers that usually work at once.
 _IDLE_SESSIONS = 4
@@ -122,18 +133,20 @@ class Model:
             for file in (path, mmproj):
                 if file is not None:
                     check_hashes(file, n_threads=n_threads or None, on_progress=on_progress)
-        self._model = _core.Model.open(
-            os.fsencode(path),
-            b"" if mmproj is None else os.fsencode(mmproj),
-            n_threads,
-            _core.Control(on_progress),
-            checked_text("device", device),
-            self._n_ctx,
-            n_gpu_layers,
-        )
+        with working(on_progress) as control:
+            self._model = _core.Model.open(
+                os.fsencode(path),
+                b"" if mmproj is None else os.fsencode(mmproj),
+                n_threads,
+                control,
+                checked_text("device", device),
+                self._n_ctx,
+                n_gpu_layers,
+            )
         self._max_image_pixels = max_image_pixels
-        self._lock = threading.Lock()
-        self._prefills: list[Prefill] = []
+        # The garbage collector may end a stream, which gives its session back, while this thread holds the lock.
+        self._lock = threading.RLock()
+        self._prefills: weakref.WeakSet[Prefill] = weakref.WeakSet()
         self._idle: list[_core.Session] = [_core.Session(self._model, self._n_ctx)]
 
     @classmethod
@@ -279,7 +292,7 @@ class Model:
             RuntimeError: The model was opened in the process that this one was forked from.
         """
         picture, turns = normalise(image, messages, system)
-        ids = self._model.prompt_ids(turns, picture is not None)
+        ids = self._ids(turns, picture is not None)
         sampling = _core.SamplingOptions(
             temperature=_number("temperature", temperature),
             top_k=_integer("top_k", top_k, 0, 2**31 - 1),
@@ -294,6 +307,10 @@ class Model:
         _check_cancel(cancel)
         self._model.check(ids, max_tokens, sampling, stops, self._n_ctx)
         began = time.perf_counter()
+        if stream and isinstance(picture, np.ndarray):
+            picture = (
+                picture.copy()
+            )  # it is looked at when the stream is read, and is the caller's until then
         array = None if picture is None else load_image(picture, max_pixels=self._max_image_pixels)
         reading = time.perf_counter() - began
 
@@ -307,7 +324,7 @@ class Model:
             session.begin(ids, pixels, max_tokens, sampling, stops)
             return Started(session, reading + preprocessed - started, waited)
 
-        reply = ChatStream(start, self._give_back, _core.Control(on_progress, cancel))
+        reply = ChatStream(start, self._give_back, Work(on_progress, cancel))
         return reply if stream else reply.result
 
     def prefill(
@@ -350,9 +367,9 @@ class Model:
             if on_progress is not None:
                 on_progress(stage, fraction)
 
-        work = Work(_core.Control(note, cancel))
+        work = Work(note, cancel)
         with self._lock:
-            self._prefills.append(prefill)
+            self._prefills.add(prefill)
         with work.in_use:
             try:
                 pixels = None
@@ -363,12 +380,15 @@ class Model:
                 with self._borrowed_session(ids, pixels) as session:
                     session.prefill(ids, pixels, work.control)
             except _core.Cancelled:
-                return False
+                computed = False
+            else:
+                computed = True
             finally:
-                with self._lock:
-                    self._prefills.remove(prefill)
                 prefill.done.set()
-        return True
+                with self._lock:
+                    self._prefills.discard(prefill)
+        stay_if_ending()
+        return computed
 
     def _wait_for_prefill(
         self,
@@ -389,9 +409,9 @@ class Model:
     def _beginning(self, turns: list[tuple[str, str]], image: bool) -> list[int]:
         """The ids with which every prompt begins that goes on from these turns."""
         if turns and turns[-1][0] == "user":
-            return self._model.prompt_ids(turns, image)
+            return self._ids(turns, image)
         # Tokens that a question's first characters could be a part of differ between these two.
-        one, other = (self._model.prompt_ids([*turns, ("user", text)], image) for text in ("a", "\u4e00"))
+        one, other = (self._ids([*turns, ("user", text)], image) for text in ("a", "\u4e00"))
         return [
             id
             for id, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
@@ -400,45 +420,54 @@ class Model:
     def preprocess(self, image: ImageSource) -> NDArray[np.float32]:
         """The pixels that the vision tower reads: padded, resized, normalised; (3, S, S)."""
         self._require_vision()
-        return self._model.preprocess(load_image(image, max_pixels=self._max_image_pixels), _core.Control())
+        array = load_image(image, max_pixels=self._max_image_pixels)
+        with working() as control:
+            return self._model.preprocess(array, control)
 
     def vision_features(self, image: ImageSource) -> NDArray[np.float32]:
         """What the vision tower makes of a picture: (N, vision width), patches in row order."""
         pixels = self.preprocess(image)
-        with self._borrowed_session() as session:
-            return session.vision_features(pixels, _core.Control())
+        with working() as control, self._borrowed_session() as session:
+            return session.vision_features(pixels, control)
 
     def encode_image(self, image: ImageSource) -> NDArray[np.float32]:
         """What the decoder reads of a picture: (N, decoder width)."""
         pixels = self.preprocess(image)
-        with self._borrowed_session() as session:
-            return session.encode_image(pixels, _core.Control())
+        with working() as control, self._borrowed_session() as session:
+            return session.encode_image(pixels, control)
 
     def prompt(self, messages: Messages, image: bool = True) -> str:
         """The prompt text of a conversation, with ``<image_placeholder>`` where the picture goes if `image`."""
-        return self._model.prompt_text(_turns(messages, image), image)
+        turns = _turns(messages, image)
+        with working():
+            return self._model.prompt_text(turns, image)
 
     def prompt_ids(self, messages: Messages, image: bool = True) -> list[int]:
         """The prompt's token ids, with -200 where the picture goes if `image`."""
-        return self._model.prompt_ids(_turns(messages, image), image)
+        return self._ids(_turns(messages, image), image)
+
+    def _ids(self, turns: list[tuple[str, str]], image: bool) -> list[int]:
+        with working():
+            return self._model.prompt_ids(turns, image)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, as the reference's tokeniser makes them; ValueError for a lone surrogate."""
-        return self._model.tokenize(checked_text("text", text))
+        with working():
+            return self._model.tokenize(checked_text("text", text))
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids; special tokens are skipped."""
-        return self._model.detokenize(
-            [_integer(f"ids[{i}]", n, -(2**31), 2**31 - 1) for i, n in enumerate(ids)]
-        )
+        checked = [_integer(f"ids[{i}]", n, -(2**31), 2**31 - 1) for i, n in enumerate(ids)]
+        with working():
+            return self._model.detokenize(checked)
 
     def logits(self, image: ImageSource | None, messages: Messages) -> NDArray[np.float32]:
         """Logits of every position of a conversation's prompt: (T, V), image rows included."""
         picture, turns = normalise(image, messages)
         pixels = None if picture is None else self.preprocess(picture)
-        ids = self._model.prompt_ids(turns, picture is not None)
-        with self._borrowed_session() as session:
-            return session.logits(ids, pixels, _core.Control())
+        ids = self._ids(turns, picture is not None)
+        with working() as control, self._borrowed_session() as session:
+            return session.logits(ids, pixels, control)
 
     def _require_vision(self) -> None:
         if self.config.vision is None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Protocol
@@ -68,23 +71,72 @@ class ChatResult:
 
 
 # Python ends a daemon thread that asks for the GIL after the interpreter's end by unwinding its stack, which no C++
-# code survives: what still computes then is stopped before.
+# code survives: what still computes then is stopped before, and what would begin after that never does.
 _all_work: weakref.WeakSet[Work] = weakref.WeakSet()
+_all_work_lock = threading.RLock()
+_ending = False
 
 
 class Work:
     """Something that computes for one caller at a time, and can be stopped from any thread."""
 
-    def __init__(self, control: _core.Control) -> None:
-        self.control = control
+    def __init__(self, on_progress: Progress | None = None, cancel: CancelFlag | None = None) -> None:
+        self._on_progress = on_progress
+        self._cancel = cancel
+        # Python's garbage collector cannot see what a Control of the core holds. A callback often refers to the stream
+        # that it is about, and so to this: held there, none of them would ever be collected.
+        me = weakref.ref(self)
+        self.control = _core.Control(
+            None if on_progress is None else lambda stage, fraction: _tell(me, stage, fraction),
+            None if cancel is None else _CancelOf(me),
+        )
         # The caller may come back from inside: from on_progress, or from a signal handler.
         self.in_use = threading.RLock()
-        _all_work.add(self)
+        with _all_work_lock:
+            _all_work.add(self)
+        if _ending:
+            self.control.cancel()
+        stay_if_ending()
+
+
+def _tell(work: weakref.ref[Work], stage: str, fraction: float) -> None:
+    known = work()
+    if known is not None and known._on_progress is not None:
+        known._on_progress(stage, fraction)
+
+
+class _CancelOf:
+    def __init__(self, work: weakref.ref[Work]) -> None:
+        self._work = work
+
+    def is_set(self) -> bool:
+        known = self._work()
+        return known is not None and known._cancel is not None and bool(known._cancel.is_set())
+
+
+def stay_if_ending() -> None:
+    """Keeps a thread where Python can end it, once the interpreter ends: before and after it computes."""
+    while _ending and threading.current_thread() is not threading.main_thread():
+        time.sleep(3600)
+
+
+@contextmanager
+def working(on_progress: Progress | None = None) -> Iterator[_core.Control]:
+    """A Control for something that computes, or does anything else without the GIL, until it returns."""
+    work = Work(on_progress)
+    try:
+        with work.in_use:
+            yield work.control
+    finally:
+        stay_if_ending()
 
 
 @atexit.register
 def _stop_work() -> None:
-    all_work = list(_all_work)
+    global _ending
+    with _all_work_lock:
+        _ending = True
+        all_work = list(_all_work)
     for work in all_work:
         work.control.cancel()
     for work in all_work:
@@ -99,6 +151,7 @@ class Prefill:
     def __init__(self, ids: list[int]) -> None:
         self._ids = ids
         self._thread = threading.get_ident()
+        self._process = os.getpid()
         self._pixels: NDArray[np.float32] | None = None
         self.reached: tuple[str, float] | None = None
         self.done = threading.Event()
@@ -109,7 +162,9 @@ class Prefill:
 
     def begins(self, ids: Sequence[int], pixels: NDArray[np.float32] | None) -> bool:
         """Whether a prompt begins, as far as is known yet, with what is computed here in another thread."""
-        if self._thread == threading.get_ident() or list(ids[: len(self._ids)]) != self._ids:
+        # In a forked process the thread that computes does not exist.
+        elsewhere = self._thread != threading.get_ident() and self._process == os.getpid()
+        if not elsewhere or list(ids[: len(self._ids)]) != self._ids:
             return False
         return self._pixels is None or (pixels is not None and np.array_equal(self._pixels, pixels))
 
@@ -131,23 +186,29 @@ class ChatStream(Iterator[str]):
     Close it (or leave its ``with`` block, or drop it) to end the work early. ``cancel`` may be called from any thread.
     """
 
+    # An interrupt can come before they are set.
+    _start: Callable[[_core.Control], Started] | None = None
+    _started: Started | None = None
+    _result: ChatResult | None = None
+
     def __init__(
-        self,
-        start: Callable[[_core.Control], Started],
-        release: Callable[[_core.Session], None],
-        control: _core.Control,
+        self, start: Callable[[_core.Control], Started], release: Callable[[_core.Session], None], work: Work
     ) -> None:
-        self._start: Callable[[_core.Control], Started] | None = start
+        self._start = start
         self._release = release
-        self._work = Work(control)
-        self._started: Started | None = None
-        self._result: ChatResult | None = None
+        self._work = work
         self._computing = False
 
     def __iter__(self) -> ChatStream:
         return self
 
     def __next__(self) -> str:
+        try:
+            return self._next()
+        finally:
+            stay_if_ending()
+
+    def _next(self) -> str:
         with self._work.in_use:
             if self._computing:
                 raise ValueError("a stream cannot be read while it computes: not from on_progress")

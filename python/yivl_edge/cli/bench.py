@@ -8,6 +8,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -111,28 +112,33 @@ def run(args: _Args) -> int:
     on_gpu = bench.stages.on_gpu
     if args.profile and not on_gpu:
         raise ValueError(f"--profile: expected a GPU, found {bench.model.device}")
-    rows = bench.rows()
+    rows = list(bench.rows())
     peak = peak_resident_bytes()  # of the model alone: the ceilings take memory of their own
     ceilings = device_ceilings(bench.model) if on_gpu else measure_ceilings(bench.model.n_threads)
     print(_table(bench, rows, ceilings, peak))
-    profile = bench.profile() if args.profile else {}
-    for stage, kernels in profile.items():
-        print(_profile_table(stage, kernels, ceilings))
-    if args.json is not None:
-        result = {
-            "file": args.file,
-            "machine": machine_name(),
-            "computes": _computes(bench),
-            "device": bench.model.device,
-            "threads": bench.model.n_threads,
-            "gpu_layers": bench.model.n_gpu_layers,
-            "ceilings": asdict(ceilings),
-            "stages": [asdict(row) | {"median": row.median} for row in rows],
-            "peak_resident_bytes": peak,
-        }
-        if args.profile:
-            result["profile"] = {stage: [asdict(k) for k in kernels] for stage, kernels in profile.items()}
-        write_whole(args.json, (json.dumps(result, indent=2) + "\n").encode())
+    result = {
+        "file": args.file,
+        "machine": machine_name(),
+        "computes": _computes(bench),
+        "device": bench.model.device,
+        "threads": bench.model.n_threads,
+        "gpu_layers": bench.model.n_gpu_layers,
+        "ceilings": asdict(ceilings),
+        "stages": [asdict(row) | {"median": row.median} for row in rows],
+        "peak_resident_bytes": peak,
+    }
+
+    def write() -> None:
+        if args.json is not None:
+            write_whole(args.json, (json.dumps(result, indent=2) + "\n").encode())
+
+    write()
+    if args.profile:  # of which a failure leaves the figures before it
+        profile = bench.profile()
+        for stage, kernels in profile.items():
+            print(_profile_table(stage, kernels, ceilings))
+        result["profile"] = {stage: [asdict(k) for k in kernels] for stage, kernels in profile.items()}
+        write()
     return 0
 
 
@@ -185,20 +191,26 @@ class _Bench:
                 f"\r\033[Kmeasuring {stage} {run + 1}/{self.args.runs}", end="", file=sys.stderr, flush=True
             )
 
-    def rows(self) -> list[Row]:
-        """All stages that this model has."""
-        sees = self.model.config.vision is not None
-        rows = [Row("load", self.load_seconds)]
-        if sees:
-            rows.append(self._image())
-        rows += [self._prefill(), self._decode("decoding", _SHORT_CONTEXT)]
-        if self.args.context is not None:
-            rows.append(self._decode(f"decoding after {self.args.context} tokens", self.args.context))
-        if sees:
-            rows.append(self._first_token())
+    def rows(self) -> Iterator[Row]:
+        """All stages that this model has. Where no one watches, each is told at once: what follows may fail."""
+        for row in self._measured():
+            if not sys.stderr.isatty():
+                print(f"{row.stage}: {_time(row.median)}", file=sys.stderr, flush=True)
+            yield row
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr, flush=True)
-        return rows
+
+    def _measured(self) -> Iterator[Row]:
+        sees = self.model.config.vision is not None
+        yield Row("load", self.load_seconds)
+        if sees:
+            yield self._image()
+        yield self._prefill()
+        yield self._decode("decoding", _SHORT_CONTEXT)
+        if self.args.context is not None:
+            yield self._decode(f"decoding after {self.args.context} tokens", self.args.context)
+        if sees:
+            yield self._first_token()
 
     def profile(self) -> dict[str, list[Kernel]]:
         """The kernels of each stage, the longest first."""
