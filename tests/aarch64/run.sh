@@ -94,11 +94,10 @@ products="neon and (integers or every_weight_type or depend and Q or gated)"
   on_cpu cortex-a72 tests/test_kernels.py -k "$products"
   on_cpu cortex-a76 tests/test_kernels.py -k "$products"
   on_cpu max tests/test_golden.py -k "(neon-2 or portable-2) and not greedy"
+  echo "== Emulated CPUs beside this machine"
+  YIVL_ARM_PYTHON=$ARM_PYTHON "$PYTHON" -m pytest -q tests/test_arm.py tests/test_isa_objects.py
 } >"$BUILD/variants.log" 2>&1 &
 on_cpu max tests/test_kernels.py tests/test_attention_kernels.py tests/test_kernel_threads.py tests/test_demo_answers.py \
   -k "not cancel_ends and not Bfloat and not system_refuses and not (word_for_word and portable)"
 wait $! || { cat "$BUILD/variants.log"; exit 1; }
 cat "$BUILD/variants.log"
-
-echo "== Emulated CPUs beside this machine"
-YIVL_ARM_PYTHON=$ARM_PYTHON "$PYTHON" -m pytest -q tests/test_arm.py tests/test_isa_objects.py
