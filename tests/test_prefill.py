@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -128,3 +131,39 @@ def test_what_cannot_be_prefilled_is_an_error(model, golden_image):
     with pytest.raises(KeyError, match="mine"):
         model.prefill(golden_image, on_progress=fail)
     assert model.prefill(golden_image)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_gets_an_error_not_a_wait_for_the_parents_prefill(golden_f32, golden_image):
+    code = """
+import os, sys, threading
+from yivl_edge import Model
+
+model, begun, forked = Model(sys.argv[1], n_ctx=1024, device="cpu"), threading.Event(), threading.Event()
+def note(stage, fraction):
+    begun.set()
+    forked.wait()
+prefill = threading.Thread(target=lambda: model.prefill(sys.argv[2], on_progress=note))
+prefill.start()
+begun.wait()
+pid = os.fork()
+if pid == 0:
+    try:
+        model.chat(sys.argv[2], "a", max_tokens=1)
+    except RuntimeError as error:
+        os.write(1, str(error).encode())
+        os._exit(0)
+    os._exit(3)
+_, status = os.waitpid(pid, 0)
+forked.set()
+prefill.join()
+assert os.waitstatus_to_exitcode(status) == 0
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, golden_f32, golden_image],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "did not survive the fork" in result.stdout
