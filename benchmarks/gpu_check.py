@@ -241,12 +241,12 @@ class Check:
             )
             out = self.result(self.size, t)
             out.unlink(missing_ok=True)
-            command = [*bench, *sizes, "--json", str(out)]
-            if self.run(f"bench {self.size} {t}", command, MOST["bench"]):
+            if self.run(f"bench {self.size} {t}", [*bench, *sizes, "--json", str(out)], MOST["bench"]):
                 continue
             well = False
             for without in WITHOUT:
-                again = ["env", f"YIVL_CUDA_WITHOUT={without}", *command]
+                # To find the fault: its figures are no card's, and stay in the log.
+                again = ["env", f"YIVL_CUDA_WITHOUT={without}", *bench, *sizes]
                 if self.run(f"bench {self.size} {t} without {without}", again, MOST["bench"]):
                     break
         return well

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from emulated import EMULATOR
+from emulated import EMULATOR, missing_device
 from test_random_model import ROOT, load
 
 Main = Callable[..., int]
@@ -255,6 +255,53 @@ def test_tests_are_named_as_they_end(
         assert "-q" not in commands[name]
         assert ("-n" in commands[name]) == xdist
     assert str(ROOT / "tests/test_cuda.py") in commands["test"]
+
+
+def test_a_bench_that_fails_is_run_again_without_what_may_be_at_fault(
+    script: ModuleType, main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: dict[str, tuple[list[str], float]] = {}
+
+    def run(_: Any, name: str, command: list[str], most: float) -> bool:
+        ran[name] = command, most
+        return name != "bench 34b q4_k_m" and not name.endswith(" overlap")
+
+    monkeypatch.setattr(script.Check, "run", run)
+    assert main("--build", str(fake_build(tmp_path / "build", "")), "--size", "34b", "bench") == 1
+    first, *others = ran.values()
+    assert list(ran)[1:] == [f"bench 34b q4_k_m without {names}" for names in ("overlap", "overlap,graph")]
+    assert "--json" in first[0]
+    for (command, most), names in zip(others, script.WITHOUT, strict=False):
+        assert command[:2] == ["env", f"YIVL_CUDA_WITHOUT={names}"]
+        assert "--json" not in command  # the figures of a card are those of the first
+        assert most == script.MOST["bench"]
+
+
+def test_a_command_may_have_less_time_than_there_is(
+    script: ModuleType, main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(script.MOST, "primitive", 1.0)
+    build = fake_build(tmp_path / "build", 'case "$1" in "") echo hangs good;; hangs) sleep 100;; esac')
+    assert main("--build", str(build), "primitives") == 1
+    found = steps(tmp_path)
+    assert found["primitive-hangs"]["exit_code"] == 124
+    assert found["primitive-good"]["exit_code"] == 0
+
+
+@pytest.mark.skipif(not missing_device(), reason="for machines without a device")
+def test_tests_that_need_a_device_are_not_skipped_without_one() -> None:
+    environment = os.environ | {"YIVL_TEST_NEEDS_DEVICE": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        str(ROOT / "tests/test_cuda_split.py"),
+    ]
+    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode not in (0, 5)
+    assert "DeviceError" in run.stdout
 
 
 def test_steps_without_a_build_say_what_to_do(

@@ -98,26 +98,43 @@ def test_using_the_pool_from_inside_its_own_work_is_an_error_not_a_wait_for_ever
 
 
 def test_using_the_pool_while_waiting_for_it_is_an_error_not_a_wait_for_ever() -> None:
-    big = Big("", 2)
-    inside = threading.Event()
-    errors: list[BaseException] = []
+    big, other = Big("", 2), normal(5, 9, 300)
+    held, inside = threading.Event(), threading.Event()
+    polls, errors = [0, 0], list[str]()
+
+    def hold() -> None:
+        polls[0] += 1
+        if polls[0] > 1:  # the first comes before the work
+            held.set()
+            inside.wait(20)
+            holder.cancel()
 
     def ask_again() -> None:
-        inside.set()
-        linear(big.ops, normal(5, 9, 300), normal(6, 40, 300))
+        polls[1] += 1
+        if polls[1] > 1:
+            inside.set()
+            linear(big.ops, other, normal(6, 40, 300))
 
     def wait() -> None:
+        held.wait(20)
         try:
-            repeat(big.linear, _core.KernelControl(ask_again))
+            big.linear(_core.KernelControl(ask_again))
         except RuntimeError as error:
-            errors.append(error)
+            errors.append(str(error))
 
-    waiter = threading.Thread(target=wait)
+    waiter = threading.Thread(target=wait, daemon=True)
     waiter.start()
-    while waiter.is_alive():
-        big.linear(_core.KernelControl())
+    holder = _core.KernelControl(hold)
+    with pytest.raises(_core.Cancelled):
+        repeat(big.linear, holder)
+    waiter.join(20)
     assert inside.is_set()
-    assert "from inside its own work" in str(errors[0])
+    assert not waiter.is_alive()
+    assert "from inside its own work" in errors[0]
+    assert np.array_equal(
+        linear(big.ops, other, normal(6, 40, 300)),
+        linear(_core.KernelOps("", 1), other, normal(6, 40, 300)),
+    )
 
 
 def test_four_callers_share_the_pool() -> None:
