@@ -339,6 +339,20 @@ def test_attention_of_many_rows_with_large_and_growing_scores(isa: str) -> None:
     assert np.abs(y - exact).max() < 3 * 2.0**-22 * 1073 * np.abs(v).max()
 
 
+@pytest.mark.parametrize("head_dim", [80, 128])
+def test_attention_of_many_rows_and_keys_sums_as_float32_does(isa: str, head_dim: int) -> None:
+    ops = _core.KernelOps(isa)
+    keys = 2048
+    q, k = normal(1, 16, head_dim), normal(2, keys, head_dim)
+    v = normal(3, keys, head_dim) + np.float32(4)
+    y = attention(ops, q, k, v, 1, 1, True)
+    # A tensor core cuts off toward zero, at worst after every four products, what a sum's 24 bits cannot hold: half of
+    # 2^-23 in the mean. For 64 keys, as many as are summed at a time, that is 1e-6 of values of one sign, for all of
+    # them 3e-5.
+    exact = exact_attention(q, k, v, 1, 1, True)
+    assert relative_l2(y, exact) < 2e-6
+
+
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"),
     # Query heads of a key: one, as many as a block takes, fewer, more; columns: all lanes of a warp, fewer, one.

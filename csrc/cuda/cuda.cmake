@@ -74,10 +74,10 @@ if(YIVL_CUDA_KIND STREQUAL "native")
   set(YIVL_CUDA_LIBRARIES CUDA::cudart_static)
 elseif(YIVL_CUDA_KIND STREQUAL "emulated")
   yivl_emulate(${YIVL_CUDA_KERNELS})
-  set(YIVL_CUDA_SOURCES ${YIVL_CUDA_KERNELS} csrc/cuda/ops_cuda.cpp csrc/cuda/profile.cpp
-      ${YIVL_EMULATOR}/cuda_emulator.cpp ${YIVL_EMULATOR}/emulated_runtime.cpp)
-  set_source_files_properties(${YIVL_EMULATOR}/cuda_emulator.cpp ${YIVL_EMULATOR}/emulated_runtime.cpp
-    PROPERTIES INCLUDE_DIRECTORIES ${YIVL_EMULATOR})
+  set(YIVL_EMULATOR_SOURCES
+      ${YIVL_EMULATOR}/cuda_emulator.cpp ${YIVL_EMULATOR}/emulated_runtime.cpp ${YIVL_EMULATOR}/tensor_core.cpp)
+  set(YIVL_CUDA_SOURCES ${YIVL_CUDA_KERNELS} csrc/cuda/ops_cuda.cpp csrc/cuda/profile.cpp ${YIVL_EMULATOR_SOURCES})
+  set_source_files_properties(${YIVL_EMULATOR_SOURCES} PROPERTIES INCLUDE_DIRECTORIES ${YIVL_EMULATOR})
 else()
   set(YIVL_CUDA_SOURCES csrc/cuda/stub.cpp)
 endif()

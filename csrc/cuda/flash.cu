@@ -3,8 +3,8 @@
 //
 // Every operand is a sum of two halves, high + low, of 22 bits together. high * high + high * low + low * high is a
 // product as good as float32's to within 2^-21, for three times the work of one pass; in one pass, models with float32
-// weights would no longer be exact. What a tensor core does to the sums: docs/cuda.md. Beyond 65504 keys and values
-// become infinite.
+// weights would no longer be exact. A tensor core's own sums are less exact than float32's (docs/cuda.md): they go no
+// further than a few keys. Beyond 65504 keys and values become infinite.
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/tile.cuh"
@@ -76,54 +76,66 @@ struct FlashTiles {
 // The high halves of q stay in registers. They pass through where keys will be.
 static_assert(sizeof(QueryTile<128>) <= 2 * sizeof(KeyTile<128>));
 
-// Begins to copy a tile's rows of a head from `begin` on; the last row again past the last.
+// Begins to copy a tile's rows of a head from `begin` on; zeros for those past the last. Each thread copies one chunk
+// of every kRowsAtOnce-th row.
 template <int kDim>
-__device__ __forceinline__ void load_rows(KeyTile<kDim>& high, KeyTile<kDim>& low, const RowsInHalves& from,
-                                          int64_t begin, int64_t n_rows) {
-    constexpr int kChunks = kDim / kChunkElements;
-    for (int i = thread_id(); i < kKeys<kDim> * kChunks; i += kThreads) {
-        const int r = i / kChunks, c = i % kChunks;
-        const int row = begin + r < n_rows ? begin + r : n_rows - 1;
-        const int64_t at = int64_t{row} * kDim + c * kChunkElements;
-        copy_async(&high.chunk(r, c), from.high + at);
-        copy_async(&low.chunk(r, c), from.low + at);
+__device__ __forceinline__ void load_rows(KeyTile<kDim>& high, KeyTile<kDim>& low, const RowsInHalves& from, int begin,
+                                          int n_rows) {
+    constexpr int kChunks = kDim / kChunkElements, kRowsAtOnce = kThreads / kChunks;
+    const int first = thread_id() / kChunks, c = thread_id() % kChunks;
+    const int at = (begin + first) * kDim + c * kChunkElements;
+    YIVL_UNROLL
+    for (int r = 0; r < kKeys<kDim>; r += kRowsAtOnce) {
+        if (first >= kRowsAtOnce || r + first >= kKeys<kDim>) continue;
+        const int bytes = begin + r + first < n_rows ? 16 : 0;
+        copy_async(&high.chunk(r, 0, first, c), from.high + at + r * kDim, bytes);
+        copy_async(&low.chunk(r, 0, first, c), from.low + at + r * kDim, bytes);
     }
 }
 
-// d += a b, all of them in halves: high and low of two b's side by side, as load_b gives them.
-__device__ __forceinline__ void mma_in_halves(float (&first)[4], float (&second)[4], const uint32_t (&a_high)[4],
+// Sums of products in halves. Those with a low half, small that they are, have a sum of their own: added to the others'
+// they would have a tensor core cut off as much again.
+struct Products {
+    float high[4] = {}, low[4] = {};
+
+    __device__ float sum(int i) const { return high[i] + low[i]; }
+};
+
+// Adds a b to two sums, for two b's side by side, as load_b gives them.
+__device__ __forceinline__ void mma_in_halves(Products (&sums)[2], const uint32_t (&a_high)[4],
                                               const uint32_t (&a_low)[4], const uint32_t (&b_high)[4],
                                               const uint32_t (&b_low)[4]) {
-    const uint32_t high[2][2] = {{b_high[0], b_high[1]}, {b_high[2], b_high[3]}};
-    const uint32_t low[2][2] = {{b_low[0], b_low[1]}, {b_low[2], b_low[3]}};
-    mma_half(first, a_low, high[0]);
-    mma_half(second, a_low, high[1]);
-    mma_half(first, a_high, low[0]);
-    mma_half(second, a_high, low[1]);
-    mma_half(first, a_high, high[0]);
-    mma_half(second, a_high, high[1]);
+    YIVL_UNROLL
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t high[2] = {b_high[2 * i], b_high[2 * i + 1]}, low[2] = {b_low[2 * i], b_low[2 * i + 1]};
+        mma_half(sums[i].low, a_low, high);
+        mma_half(sums[i].low, a_high, low);
+        mma_half(sums[i].high, a_high, high);
+    }
 }
 
 // The rows of a block are those of all heads of a KV head: of a token all heads, then the next token. Past the last
 // token it comes again.
 struct Rows {
-    int n_tokens, group;  // rows of q, heads of a KV head
+    int n_tokens, n_keys;  // rows of q and of k
+    int group, head_dim;   // heads of a KV head
+    bool causal;
 
     __device__ int token(int row) const { return row / group < n_tokens ? row / group : n_tokens - 1; }
     __device__ int head(int row) const { return block_y() * group + row % group; }
+    __device__ int keys_seen(int row) const { return causal ? n_keys - n_tokens + token(row) + 1 : n_keys; }
 };
 
 template <int kDim>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
-    flash_kernel(Mat out, ConstMat q, RowsInHalves keys, RowsInHalves values, int n_keys, AttentionShape shape) {
+    flash_kernel(Mat out, ConstMat q, RowsInHalves keys, RowsInHalves values, Rows rows) {
     wait_for_earlier_kernels();
     constexpr int kSteps = kDim / 16;
     constexpr int kTileKeys = kKeys<kDim>;
     FlashTiles<kDim>& tiles = *reinterpret_cast<FlashTiles<kDim>*>(dynamic_shared());
     QueryTile<kDim>& high_of_q = *reinterpret_cast<QueryTile<kDim>*>(dynamic_shared());
     const int warp = warp_id(), lane = lane_id(), g = lane / 4, t = lane % 4;
-    const int head_dim = static_cast<int>(shape.head_dim);
-    const Rows rows{static_cast<int>(q.rows), static_cast<int>(shape.n_heads / shape.n_kv_heads)};
+    const int head_dim = rows.head_dim, n_keys = rows.n_keys;
     // The last tokens see most keys: their blocks begin first.
     const int first_row = (grid_x() - 1 - block_x()) * kRows;
     const int64_t of_head = int64_t{block_y()} * n_keys * kDim;
@@ -150,8 +162,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
 
     // Rows g and g + 8 of the warp are this lane's.
     const int row[2] = {first_row + warp * kWarpRows + g, first_row + warp * kWarpRows + g + 8};
-    const auto keys_seen = [&](int r) { return shape.causal ? n_keys - rows.n_tokens + rows.token(r) + 1 : n_keys; };
-    const int seen[2] = {keys_seen(row[0]), keys_seen(row[1])}, most_seen = keys_seen(first_row + kRows - 1);
+    const int seen[2] = {rows.keys_seen(row[0]), rows.keys_seen(row[1])};
+    const int least_seen = rows.keys_seen(first_row), most_seen = rows.keys_seen(first_row + kRows - 1);
     float largest[2] = {-INFINITY, -INFINITY}, total[2] = {};
     float sums[kDim / 8][4] = {};
 
@@ -163,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
         const bool last = begin + kTileKeys >= most_seen;
         wait_copies<1>();
         sync_block();  // the keys are there
-        float scores[kTileKeys / 8][4] = {};
+        Products products[kTileKeys / 16][2];
         YIVL_UNROLL
         for (int i = 0; i < kSteps; ++i) {
             uint32_t q_low[4];
@@ -173,29 +185,38 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
                 uint32_t high[4], low[4];
                 load_b(high, tiles.k_high, j * 16, 2 * i);
                 load_b(low, tiles.k_low, j * 16, 2 * i);
-                mma_in_halves(scores[2 * j], scores[2 * j + 1], q_high[i], q_low, high, low);
+                mma_in_halves(products[j], q_high[i], q_low, high, low);
             }
         }
         sync_block();  // the keys have been used
         if (!last) load_rows<kDim>(tiles.k_high, tiles.k_low, k, begin + kTileKeys, n_keys);
         commit_copies();
 
+        float scores[kTileKeys / 8][4];
         YIVL_UNROLL
         for (int j = 0; j < kTileKeys / 8; ++j) {
             YIVL_UNROLL
-            for (int r = 0; r < 4; ++r) {
-                if (begin + j * 8 + 2 * t + r % 2 >= seen[r / 2]) scores[j][r] = -INFINITY;
+            for (int r = 0; r < 4; ++r) scores[j][r] = products[j / 2][j % 2].sum(r);
+        }
+        if (begin + kTileKeys > least_seen) {
+            YIVL_UNROLL
+            for (int j = 0; j < kTileKeys / 8; ++j) {
+                YIVL_UNROLL
+                for (int r = 0; r < 4; ++r) {
+                    if (begin + j * 8 + 2 * t + r % 2 >= seen[r / 2]) scores[j][r] = -INFINITY;
+                }
             }
         }
+        float shrink[2];
         YIVL_UNROLL
         for (int i = 0; i < 2; ++i) {
             float most = largest[i];
             YIVL_UNROLL
             for (int j = 0; j < kTileKeys / 8; ++j) most = fmaxf(most, fmaxf(scores[j][2 * i], scores[j][2 * i + 1]));
             for (int mask = 1; mask <= 2; mask *= 2) most = fmaxf(most, shuffle_xor(most, mask));
-            const float shrink = fast_exp2(largest[i] - most);
+            shrink[i] = fast_exp2(largest[i] - most);
             largest[i] = most;
-            total[i] *= shrink;
+            total[i] *= shrink[i];
             YIVL_UNROLL
             for (int j = 0; j < kTileKeys / 8; ++j) {
                 YIVL_UNROLL
@@ -204,32 +225,42 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
                     total[i] += scores[j][r];
                 }
             }
-            YIVL_UNROLL
-            for (int d = 0; d < kDim / 8; ++d) {
-                sums[d][2 * i] *= shrink;
-                sums[d][2 * i + 1] *= shrink;
-            }
         }
 
         wait_copies<1>();
         sync_block();  // the values are there
+        // Where mma leaves a result is where it wants an operand.
+        uint32_t p_high[kTileKeys / 16][4], p_low[kTileKeys / 16][4];
         YIVL_UNROLL
         for (int j = 0; j < kTileKeys / 16; ++j) {
-            // Where mma leaves a result is where it wants an operand.
-            uint32_t p_high[4], p_low[4];
             YIVL_UNROLL
             for (int i = 0; i < 4; ++i) {
                 const float(&pair)[4] = scores[2 * j + i / 2];
                 const InHalves s = in_halves(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
-                p_high[i] = s.high;
-                p_low[i] = s.low;
+                p_high[j][i] = s.high;
+                p_low[j][i] = s.low;
             }
+        }
+        YIVL_UNROLL
+        for (int d = 0; d < kDim / 16; ++d) {
+            // Never so. Unaware of it, the compiler keeps the two halves of the columns apart: together they would take
+            // more registers than there are.
+            if (kDim > 80 && d == kDim / 32 && head_dim <= 64) break;
+            Products of_tile[2];
             YIVL_UNROLL
-            for (int d = 0; d < kDim / 16; ++d) {
+            for (int j = 0; j < kTileKeys / 16; ++j) {
                 uint32_t high[4], low[4];
                 load_b_by_rows(high, tiles.v_high, j * 16, 2 * d);
                 load_b_by_rows(low, tiles.v_low, j * 16, 2 * d);
-                mma_in_halves(sums[2 * d], sums[2 * d + 1], p_high, p_low, high, low);
+                mma_in_halves(of_tile, p_high[j], p_low[j], high, low);
+            }
+            YIVL_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                YIVL_UNROLL
+                for (int r = 0; r < 4; ++r) {
+                    float& sum = sums[2 * d + half][r];
+                    sum = sum * shrink[r / 2] + of_tile[half].sum(r);
+                }
             }
         }
         sync_block();  // the values have been used
@@ -241,13 +272,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     for (int i = 0; i < 2; ++i) {
         for (int mask = 1; mask <= 2; mask *= 2) total[i] += shuffle_xor(total[i], mask);
         if (row[i] >= rows.n_tokens * rows.group) continue;
+        const float share = 1.0f / total[i];
         float* to = out.data + rows.token(row[i]) * out.stride + rows.head(row[i]) * head_dim;
         YIVL_UNROLL
         for (int d = 0; d < kDim / 8; ++d) {
             YIVL_UNROLL
             for (int r = 0; r < 2; ++r) {
                 const int col = d * 8 + 2 * t + r;
-                if (col < head_dim) to[col] = sums[d][2 * i + r] / total[i];
+                if (col < head_dim) to[col] = sums[d][2 * i + r] * share;
             }
         }
     }
@@ -292,9 +324,12 @@ void flash_attention(Stream& stream, Mat out, ConstMat q, int64_t n_keys, const 
                      std::byte* memory) {
     const auto [keys, values] = planes(n_keys, shape, memory);
     with_dim(shape.head_dim, [&, keys = keys, values = values]<int kDim> {
-        const Grid grid{(q.rows * (shape.n_heads / shape.n_kv_heads) + kRows - 1) / kRows, shape.n_kv_heads};
+        const int64_t group = shape.n_heads / shape.n_kv_heads;
+        const Rows rows{static_cast<int>(q.rows), static_cast<int>(n_keys), static_cast<int>(group),
+                        static_cast<int>(shape.head_dim), shape.causal};
+        const Grid grid{(q.rows * group + kRows - 1) / kRows, shape.n_kv_heads};
         launch(stream, "flash", flash_kernel<kDim>, grid, kThreads, sizeof(FlashTiles<kDim>), out, q, keys, values,
-               static_cast<int>(n_keys), shape);
+               rows);
     });
 }
 

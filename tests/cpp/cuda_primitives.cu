@@ -353,18 +353,53 @@ __global__ void mma_kernel(float* out, const float* a_in, const float* b_in, con
     for (int r = 0; r < 4; ++r) out[(g + r / 2 * 8) * 8 + 2 * t + r % 2] = d[r];
 }
 
+std::vector<float> run_mma(Stream& stream, const std::vector<float>& a, const std::vector<float>& b,
+                           const std::vector<float>& c) {
+    const Array<float> a_in(stream, a), b_in(stream, b), c_in(stream, c), out(stream, c);
+    launch(stream, "mma", mma_kernel, {1}, 32, 0, out.data(), a_in.data(), b_in.data(), c_in.data());
+    return out.values();
+}
+
 void mma(Stream& stream) {
     std::vector<float> a(256), b(128), c(128);
     for (int i = 0; i < 256; ++i) a[i] = small(i);
     for (int i = 0; i < 128; ++i) b[i] = small(i + 5), c[i] = small(3 * i);
-    const Array<float> a_in(stream, a), b_in(stream, b), c_in(stream, c), out(stream, c);
-    launch(stream, "mma", mma_kernel, {1}, 32, 0, out.data(), a_in.data(), b_in.data(), c_in.data());
-    const std::vector<float> found = out.values();
+    const std::vector<float> found = run_mma(stream, a, b, c);
     for (int i = 0; i < 128; ++i) {
         float expected = c[i];  // multiples of 1/16 that float32 adds exactly
         for (int k = 0; k < 16; ++k) expected += 2.0f * a[i / 8 * 16 + k] * b[k * 8 + i % 8];
         expect(found[i] == expected, "product", i);
     }
+}
+
+// No card's sums are less exact than the emulator's: four products at a time, each and the sum so far cut off after 24
+// bits of the largest, and so is their sum.
+void mma_sums(Stream& stream) {
+    std::vector<float> a(256), b(128), c(128);
+    for (int i = 0; i < 256; ++i) a[i] = std::ldexp(small(i) + 0.3f, -(i * 7 % 12));
+    for (int i = 0; i < 128; ++i) b[i] = std::ldexp(small(i + 5) + 0.7f, -(i * 5 % 12)), c[i] = small(3 * i) + 0.1f;
+    for (std::vector<float>* halves : {&a, &b}) {
+        for (float& x : *halves) x = half_to_float(half_from_float(x));
+    }
+    const std::vector<float> found = run_mma(stream, a, b, c);
+    for (int i = 0; i < 128; ++i) {
+        double exact = c[i], size = std::fabs(c[i]);
+        for (int k = 0; k < 16; ++k) {
+            const double product = 2.0 * a[i / 8 * 16 + k] * b[k * 8 + i % 8];
+            exact += product;
+            size += std::fabs(product);
+        }
+        constexpr int kSums = 2 * 16 / 4, kCuts = 4 + 1 + 1;
+        expect(std::fabs(found[i] - exact) <= kSums * kCuts * std::ldexp(size, -23), "sum", i);
+    }
+#ifndef __CUDACC__
+    for (const float sign : {1.0f, -1.0f}) {
+        const std::vector<float> ones(128, sign);
+        const std::vector<float> too_small = run_mma(stream, std::vector<float>(256, std::ldexp(sign, -12)),
+                                                     std::vector<float>(128, std::ldexp(1.0f, -13)), ones);
+        expect(too_small == ones, "cut off", 0);
+    }
+#endif
 }
 
 // Columns of 64 halves, as multiply_async takes them: in shared memory when it returns.
@@ -608,6 +643,7 @@ const std::map<std::string, void (*)(Stream&)> kCases{
     {"numbers", numbers},
     {"halves", halves},
     {"mma_half", mma},
+    {"mma_half-sums", mma_sums},
     {"multiply_async", async},
 #ifndef __CUDACC__
     {"fault-absent", absent},

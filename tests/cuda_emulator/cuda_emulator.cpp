@@ -351,17 +351,23 @@ private:
             fail_here("multiply_async: its operand changed before wait_products");
         }
         const auto first_chunk = (first.b - tile) / sizeof(Words);
-        for (int n = 0; n < columns; ++n) {
-            float b[16];
-            for (int k = 0; k < 16; ++k) {
-                const size_t chunk = (first_chunk + k / 8) ^ static_cast<size_t>(n % 8);
-                b[k] = half(tile + n * kAsyncRowBytes + chunk * sizeof(Words) + k % 8 * sizeof(Half));
+        for (int eight = 0; eight < columns / 8; ++eight) {
+            float b[16][8];
+            for (int n = 0; n < 8; ++n) {
+                for (int k = 0; k < 16; ++k) {
+                    const size_t chunk = (first_chunk + k / 8) ^ static_cast<size_t>(n);
+                    b[k][n] =
+                        half(tile + (eight * 8 + n) * kAsyncRowBytes + chunk * sizeof(Words) + k % 8 * sizeof(Half));
+                }
             }
             for (int row = 0; row < 16; ++row) {
-                float& d = (*lanes[row % 8 * 4 + n % 8 / 2])[i].d[n / 8][row / 8 * 2 + n % 2];
-                float sum = d;
-                for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k];
-                d = sum;
+                const auto sum = [&](int n) -> float& {
+                    return (*lanes[row % 8 * 4 + n / 2])[i].d[eight][row / 8 * 2 + n % 2];
+                };
+                float d[8];
+                for (int n = 0; n < 8; ++n) d[n] = sum(n);
+                add_products(d, a[row], b);
+                for (int n = 0; n < 8; ++n) sum(n) = d[n];
             }
         }
     }

@@ -237,26 +237,27 @@ struct MmaOperands {
     const uint32_t* b;
 };
 
+// d[n] += the products of a with column n of b, as a tensor core adds them.
+void add_products(float (&d)[8], const float (&a)[16], const float (&b)[16][8]);
+
 // The fragments of csrc/cuda/device.h put together, multiplied, and d handed out again.
 inline void multiply(const Operand (&lanes)[kWarp]) {
-    float a[16][16], b[16][8];
+    float a[16][16], b[16][8], d[16][8];
     for (int lane = 0; lane < kWarp; ++lane) {
         const auto* in = static_cast<const MmaOperands*>(lanes[lane].in);
+        const auto* sums = static_cast<const float*>(lanes[lane].out);
         const int g = lane / 4, t = lane % 4;
         for (int i = 0; i < 2; ++i) {
             const auto element = [i](uint32_t pair) { return to_float(Half{static_cast<uint16_t>(pair >> 16 * i)}); };
             for (int r = 0; r < 4; ++r) a[g + r % 2 * 8][2 * t + i + r / 2 * 8] = element(in->a[r]);
             for (int r = 0; r < 2; ++r) b[2 * t + i + r * 8][g] = element(in->b[r]);
         }
+        for (int r = 0; r < 4; ++r) d[g + r / 2 * 8][2 * t + r % 2] = sums[r];
     }
+    for (int row = 0; row < 16; ++row) add_products(d[row], a[row], b);
     for (int lane = 0; lane < kWarp; ++lane) {
-        auto* d = static_cast<float*>(lanes[lane].out);
-        const int g = lane / 4, t = lane % 4;
-        for (int r = 0; r < 4; ++r) {
-            float sum = d[r];
-            for (int k = 0; k < 16; ++k) sum += a[g + r / 2 * 8][k] * b[k][2 * t + r % 2];
-            d[r] = sum;
-        }
+        auto* sums = static_cast<float*>(lanes[lane].out);
+        for (int r = 0; r < 4; ++r) sums[r] = d[lane / 4 + r / 2 * 8][2 * (lane % 4) + r % 2];
     }
 }
 
