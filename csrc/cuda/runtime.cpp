@@ -86,9 +86,6 @@ void release(int device, std::byte* memory) noexcept {
 
 Stream::Stream(int device) : device_(device) {
     const OnDevice here(device_);
-    cudaStream_t stream;
-    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
-    handle_ = stream;
     // Older drivers cannot record it, and code for older cards does not wait.
     constexpr int kOldestDriver = 12040, kOldestMajor = 9;
     int driver = 0, major = 0;
@@ -100,6 +97,9 @@ Stream::Stream(int device) : device_(device) {
 #ifdef YIVL_HAS_WARPGROUP_CODE
     has_warpgroups_ = major == 9 && minor == 0;
 #endif
+    cudaStream_t stream;
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
+    handle_ = stream;
 }
 
 Stream::~Stream() {
