@@ -1,4 +1,4 @@
-"""The first session with a GPU: builds for the card, tests, looks for races, measures, and compares with the goals.
+"""For a machine with a GPU: builds for the card, tests, looks for races, measures, and compares with the goals.
 
 Examples:
     python benchmarks/gpu_check.py build
@@ -8,7 +8,7 @@ Examples:
     python benchmarks/gpu_check.py --size 34b models bench report
     python benchmarks/gpu_check.py --limit 540 --results FOLDER all
 
-For a machine that is borrowed for some minutes: each step leaves what it found in --work, one that fails keeps none of
+Where there are only minutes: each step leaves what it found in --work, one that fails keeps none of
 the others from going on, and before --limit is over the whole call has ended and told what it had no time for. After
 each step --results gets all there is to know in one small file, gpu-check.tar.gz: logs, figures and report.json.
 

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
+from yivl_edge.cli.arguments import integer
 from yivl_edge.convert.config import DecoderConfig, ImageConfig, ModelConfig, PromptConfig, VisionConfig
 from yivl_edge.convert.header import TensorInfo
 from yivl_edge.convert.layout import ModelKeys, plan_files
@@ -362,7 +363,7 @@ def main() -> None:
         choices=("f32", "f16", "bf16", "q8_0"),
         help="of the ViT and the projector (default: as --type for f32, f16 and bf16, otherwise q8_0)",
     )
-    parser.add_argument("--blocks", type=int, metavar="N", help="of the decoder (default: all)")
+    parser.add_argument("--blocks", type=integer(1), metavar="N", help="of the decoder (default: all)")
     parser.add_argument("--layout", choices=("single", "pair"), default="single", help="(default: single)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument(

@@ -73,7 +73,7 @@ def convert(
     thread each, in the whole process.
 
     Raises:
-        ValueError: an argument is none of the above.
+        ValueError: an argument is none of the above, or the output one of the files that are read.
         CheckpointError: the source is no Yi-VL model, or damaged, or its weights would not be in the file what they
             were; the text says what to do.
         ModelFileError: likewise for GGUF files.

@@ -78,7 +78,7 @@ def run_conversion(
         file_type=_file_type(source, types, choice, Part.DECODER),
         vision_file_type=_file_type(source, types, choice, Part.VISION),
     )
-    check_targets(plans)
+    check_targets(plans, path, mmproj, imatrix)
     by_name = {tensor.name: tensor for tensor in table}
     result = Conversion(
         files=tuple(plan.path for plan in plans),

@@ -34,7 +34,7 @@ PORT_ARCHITECTURE = "LlavaForConditionalGeneration"
 
 def open_folder(folder: Path) -> Source:
     """The source for what ``config.json`` says that the folder is."""
-    config = JsonFile(folder / "config.json", "SOURCE should be a published Yi-VL folder, e.g. Yi-VL-6B.")
+    config = JsonFile(folder / "config.json", "The folder should be a published Yi-VL one, e.g. Yi-VL-6B.")
     architectures = config.values.get("architectures")
     if isinstance(architectures, list) and ARCHITECTURE in architectures:
         return PublishedFolder(folder, config)

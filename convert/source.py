@@ -74,6 +74,6 @@ def open_source(path: Path, mmproj: Path | None) -> Source:
         return open_folder(path)
     if not path.exists():
         raise CheckpointError(
-            f"{path} does not exist. The source should be a published Yi-VL folder, e.g. Yi-VL-6B, or a GGUF file."
+            f"{path} does not exist. It should be a published Yi-VL folder, e.g. Yi-VL-6B, or a GGUF file."
         )
     return GgufSource(path, mmproj)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGUFValueType
 from yivl_edge.convert.header import Key, TensorInfo, aligned, header_start, padded, tensor_table
-from yivl_edge.files import beside, resolved
+from yivl_edge.files import beside, check_apart, resolved
 from yivl_edge.hashes import HEADER_KEY, NO_HASH, TENSORS_KEY, header_hash
 from yivl_edge.selftest import ROUNDING_KEY
 
@@ -134,14 +134,15 @@ def writing(plans: Sequence[GgufPlan]) -> Iterator[Files]:
         yield Files(plans, handles)
 
 
-def check_targets(plans: Sequence[GgufPlan]) -> None:
-    """Raise OSError for a place where the files cannot be put."""
+def check_targets(plans: Sequence[GgufPlan], *inputs: Path | None) -> None:
+    """Raise OSError for a place where the files cannot be put, ValueError for one of the inputs."""
     for plan in plans:
         target = resolved(plan.path)
         if not target.parent.is_dir():
             raise FileNotFoundError(f"No such file or directory: {target.parent}, the output's folder")
         if target.exists() and not target.is_file():
             raise OSError(errno.EINVAL, "exists and is no plain file", str(target))
+        check_apart(plan.path, *inputs)
 
 
 def _check_free_space(plans: Sequence[GgufPlan]) -> None:

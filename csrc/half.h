@@ -10,13 +10,15 @@ namespace yivl {
 
 inline constexpr float kHalfMax = 65504.0f;
 
-// Exact for every half, subnormals included: the multiplication moves the exponent from a bias of 15 to one of 127.
+// Exact for every half, subnormals included, which no float here is: a process that embeds this may have the CPU take
+// such floats for zeros, as whatever was linked with -ffast-math by GCC before 13 does when it is loaded.
 [[maybe_unused]] static float half_to_float(half_bits h) {
-    const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
-    const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fff) << 13;
-    const float scaled = __builtin_bit_cast(float, magnitude) * 0x1p112f;
-    const uint32_t not_finite = (h & 0x7c00) == 0x7c00 ? 0x7f800000u : 0;
-    return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, scaled) | not_finite | sign);
+    const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, magnitude = h & 0x7fff;
+    // The last place of 0.5 is that of a subnormal half.
+    const float subnormal = __builtin_bit_cast(float, 0x3f000000 | magnitude) - 0.5f;
+    // From a bias of 15 to one of 127; what is not finite to the largest exponent.
+    const uint32_t normal = (magnitude << 13) + ((magnitude < 0x7c00 ? 112u : 224u) << 23);
+    return __builtin_bit_cast(float, (magnitude < 0x400 ? __builtin_bit_cast(uint32_t, subnormal) : normal) | sign);
 }
 
 // The nearest half, ties to even; what is finite stays finite: beyond the largest half comes the largest half.

@@ -131,6 +131,19 @@ def test_what_is_no_number_does_not_get_lost_in_attention(isa: str, value: float
         assert np.isfinite(y[:, :64]).all()
 
 
+@pytest.mark.parametrize("rounded", [False, True])
+def test_keys_that_are_all_infinitely_far_have_no_mean(isa: str, rounded: bool) -> None:
+    ops = _core.KernelOps(isa, 1)
+    for tokens in (1, 20):
+        q, k, v = np.ones((tokens, 64), np.float32), normal(2, 300, 64), normal(3, 300, 64)
+        k[:299, 0] = -np.inf
+        assert (
+            np.abs(attention(ops, q, k, v, 1, 1, False, rounded) - v[299]).max() <= np.abs(v[299]).max() / 256
+        )
+        k[299, 0] = -np.inf
+        assert np.isnan(attention(ops, q, k, v, 1, 1, False, rounded)).all()
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 1, 128), (4, 2, 80), (2, 2, 64)])
 @pytest.mark.parametrize("rounded", [False, True])
 def test_attention_does_not_depend_on_threads_or_chunks(

@@ -7,10 +7,13 @@ import os
 import platform
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
 from test_random_model import load
 from yivl_edge import Model, _core, measure
-from yivl_edge.cli import main
+from yivl_edge.cli import _parser, main
+from yivl_edge.cli.bench import _Bench
 from yivl_edge.image import load_image
 from yivl_edge.measure import Stages, machine_name, measure_ceilings
 
@@ -161,9 +164,73 @@ def test_answer_computes_the_whole_prompt_again(golden_model, golden_f32, golden
     assert cached == [0, 0]
 
 
-def test_bench_of_a_text_model_leaves_the_picture_out(golden_pair, capsys):
+def test_bench_of_a_text_model_leaves_the_picture_out(golden_pair, golden_image, capsys):
     assert main(["bench", str(golden_pair[0]), *QUICK]) == 0
     assert "image encoding" not in capsys.readouterr().out
+    assert main(["bench", str(golden_pair[0]), *QUICK, "--image", str(golden_image)]) == 1
+    assert (
+        "has no vision tower for --image: give the file of its pair with --mmproj" in capsys.readouterr().err
+    )
+
+
+def test_every_run_encodes_another_picture_however_large_it_is(golden_f32, golden_model, tmp_path):
+    Image.new("RGB", (6000, 3500), "gray").save(tmp_path / "large.png")
+    arguments = ["bench", str(golden_f32), *QUICK, "--image", str(tmp_path / "large.png")]
+    bench = _Bench(_parser().parse_args(arguments))
+    pixels = [golden_model.preprocess(bench._next_picture()) for _ in range(3)]
+    assert not np.array_equal(pixels[0], pixels[1])
+    assert not np.array_equal(pixels[1], pixels[2])
+
+
+def test_a_file_that_is_given_twice_counts_once(golden_f32, golden_model):
+    twice = Stages(golden_model, str(golden_f32), str(golden_f32))
+    assert twice.decode_bytes(0, 1) == Stages(golden_model, str(golden_f32)).decode_bytes(0, 1)
+
+
+def test_embeddings_that_are_the_head_too_are_read_for_every_token(golden_model, golden_f32, monkeypatch):
+    expected = Stages(golden_model, str(golden_f32)).decode_bytes(
+        0, 1
+    )  # its head is as large as its embeddings
+    tensors = [t for t in _core.GgufFile.open(golden_f32).tensors if t.name != "output.weight"]
+    monkeypatch.setattr(
+        measure._core, "GgufFile", SimpleNamespace(open=lambda _: SimpleNamespace(tensors=tensors))
+    )
+    assert Stages(golden_model, str(golden_f32)).decode_bytes(0, 1) == expected
+
+
+@pytest.mark.parametrize("option", ["--json", "-o"])
+def test_figures_do_not_take_the_place_of_the_model(golden_f32, tmp_path, golden_image, option, capsys):
+    model, prompts = tmp_path / "model.gguf", tmp_path / "prompts.txt"
+    model.write_bytes(golden_f32.read_bytes())
+    prompts.write_text("Why?\n", encoding="utf-8")
+    talks = ["--images", str(golden_image.parent), "--prompts", str(prompts)]
+    commands = {
+        "--json": [["bench", str(model), *QUICK], ["compare", str(golden_f32), str(model), *talks]],
+        "-o": [["imatrix", str(model), *talks]],
+    }
+    for command in commands[option]:
+        for victim in (model, prompts) if command[0] != "bench" else (model,):
+            before = victim.read_bytes()
+            assert main([*command, option, str(victim)]) == 1
+            assert (
+                f"{victim}: expected another file than {victim}, which it would replace"
+                in capsys.readouterr().err
+            )
+            assert victim.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("cache", "expected"),
+    [("32768K", 1 << 28), ("105M", 1 << 28), ("100000K", 819200000), ("500000K", 1 << 30), (None, 1 << 28)],
+)
+def test_reading_is_measured_beyond_the_last_cache(cache, expected, monkeypatch):
+    def read_text(path):
+        if cache is None:
+            raise FileNotFoundError(path)
+        return f"{cache}\n"
+
+    monkeypatch.setattr(measure, "Path", lambda path: SimpleNamespace(read_text=lambda: read_text(path)))
+    assert measure._bytes_to_read() == expected
 
 
 @pytest.mark.parametrize(

@@ -468,6 +468,22 @@ def test_inspect_counts_every_tensor_and_byte(golden_f32, golden_pair, capfd):
     assert (text["decoder"], vision["vision"]) == (single["decoder"], single["vision"])
 
 
+def test_inspect_counts_a_file_once_that_is_given_twice(golden_f32, capfd):
+    assert inspect_json(capfd, golden_f32, "--mmproj", golden_f32) == inspect_json(capfd, golden_f32)
+
+
+def test_inspect_writes_json_that_no_encoding_spoils(golden_f32):
+    command = [sys.executable, "-m", "yivl_edge", "inspect", str(golden_f32), "--json"]
+    found = [
+        subprocess.run(
+            command, capture_output=True, check=True, env={**os.environ, "PYTHONIOENCODING": encoding}
+        )
+        for encoding in ("latin-1", "utf-8")
+    ]
+    assert json.loads(found[0].stdout) == json.loads(found[1].stdout)
+    assert not json.loads(found[0].stdout)["prompt"]["system"].isascii()
+
+
 def test_inspect_tells_what_the_model_tells(golden_f32, golden_model, capfd):
     contents = inspect_json(capfd, golden_f32)
     config = golden_model.config

@@ -56,7 +56,7 @@ def test_folder_of_something_else_is_told_by_the_name_that_the_usage_has(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(tmp_path), "-o", str(tmp_path / "out.gguf")]) == 1
-    assert "SOURCE should be a published Yi-VL folder" in capsys.readouterr().err
+    assert "The folder should be a published Yi-VL one" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--help"])
     assert re.search(r"usage: .* SOURCE", capsys.readouterr().out, re.DOTALL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -124,6 +125,28 @@ def test_output_must_not_be_a_folder(tmp_path: Path) -> None:
         convert(GOLDEN, tmp_path / "out.gguf")
     with pytest.raises(FileNotFoundError):
         convert(GOLDEN, tmp_path / "no such folder" / "out.gguf")
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_output_does_not_take_the_place_of_what_is_read(tmp_path: Path, dry_run: bool) -> None:
+    text, vision = tmp_path / "in.gguf", tmp_path / "in-mmproj.gguf"
+    convert(GOLDEN, text, layout="pair", type="q8_0")
+    link, mmproj_link = tmp_path / "link.gguf", tmp_path / "other-mmproj.gguf"
+    link.symlink_to(text)
+    mmproj_link.symlink_to(vision)
+    before = folder_state(tmp_path)
+    for output, layout, named in (
+        (text, "single", (text, text)),
+        (link, "single", (link, text)),
+        (vision, "single", (vision, vision)),
+        (text, "pair", (text, text)),
+        (tmp_path / "other.gguf", "pair", (mmproj_link, vision)),
+    ):
+        with pytest.raises(
+            ValueError, match=re.escape(f"{named[0]}: expected another file than {named[1]}, which")
+        ):
+            convert(text, output, mmproj=vision, layout=layout, type="q4_0", dry_run=dry_run)
+    assert folder_state(tmp_path) == before
 
 
 class CancelledError(Exception):

@@ -1,10 +1,12 @@
 """Weights of every type become exactly the float32 values that gguf's own code makes of them."""
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
-from yivl_edge import _core
+from yivl_edge import _core, quantize
 
 TYPES = [GGMLQuantizationType(number) for number in (0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23, 30)]
 
@@ -105,6 +107,51 @@ class TestEveryType:
 @pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa or "scalar")
 def test_every_half_precision_number(isa: str) -> None:
     check(np.arange(65536, dtype=np.uint16).view(np.uint8).reshape(1, -1), GGMLQuantizationType.F16, isa)
+
+
+@pytest.fixture
+def no_subnormals() -> Iterator[Callable[[], None]]:
+    """To be called in the test: from then on the CPU takes subnormal floats of this thread for zeros, as after loading
+    what GCC before 13 has linked with -ffast-math."""
+    torch = pytest.importorskip("torch")
+
+    def begin() -> None:
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this CPU has no such mode")
+        smallest = np.full(2, 2.0**-149, np.float32)
+        assert not (smallest * np.float32(2.0**100)).any()
+
+    yield begin
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa or "scalar")
+def test_small_scales_count_where_the_cpu_takes_subnormal_numbers_for_zeros(
+    isa: str, no_subnormals: Callable[[], None]
+) -> None:
+    def weights(qtype: GGMLQuantizationType) -> np.ndarray:
+        block, size = GGML_QUANT_SIZES[qtype]
+        data = random_blocks(qtype, 1, 8, 4).reshape(-1, size)
+        for offset in HALVES[qtype.name]:
+            data[:, offset : offset + 2] = np.full(8, 0x0155, np.uint16)[:, None].view(np.uint8)  # 2e-5
+        return _core.dequantize(data.reshape(1, -1), qtype.value, 1, 8 * block, isa)
+
+    types = [t for t in TYPES if HALVES.get(t.name)]
+    expected = [weights(t) for t in types]
+    no_subnormals()
+    found = [weights(t) for t in types]
+    assert all(
+        np.array_equal(f.view(np.uint32), e.view(np.uint32)) for f, e in zip(found, expected, strict=True)
+    )
+
+
+def test_quantising_knows_small_scales_where_the_cpu_takes_subnormal_numbers_for_zeros(
+    no_subnormals: Callable[[], None],
+) -> None:
+    small = np.random.default_rng(5).standard_normal((4, 512), np.float32) * np.float32(0.02)
+    expected = {name: quantize(small, name) for name in ("Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "Q4_0")}
+    no_subnormals()
+    assert all(np.array_equal(quantize(small, name), data) for name, data in expected.items())
 
 
 @pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa or "scalar")

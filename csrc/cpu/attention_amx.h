@@ -238,8 +238,8 @@ void attention(const AttentionPiece& piece, const std::byte* packed, std::byte* 
                const void* stop_arg) {
     const HeadTiles head(piece.head_dim);
     const QueryRows m(head, scratch);
-    begin_tiles();
     for (int64_t row = piece.row_begin; row < piece.row_end && !stop(stop_arg); row += kQueryRows) {
+        begin_tiles();
         const int64_t n_rows = min64(kQueryRows, piece.row_end - row);
         const int64_t n_keys = piece.visible_keys(row + n_rows - 1);
         pack_queries(m, head, piece, row, n_rows);
@@ -255,6 +255,6 @@ void attention(const AttentionPiece& piece, const std::byte* packed, std::byte* 
             add_values(m, head, keys + head.key_bytes(), n_steps, key == 0);
         }
         put_outputs(m, head, piece, row, n_rows);
+        release_tiles();
     }
-    release_tiles();
 }

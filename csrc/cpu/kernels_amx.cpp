@@ -253,12 +253,12 @@ void linear(const PackedPiece& p, std::byte* scratch, bool (*stop)(const void*),
         return p.w + row * kTileRows * p.row_bytes + step * kTileCols / info.block * info.bytes;
     };
     const auto unpacked = [&](int64_t row) { return scratch + row * kChunkSteps * kTileBytes; };
-    begin_tiles();
     for (int64_t first = 0; first < c.row_tiles; first += c.block) {
         const int64_t last = min64(first + c.block, c.row_tiles);
         const int64_t row_pairs = divide_up(last - first, 2), token_pairs = divide_up(c.token_tiles, 2);
         for (int64_t step = 0; step < c.steps; step += kChunkSteps) {
-            if (stop(stop_arg)) return release_tiles();
+            if (stop(stop_arg)) return;
+            begin_tiles();  // not before: stop() may run what uses tiles of its own, as a signal's handler
             const int64_t n_steps = min64(kChunkSteps, c.steps - step);
             const bool complete = step + n_steps == c.steps;
             for (int64_t r = first; r < last; ++r) {
@@ -298,9 +298,9 @@ void linear(const PackedPiece& p, std::byte* scratch, bool (*stop)(const void*),
                     for (int64_t j = token; j < min64(token + kTileTokens, p.n_tokens); ++j) p.finished(j, row, n_rows);
                 }
             }
+            release_tiles();
         }
     }
-    release_tiles();
 }
 
 #include "cpu/attention_amx.h"

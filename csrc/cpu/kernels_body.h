@@ -127,7 +127,8 @@ void gelu(float* x, int64_t n) {
 void swiglu(float* gate, const float* up, int64_t n) {
     for (int64_t i = 0; i < n; i += kLanes) {
         const F g = load_some(gate + i, n - i);
-        const F silu = div(g, add(set1(1.0f), exp(sub(zero(), g))));
+        // exp() ends at e^88: beyond, so must the dividend.
+        const F silu = div(max(set1(-200.0f), g), add(set1(1.0f), exp(sub(zero(), g))));
         store_some(gate + i, mul(silu, load_some(up + i, n - i)), n - i);
     }
 }
@@ -439,6 +440,9 @@ void pack_values(const AttentionRows& a, int64_t key, int64_t n) {
     }
 }
 
+// Less than any score.
+constexpr float kNoScore = -3.0e38f;
+
 int64_t attention_scratch(int64_t rows, int64_t head_dim) {
     return round_up(rows * head_dim, kLanes) + rows * round_up(head_dim, kLanes) + round_up(rows, kLanes) +
            rows * kLanes + kPanel * head_dim + kKeyBlock * round_up(head_dim, kPanel) + rows * kKeyBlock;
@@ -470,7 +474,7 @@ void attention(const AttentionPiece& piece, float* scratch, bool (*stop)(const v
     pack_queries(a, 1.44269504f / __builtin_sqrtf(static_cast<float>(head_dim)));
     for (int64_t i = 0; i < rows * width; ++i) a.out[i] = 0.0f;
     for (int64_t i = 0; i < rows; ++i) {
-        a.largest[i] = -3.0e38f;
+        a.largest[i] = kNoScore;
         store(a.totals + i * kLanes, zero());
     }
 
@@ -502,7 +506,8 @@ void attention(const AttentionPiece& piece, float* scratch, bool (*stop)(const v
     for (int64_t i = 0; i < rows; ++i) {
         const int64_t row = piece.row_begin + i;
         float* to = piece.out + row / piece.group * piece.out_stride + row % piece.group * head_dim;
-        const float total = sum(load(a.totals + i * kLanes));
+        // Where all scores are minus infinity there is no mean.
+        const float total = a.largest[i] == kNoScore ? __builtin_nanf("") : sum(load(a.totals + i * kLanes));
         for (int64_t d = 0; d < head_dim; ++d) to[d] = a.out[i * width + d] / total;
     }
 }

@@ -32,12 +32,28 @@ def resolved(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def check_output(path: str | os.PathLike[str]) -> None:
-    """Raise OSError for a place where `write_whole` could put nothing, which is better said before the work."""
+def check_output(path: str | os.PathLike[str], *inputs: str | os.PathLike[str] | None) -> None:
+    """Say before the work what would go wrong after it.
+
+    Raises:
+        OSError: `write_whole` could put nothing there.
+        ValueError: it would take the place of one of the inputs.
+    """
     target = resolved(path)
     if target.is_dir() or not target.parent.is_dir():
         name = os.fspath(path) or "''"
         raise FileNotFoundError(f"{name}: expected a file's name in a folder that exists")
+    check_apart(path, *inputs)
+
+
+def check_apart(path: str | os.PathLike[str], *inputs: str | os.PathLike[str] | None) -> None:
+    """Raise ValueError if a file that is to be written is one of those that are read; None stands for none."""
+    if not os.path.exists(path):
+        return
+    for source in inputs:
+        if source is not None and os.path.exists(source) and os.path.samefile(path, source):
+            name, other = os.fspath(path), os.fspath(source)
+            raise ValueError(f"{name}: expected another file than {other}, which it would replace")
 
 
 def beside(target: Path) -> Path:

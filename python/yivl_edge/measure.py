@@ -21,7 +21,7 @@ from yivl_edge.model import Model
 from yivl_edge.replies import ChatResult
 
 _FIRST_ORDINARY_ID = 259  # after the special and the byte pieces
-_READ_BYTES = 1 << 28  # far more than the caches hold
+_READ_BYTES = 1 << 28, 1 << 30  # at least, and at most
 _TRIES = 5
 _TRY_SECONDS = 0.05
 
@@ -66,14 +66,14 @@ class Kernel:
 
 
 def measure_ceilings(n_threads: int, clock: Callable[[], float] = time.perf_counter) -> Ceilings:
-    """The ceilings of so many threads with the instruction set in use. Takes some seconds and 256 MiB."""
+    """The ceilings of so many threads with the instruction set in use. Takes some seconds and up to 1 GiB."""
     machine = _core.Ceilings(_core.isa_name(), n_threads)
-    values = np.ones(_READ_BYTES // 4, np.float32)
+    values = np.ones(_bytes_to_read() // 4, np.float32)
 
     def read(times: int) -> int:
         for _ in range(times):
             machine.read(values)
-        return times * _READ_BYTES
+        return times * values.nbytes
 
     return Ceilings(
         _best_rate(read, clock),
@@ -92,6 +92,16 @@ def device_ceilings(model: Model) -> Ceilings:
         for unit in (_core.Unit.memory, _core.Unit.float32, _core.Unit.half)
     )
     return Ceilings(memory, floats, halves, "float16", "copied")
+
+
+def _bytes_to_read() -> int:
+    """Far more than the last cache holds, where Linux says how much that is."""
+    least, most = _READ_BYTES
+    try:
+        kibibytes = int(Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().rstrip("K\n"))
+    except (OSError, ValueError):
+        return least
+    return min(max(8 * kibibytes << 10, least), most)
 
 
 def _best_rate(
@@ -153,10 +163,15 @@ class Stages:
         self.model = model
         self._core = model._model
         self._random = np.random.default_rng(0)
-        tensors = [t for file in (path, mmproj) if file for t in _core.GgufFile.open(file).tensors]
-        self._decoder_bytes = sum(t.nbytes for t in tensors if t.name.startswith(("blk.", "output")))
+        sizes, types = dict[str, int](), dict[str, str]()
+        for file in (mmproj, path):
+            for t in _core.GgufFile.open(file).tensors if file else ():
+                sizes[t.name], types[t.name] = t.nbytes, t.type
+        read = [name for name in sizes if name.startswith(("blk.", "output"))]
+        if "output.weight" not in sizes:
+            read.append("token_embd.weight")  # is the head, too
+        self._decoder_bytes = sum(sizes[name] for name in read)
         # What most of the work is done with: the MLP's matrices.
-        types = {t.name: t.type for t in tensors}
         self.prefill_unit = self._unit(types["blk.0.ffn_up.weight"])
         """The unit that computes the decoder's products: ``float32`` or the ceilings' `packed_unit`."""
         self.image_unit = self._unit(types.get("v.blk.0.ffn_up.weight", "F32"))

@@ -107,7 +107,7 @@ def run(args: _Args) -> int:
     from yivl_edge.measure import device_ceilings, machine_name, measure_ceilings, peak_resident_bytes
 
     if args.json is not None:
-        check_output(args.json)
+        check_output(args.json, args.file, args.mmproj, args.image)
     bench = _Bench(args)
     on_gpu = bench.stages.on_gpu
     if args.profile and not on_gpu:
@@ -173,6 +173,10 @@ class _Bench:
                 n_threads=args.threads,
             )
             self.load_seconds.append(time.perf_counter() - begin)
+        if args.image is not None and self.model.config.vision is None:
+            raise ValueError(
+                f"{args.file} has no vision tower for --image: give the file of its pair with --mmproj"
+            )
         self.stages = Stages(self.model, args.file, args.mmproj)
         limit = self.model.config.decoder.context_length
         for option, tokens, generated in (
@@ -229,9 +233,11 @@ class _Bench:
         return found
 
     def _next_picture(self) -> NDArray[np.uint8]:
-        """The picture with one pixel changed, so that nothing is kept from the last run."""
+        """The picture with a spot of another colour, so that nothing is kept from the last run."""
         height, width = self.picture.shape[:2]
-        self.picture[height // 2, width // 2, :3] = self.random.integers(0, 256, 3, dtype="uint8")
+        size = max(height, width) // 16 + 1  # what the model sees of it is more than a pixel
+        spot = self.picture[height // 2 :, width // 2 :, :3][:size, :size]
+        spot[:] = self.random.integers(0, 256, 3, dtype="uint8")
         return self.picture
 
     def _image(self) -> Row:

@@ -105,7 +105,7 @@ def run(args: _Args) -> int:
     contents = [inspect(path, mmproj) for path, mmproj in files]
     check_same_vocabulary(args.a, args.b)
     if args.json is not None:
-        check_output(args.json)
+        check_output(args.json, args.a, args.mmproj_a, args.b, args.mmproj_b, args.prompts)
     conversations = load_conversations(args.images, args.prompts, args.limit)
     a, b = (Model(path, mmproj=mmproj, n_threads=args.threads) for path, mmproj in files)
     progress = Progress()

@@ -60,7 +60,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: _Args) -> int:
     """Works through the conversations, then writes the file."""
-    check_output(args.output)
+    check_output(args.output, args.model, args.mmproj, args.prompts)
     conversations = load_conversations(args.images, args.prompts, args.limit)
     model = Model(args.model, mmproj=args.mmproj, n_threads=args.threads)
     columns, positions = record(model, conversations, args.max_tokens, Progress())

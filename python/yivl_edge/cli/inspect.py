@@ -80,7 +80,7 @@ def run(args: _Args) -> int:
     """Prints what the file holds, as text or JSON."""
     contents = inspect(args.file, args.mmproj, args.n_ctx, args.device)
     if args.json:
-        print(json.dumps(contents, indent=2, ensure_ascii=False))
+        print(json.dumps(contents, indent=2))  # ASCII: no terminal's encoding can spoil it
     else:
         print(visible("\n".join(_text(contents))))
     return 0
@@ -107,6 +107,8 @@ def inspect(
     is_mmproj = metadata.get("general.architecture") == "clip"
     if is_mmproj and mmproj is not None:
         raise _core.ModelFileError(f"{path}: expected the text model of the pair, found an mmproj file")
+    if mmproj is not None and os.path.exists(mmproj) and os.path.samefile(path, mmproj):
+        mmproj = None  # a single file has both halves
     if mmproj is not None:
         vision_file = _core.GgufFile.open(mmproj)
     elif is_mmproj or "clip.has_vision_encoder" in metadata:
