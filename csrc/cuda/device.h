@@ -66,6 +66,9 @@ template <class T>
 __device__ __forceinline__ T shuffle_xor(T value, int mask) {
     return __shfl_xor_sync(kAllLanes, value, mask);
 }
+// warp_id(), of the warp, in a form that the compiler knows to be one for all its lanes. What depends on it then keeps
+// the lanes together, for which there are cheaper instructions.
+__device__ __forceinline__ int uniform_warp_id() { return shuffle(warp_id(), 0); }
 // Bit i: what lane i of the warp says.
 __device__ __forceinline__ unsigned ballot(bool value) { return __ballot_sync(kAllLanes, value); }
 
@@ -159,6 +162,12 @@ __device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.gpu;" ::: 
 
 // sum + the products of the four signed bytes of a with those of b.
 __device__ __forceinline__ int dp4a(int a, int b, int sum) { return __dp4a(a, b, sum); }
+// The same with bytes of a that have no sign.
+__device__ __forceinline__ int dp4a_unsigned(uint32_t a, int b, int sum) {
+    int result;
+    asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(sum));
+    return result;
+}
 
 // 2^x, the card's own instruction: 2 ulp.
 __device__ __forceinline__ float fast_exp2(float x) {

@@ -16,9 +16,11 @@ void add(Stream& stream, Mat y, ConstMat x);
 int code_capability();
 
 // x rounded to 15-bit integers, 256 * high + low, with a scale for every 32 columns.
-struct alignas(8) RoundedBlock {
+struct alignas(16) RoundedBlock {
     float scale;
-    int32_t sum;  // of the integers
+    float sum_of_x;     // scale * sum
+    int32_t sum;        // of the integers
+    int32_t first_sum;  // of the first 16
 };
 struct RoundedInput {
     int8_t* high = nullptr;          // (T, I); null: x is not rounded

@@ -20,8 +20,10 @@ constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kMostTokens = 4;  // of a warp
 // Of a multiprocessor, at least: 128 registers for a thread, more where a piece or the sums of several tokens need
-// them.
+// them. Five for Q4_K and one token: 6B's 640 blocks of Q, K and V are then all under way at once on the 132
+// multiprocessors of an H100.
 constexpr int blocks_at_once(WeightType type, int tokens) {
+    if (type == WeightType::Q4_K && tokens == 1) return 5;
     const bool large_piece =
         type == WeightType::Q3_K || type == WeightType::Q6_K || (type == WeightType::Q2_K && tokens > 1);
     return 4 - large_piece - (tokens > 1);
@@ -57,30 +59,67 @@ __device__ __forceinline__ void prefetch_row(const std::byte* row, int64_t row_b
 template <class P, class Input, int kTokens, class Begun>
 __device__ __forceinline__ void multiply_rows(float (&sums)[kRows][kTokens], const std::byte* const (&w)[kRows],
                                               const Input& x, int64_t first_token, int64_t n_tokens, Begun&& begun) {
-    const int n_pieces = static_cast<int>((columns(x) + P::kColumns - 1) / P::kColumns);
     for (auto& row : sums) {
         for (float& sum : row) sum = 0.0f;
     }
-    int piece = lane_id();
-    typename P::Weights weights[kRows];
-    if (piece < n_pieces) {
-        for (int r = 0; r < kRows; ++r) weights[r] = load_piece<P>(w[r], piece, x);
-    }
+    const uint32_t n_pieces = (columns(x) + P::kColumns - 1) / P::kColumns, n_rounds = (n_pieces + kWarp - 1) / kWarp;
+    const auto lane = static_cast<uint32_t>(lane_id());
+    // The lanes of a warp stay together, without branches of their own: who has no piece in the last round takes one
+    // again, and adds nothing.
+    const uint32_t first = lane < n_pieces ? lane : 0;
+    static_assert(kWarp % P::kPieces == 0);
+    const uint32_t part = first % P::kPieces;
+    const std::byte* from[kRows];
+    for (int r = 0; r < kRows; ++r) from[r] = w[r] + first / P::kPieces * sizeof(typename P::Block);
+    uint32_t column_to_load = P::first_column(first);
+    const auto inside = [&](uint32_t round) { return round * kWarp + lane < n_pieces; };
+    using Weights = typename P::Weights[kRows];
+    const auto load = [&](Weights& to, uint32_t round) {
+        if (round > 0 && inside(round)) {
+            for (auto& row : from) row += kWarp / P::kPieces * sizeof(typename P::Block);
+            column_to_load += kWarp * P::kColumns;
+        }
+        for (int r = 0; r < kRows; ++r) {
+            to[r] = P::load(*reinterpret_cast<const typename P::Block*>(from[r]), part, column_to_load, x);
+        }
+    };
+    Weights even{}, odd{};
+    load(even, 0);
     wait_for_earlier_kernels();
     begun();
-    while (piece < n_pieces) {
-        // The next piece is on its way while this one is computed.
-        const int next = piece + kWarp;
-        typename P::Weights ahead[kRows];
-        for (int r = 0; r < kRows; ++r) ahead[r] = load_piece<P>(w[r], next < n_pieces ? next : piece, x);
+    uint32_t row_of_x[kTokens];
+    YIVL_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+        const int64_t token = first_token + t < n_tokens ? first_token + t : n_tokens - 1;
+        row_of_x[t] = static_cast<uint32_t>(token) * stride(x);
+    }
+    const auto multiply = [&](uint32_t round, const Weights& now, uint32_t column) {
         YIVL_UNROLL
         for (int t = 0; t < kTokens; ++t) {
-            const int64_t token = first_token + t < n_tokens ? first_token + t : n_tokens - 1;
-            const typename P::Input input = P::input(x, token, piece);
-            for (int r = 0; r < kRows; ++r) sums[r][t] = P::add(weights[r], input, sums[r][t]);
+            if (t == 2 && first_token + t >= n_tokens) break;
+            const typename P::Input input = P::input(x, row_of_x[t] + column, part, column);
+            for (int r = 0; r < kRows; ++r) {
+                const float sum = P::add(now[r], input, part, sums[r][t]);
+                sums[r][t] = inside(round) ? sum : sums[r][t];
+            }
         }
-        for (int r = 0; r < kRows; ++r) weights[r] = ahead[r];
-        piece = next;
+    };
+    // The next round's weights are on their way while this one's are multiplied.
+    const auto turn = [&](uint32_t round, const Weights& now, Weights& next) {
+        const uint32_t column = column_to_load;
+        if (round + 1 < n_rounds) load(next, round + 1);
+        multiply(round, now, column);
+    };
+    if constexpr (kTokens == 1) {
+        for (uint32_t round = 0; round < n_rounds; round += 2) {
+            turn(round, even, odd);
+            if (round + 1 < n_rounds) turn(round + 1, odd, even);
+        }
+    } else {  // a copy takes fewer registers
+        for (uint32_t round = 0; round < n_rounds; ++round) {
+            turn(round, even, odd);
+            for (int r = 0; r < kRows; ++r) even[r] = odd[r];
+        }
     }
     for (auto& row : sums) {
         for (float& sum : row) sum = reduce_warp<Sum>(sum);
@@ -92,7 +131,7 @@ __host__ __device__ constexpr int64_t groups(int64_t n_rows) { return (n_rows + 
 template <WeightType kType, class Input, int kTokens>
 __global__ void __launch_bounds__(kThreads, blocks_at_once(kType, kTokens))
     matvec_kernel(Targets targets, Input x, int64_t row_bytes) {
-    int64_t group = int64_t{block_x()} * kWarps + warp_id();
+    int64_t group = int64_t{block_x()} * kWarps + uniform_warp_id();
     Target to = targets.of[0];
     for (size_t i = 1; i < kMostProducts; ++i) {
         const int64_t n = groups(to.y.cols);
@@ -152,11 +191,12 @@ __global__ void __launch_bounds__(kGatedWarps* kWarp, gated_blocks_at_once(kType
     };
     Products& products = shared<Products>();
     const int64_t first_row = int64_t{block_x()} * kBlock, first_token = int64_t{block_y()} * kTokens;
-    if (const int64_t row = first_row + warp_id(); row < y.cols) {
+    const int warp = uniform_warp_id();
+    if (const int64_t row = first_row + warp; row < y.cols) {
         prefetch_row(gate + row * row_bytes, row_bytes);
         prefetch_row(up + row * row_bytes, row_bytes);
     }
-    for (int i = warp_id(); i < kBlock; i += kGatedWarps) {
+    for (int i = warp; i < kBlock; i += kGatedWarps) {
         const int64_t row = first_row + i;
         if (row >= y.cols) break;
         static_assert(kRows == 2);
@@ -175,7 +215,7 @@ __global__ void __launch_bounds__(kGatedWarps* kWarp, gated_blocks_at_once(kType
     wait_for_earlier_kernels();  // warps without rows, too
     if (rounded_y.high == nullptr) return;
     sync_block();
-    const int t = warp_id();
+    const int t = warp;
     if (t < kTokens && first_token + t < y.rows) {
         round_block(rounded_y, first_token + t, first_row + lane_id(), products.of[t][lane_id()]);
     }

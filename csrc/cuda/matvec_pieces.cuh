@@ -4,7 +4,12 @@
 // for every 32 columns. An integer of x is 256 * high + low, two signed bytes, so that two dp4a multiply four weights;
 // sums of a group of columns are exact, then scaled and added in float32. Half-precision weights meet x itself.
 //
-// A piece type has kColumns, Weights load(row, piece), Input input(x, token, piece) and add(weights, input, sum), which
+// A lane's pieces are kWarp apart, and a block has 1, 2, 4 or 8: which part of their blocks they are never changes. So a
+// row's pieces are reached by adding the same again and again to a pointer, and what follows from the part is computed
+// once.
+//
+// A piece type has kColumns, Block and kPieces of it, first_column(piece), Weights load(block, part, column, x), Input
+// input(x, at, part, column), x's column of a token being number `at` of all, and add(weights, input, part, sum), which
 // returns `sum` plus the piece's product.
 #pragma once
 
@@ -48,23 +53,19 @@ __device__ __forceinline__ uint32_t load_four(const void* p) {
     return halves[0] | uint32_t{halves[1]} << 16;
 }
 
-template <class Block>
-__device__ __forceinline__ const Block& block_at(const std::byte* row, int i) {
-    return *reinterpret_cast<const Block*>(row + i * sizeof(Block));
-}
-
 // ---- integers ----
 
 // 16 columns of a row of x.
 struct Sixteen {
     Words high, low;
 };
-__device__ __forceinline__ Sixteen sixteen(const RoundedInput& x, int64_t token, int64_t col) {
-    const int64_t at = token * x.cols + col;
+__device__ __forceinline__ Sixteen sixteen(const RoundedInput& x, uint32_t at) {
     return {load_words(x.high + at), load_words(x.low + at)};
 }
-__device__ __forceinline__ RoundedBlock block_of(const RoundedInput& x, int64_t token, int64_t col) {
-    return x.blocks[(token * x.cols + col) / kBlock];
+__device__ __forceinline__ RoundedBlock block_of(const RoundedInput& x, uint32_t at) {
+    const Words words = load_words(x.blocks + at / kBlock);
+    return {float_of_bits(words.word[0]), float_of_bits(words.word[1]), static_cast<int>(words.word[2]),
+            static_cast<int>(words.word[3])};
 }
 
 // `w`: four weights in the bytes of each word.
@@ -76,10 +77,22 @@ __device__ __forceinline__ int dot(const Words& w, const Sixteen& x) {
     }
     return high * 256 + low;
 }
-__device__ __forceinline__ int sum_of(const Sixteen& x) {
-    constexpr uint32_t kOnes = 0x01010101;
-    return dot({{kOnes, kOnes, kOnes, kOnes}}, x);
+// The same of bytes without a sign.
+__device__ __forceinline__ int dot_unsigned(const Words& w, const Sixteen& x) {
+    int high = 0, low = 0;
+    for (int i = 0; i < 4; ++i) {
+        high = dp4a_unsigned(w.word[i], static_cast<int>(x.high.word[i]), high);
+        low = dp4a_unsigned(w.word[i], static_cast<int>(x.low.word[i]), low);
+    }
+    return high * 256 + low;
 }
+
+// The upper nibbles where they stand, so that each counts 16 times.
+__device__ __forceinline__ int upper_nibbles_dot(const Words& q, const Sixteen& x) {
+    const auto upper = [&](int i) { return q.word[i] & 0xf0f0f0f0; };
+    return dot_unsigned({{upper(0), upper(1), upper(2), upper(3)}}, x);
+}
+
 
 // Of each word the bits of `mask`, brought down by `by`.
 __device__ __forceinline__ Words bits_of(const Words& w, int by, uint32_t mask) {
@@ -87,9 +100,11 @@ __device__ __forceinline__ Words bits_of(const Words& w, int by, uint32_t mask) 
 }
 // The lower or upper nibble of every byte.
 __device__ __forceinline__ Words nibbles(const Words& q, int upper) { return bits_of(q, upper * 4, 0x0f0f0f0f); }
-// Puts higher bits, which begin at bit `at`, to q.
-__device__ __forceinline__ void put_high(Words& q, const Words& high, int at) {
-    for (int i = 0; i < 4; ++i) q.word[i] |= high.word[i] << at;
+// Puts bits of `high` to q: of every byte those from bit `from` on to where `mask` has them, from bit `at` on.
+__device__ __forceinline__ void put_high(Words& q, const Words& high, int from, int at, uint32_t mask) {
+    const auto by = static_cast<uint32_t>(from - at);
+    // Around the word: what comes from other bytes is not of the mask.
+    for (int i = 0; i < 4; ++i) q.word[i] |= (high.word[i] >> (by & 31) | high.word[i] << (-by & 31)) & mask;
 }
 
 template <WeightType>
@@ -98,7 +113,8 @@ struct Piece;
 // Half a block.
 template <>
 struct Piece<WeightType::Q8_0> {
-    static constexpr int kColumns = 16;
+    using Block = BlockQ8_0;
+    static constexpr uint32_t kColumns = 16, kPieces = 2;
     struct Weights {
         Words q;
         float d;
@@ -107,34 +123,36 @@ struct Piece<WeightType::Q8_0> {
         Sixteen x;
         float scale;
     };
-    __device__ static Weights load(const std::byte* row, int piece) {
-        const auto& block = block_at<BlockQ8_0>(row, piece / 2);
-        return {load_sixteen<BlockQ8_0>(block.qs + piece % 2 * 16), from_half(block.d)};
+    __device__ static uint32_t first_column(uint32_t piece) { return piece * 16; }
+    __device__ static Weights load(const Block& block, uint32_t part, uint32_t, const RoundedInput&) {
+        return {load_sixteen<Block>(block.qs + part * 16), from_half(block.d)};
     }
-    __device__ static Input input(const RoundedInput& x, int64_t token, int piece) {
-        return {sixteen(x, token, piece * 16), block_of(x, token, piece * 16).scale};
+    __device__ static Input input(const RoundedInput& x, uint32_t at, uint32_t, uint32_t) {
+        return {sixteen(x, at), x.blocks[at / kBlock].scale};
     }
-    __device__ static float add(const Weights& w, const Input& in, float sum) {
+    __device__ static float add(const Weights& w, const Input& in, uint32_t, float sum) {
         return fmaf(static_cast<float>(dot(w.q, in.x)), w.d * in.scale, sum);
     }
 };
 
 // 32 columns that lie as the lower and then the upper nibbles of 16 bytes.
 struct NibblePiece {
-    static constexpr int kColumns = kBlock;
+    static constexpr uint32_t kColumns = kBlock;
     struct Input {
         Sixteen x[2];
         RoundedBlock block;
     };
-    __device__ static Input input(const RoundedInput& x, int64_t token, int piece) {
-        const int col = piece * kBlock;
-        return {{sixteen(x, token, col), sixteen(x, token, col + 16)}, block_of(x, token, col)};
+    __device__ static uint32_t first_column(uint32_t piece) { return piece * kBlock; }
+    __device__ static Input input(const RoundedInput& x, uint32_t at, uint32_t, uint32_t) {
+        return {{sixteen(x, at), sixteen(x, at + 16)}, block_of(x, at)};
     }
 };
 
 // d * (q - kCentre), or d * q + m where a block has m; with a fifth bit where it has qh.
-template <class Block, int kCentre>
+template <class BlockOfType, int kCentre>
 struct UniformPiece : NibblePiece {
+    using Block = BlockOfType;
+    static constexpr uint32_t kPieces = 1;
     static constexpr bool kHasMinimum = requires(Block block) { block.m; };
     static constexpr bool kHasFifthBit = requires(Block block) { block.qh; };
     struct Weights {
@@ -142,27 +160,28 @@ struct UniformPiece : NibblePiece {
         uint32_t high;
         float d, m;
     };
-    __device__ static Weights load(const std::byte* row, int piece) {
-        const auto& block = block_at<Block>(row, piece);
+    __device__ static Weights load(const Block& block, uint32_t, uint32_t, const RoundedInput&) {
         Weights w{load_sixteen<Block>(block.qs), 0, from_half(block.d), 0.0f};
         if constexpr (kHasFifthBit) w.high = load_four<Block>(block.qh);
         if constexpr (kHasMinimum) w.m = from_half(block.m);
         return w;
     }
-    __device__ static float add(const Weights& w, const Input& in, float sum) {
+    __device__ static float add(const Weights& w, const Input& in, uint32_t, float sum) {
         int n = -kCentre * in.block.sum;
-        for (int i = 0; i < 2; ++i) {
-            Words q = nibbles(w.q, i);
-            if constexpr (kHasFifthBit) {
+        if constexpr (kHasFifthBit) {
+            for (int i = 0; i < 2; ++i) {
+                Words q = nibbles(w.q, i);
                 // The product has bit k of four at 8k + 4, one to a byte.
                 for (int j = 0; j < 4; ++j) {
                     q.word[j] |= (w.high >> (i * 16 + j * 4) & 15) * 0x02040810 & 0x10101010;
                 }
+                n += dot(q, in.x[i]);
             }
-            n += dot(q, in.x[i]);
+        } else {
+            n += dot(nibbles(w.q, 0), in.x[0]) + (upper_nibbles_dot(w.q, in.x[1]) >> 4);
         }
         sum = fmaf(static_cast<float>(n), w.d * in.block.scale, sum);
-        if constexpr (kHasMinimum) sum = fmaf(w.m, in.block.scale * static_cast<float>(in.block.sum), sum);
+        if constexpr (kHasMinimum) sum = fmaf(w.m, in.block.sum_of_x, sum);
         return sum;
     }
 };
@@ -181,7 +200,7 @@ struct NonLinearPiece : NibblePiece {
         Words q;
         float scale;
     };
-    __device__ static float add(const Weights& w, const Input& in, float sum) {
+    __device__ static float add(const Weights& w, const Input& in, uint32_t, float sum) {
         Words q[2];
         for (int i = 0; i < 4; ++i) {
             const uint32_t places = w.q.word[i];
@@ -208,100 +227,112 @@ private:
 };
 template <>
 struct Piece<WeightType::IQ4_NL> : NonLinearPiece {
-    __device__ static Weights load(const std::byte* row, int piece) {
-        const auto& block = block_at<BlockIQ4_NL>(row, piece);
-        return {load_sixteen<BlockIQ4_NL>(block.qs), from_half(block.d)};
+    using Block = BlockIQ4_NL;
+    static constexpr uint32_t kPieces = 1;
+    __device__ static Weights load(const Block& block, uint32_t, uint32_t, const RoundedInput&) {
+        return {load_sixteen<Block>(block.qs), from_half(block.d)};
     }
 };
 // A group of a block.
 template <>
 struct Piece<WeightType::IQ4_XS> : NonLinearPiece {
-    __device__ static Weights load(const std::byte* row, int piece) {
-        const auto& block = block_at<BlockIQ4_XS>(row, piece / 8);
-        return {load_sixteen<BlockIQ4_XS>(block.qs + piece % 8 * 16), scale_of(block, piece % 8)};
+    using Block = BlockIQ4_XS;
+    static constexpr uint32_t kPieces = 8;
+    __device__ static Weights load(const Block& block, uint32_t part, uint32_t, const RoundedInput&) {
+        return {load_sixteen<Block>(block.qs + part * 16), scale_of(block, static_cast<int>(part))};
     }
 };
 
-// An eighth of a Q4_K or Q5_K block: 16 columns of two groups of 32.
+// An eighth of a Q4_K or Q5_K block: 16 columns of two groups of 32, neighbours. Of x's two sums, over 32 columns, each
+// of a pair of pieces takes one off.
 struct KPiece {
-    static constexpr int kColumns = 32;
+    static constexpr uint32_t kColumns = 32, kPieces = 8;
     struct Input {
         Sixteen x[2];
-        RoundedBlock block[2];
+        float scale[2], sum_of_x;
     };
-    __device__ static Input input(const RoundedInput& x, int64_t token, int piece) {
-        const int group = piece / 2 * 64, col = group + piece % 2 * 16;
-        return {{sixteen(x, token, col), sixteen(x, token, col + 32)},
-                {block_of(x, token, group), block_of(x, token, group + 32)}};
+    __device__ static uint32_t first_column(uint32_t piece) { return piece / 2 * 64 + piece % 2 * 16; }
+    __device__ static Input input(const RoundedInput& x, uint32_t at, uint32_t part, uint32_t) {
+        const RoundedBlock* const blocks = x.blocks + at / kBlock;
+        return {{sixteen(x, at), sixteen(x, at + 32)},
+                {blocks[0].scale, blocks[1].scale},
+                blocks[part % 2].sum_of_x};
     }
-    // `head`: the block's first 16 bytes. Of x's two sums, over 32 columns, each of a pair of pieces takes one off.
-    __device__ static float add(const Words (&q)[2], const Words& head, int piece, const Input& in, float sum) {
-        const int part = piece % 2;
-        const GroupPair groups = group_pair(head, piece % 8 / 2 * 2);
+    // The scales of both groups and the one minimum, of `head`, the block's first 16 bytes.
+    struct Scales {
+        float scale[2], minimum;
+    };
+    __device__ static Scales scales(const Words& head, uint32_t part) {
+        // Without branches, as the lanes of a warp are of different parts: of groups 4 to 7 the lower four bits are
+        // elsewhere, and the upper two above those of the others.
+        const bool upper = part >= 4;
+        const uint32_t by = part / 2 % 2 * 16, low_bits = upper ? 0x0f0f : 0x3f3f, high_bits = upper ? 0x3030 : 0;
+        const uint32_t scales = ((upper ? head.word[3] : head.word[1]) >> by & low_bits) |
+                                (head.word[1] >> (by + 2) & high_bits);
+        const uint32_t minima = ((upper ? head.word[3] >> 4 : head.word[2]) >> by & low_bits) |
+                                (head.word[2] >> (by + 2) & high_bits);
         const float d = from_half(static_cast<half_bits>(head.word[0]));
         const float dmin = from_half(static_cast<half_bits>(head.word[0] >> 16));
-        const float scales[2] = {d * static_cast<float>(groups.scales & 255),
-                                 d * static_cast<float>(groups.scales >> 8 & 255)};
-        const float minimum = dmin * static_cast<float>(groups.minima >> part * 8 & 255);
-        for (int i = 0; i < 2; ++i) {
-            sum = fmaf(static_cast<float>(dot(q[i], in.x[i])), scales[i] * in.block[i].scale, sum);
-        }
-        const float scale = part == 0 ? in.block[0].scale : in.block[1].scale;
-        const int sum_of_x = part == 0 ? in.block[0].sum : in.block[1].sum;
-        return fmaf(-minimum, scale * static_cast<float>(sum_of_x), sum);
+        return {{d * static_cast<float>(scales & 255), d * static_cast<float>(scales >> 8)},
+                dmin * static_cast<float>(minima >> part % 2 * 8 & 255)};
     }
 };
 
 template <>
 struct Piece<WeightType::Q4_K> : KPiece {
+    using Block = BlockQ4_K;
     struct Weights {
         Words head, q;
-        int piece;
     };
-    __device__ static Weights load(const std::byte* row, int piece) {
-        const auto& block = block_at<BlockQ4_K>(row, piece / 8);
-        return {load_constant_words(&block), load_constant_words(block.qs + piece % 8 * 16), piece};
+    __device__ static Weights load(const Block& block, uint32_t part, uint32_t, const RoundedInput&) {
+        return {load_constant_words(&block), load_constant_words(block.qs + part * 16)};
     }
-    __device__ static float add(const Weights& w, const Input& in, float sum) {
-        const Words q[2] = {nibbles(w.q, 0), nibbles(w.q, 1)};
-        return KPiece::add(q, w.head, w.piece, in, sum);
+    __device__ static float add(const Weights& w, const Input& in, uint32_t part, float sum) {
+        const Scales s = scales(w.head, part);
+        sum = fmaf(static_cast<float>(dot(nibbles(w.q, 0), in.x[0])), s.scale[0] * in.scale[0], sum);
+        sum = fmaf(static_cast<float>(upper_nibbles_dot(w.q, in.x[1])), s.scale[1] * (in.scale[1] / 16), sum);
+        return fmaf(-s.minimum, in.sum_of_x, sum);
     }
 };
 
 template <>
 struct Piece<WeightType::Q5_K> : KPiece {
+    using Block = BlockQ5_K;
     struct Weights {
         Words head, q, high;
-        int piece;
     };
-    __device__ static Weights load(const std::byte* row, int piece) {
-        const auto& block = block_at<BlockQ5_K>(row, piece / 8);
-        return {load_constant_words(&block), load_constant_words(block.qs + piece % 8 * 16),
-                load_constant_words(block.qh + piece % 2 * 16), piece};
+    __device__ static Weights load(const Block& block, uint32_t part, uint32_t, const RoundedInput&) {
+        return {load_constant_words(&block), load_constant_words(block.qs + part * 16),
+                load_constant_words(block.qh + part % 2 * 16)};
     }
-    __device__ static float add(const Weights& w, const Input& in, float sum) {
-        Words q[2] = {nibbles(w.q, 0), nibbles(w.q, 1)};
-        const int first = w.piece % 8 / 2 * 2;
-        for (int i = 0; i < 2; ++i) put_high(q[i], bits_of(w.high, first + i, 0x01010101), 4);
-        return KPiece::add(q, w.head, w.piece, in, sum);
+    __device__ static float add(const Weights& w, const Input& in, uint32_t part, float sum) {
+        const Scales s = scales(w.head, part);
+        const int first = static_cast<int>(part / 2 * 2);
+        for (int i = 0; i < 2; ++i) {
+            Words q = nibbles(w.q, i);
+            put_high(q, w.high, first + i, 4, 0x10101010);
+            sum = fmaf(static_cast<float>(dot(q, in.x[i])), s.scale[i] * in.scale[i], sum);
+        }
+        return fmaf(-s.minimum, in.sum_of_x, sum);
     }
 };
 
 // A quarter of a Q2_K, Q3_K or Q6_K block: 16 columns of four groups of 32, each with a scale of its own.
 struct QuarterPiece {
-    static constexpr int kColumns = 64;
+    static constexpr uint32_t kColumns = 64, kPieces = 4;
     struct Input {
         Sixteen x[4];
         float scale[4];
         int sum[4];
     };
-    __device__ static Input input(const RoundedInput& x, int64_t token, int piece) {
-        const int half = piece / 2 * 128;
+    __device__ static uint32_t first_column(uint32_t piece) { return piece / 2 * 128 + piece % 2 * 16; }
+    __device__ static Input input(const RoundedInput& x, uint32_t at, uint32_t part, uint32_t) {
         Input in;
         for (int i = 0; i < 4; ++i) {
-            in.x[i] = sixteen(x, token, half + i * 32 + piece % 2 * 16);
-            in.scale[i] = block_of(x, token, half + i * 32).scale;
-            in.sum[i] = sum_of(in.x[i]);
+            in.x[i] = sixteen(x, at + i * 32);
+            const RoundedBlock block = block_of(x, at + i * 32);
+            in.scale[i] = block.scale;
+            in.sum[i] = part % 2 == 0 ? block.first_sum : block.sum - block.first_sum;
         }
         return in;
     }
@@ -309,24 +340,22 @@ struct QuarterPiece {
 
 template <>
 struct Piece<WeightType::Q2_K> : QuarterPiece {
+    using Block = BlockQ2_K;
     struct Weights {
         Words q;
         uint32_t scales[2];  // and minima; every other byte is this piece's
         uint32_t d;          // and dmin
-        int part;
     };
-    __device__ static Weights load(const std::byte* row, int piece) {
-        const auto& block = block_at<BlockQ2_K>(row, piece / 4);
-        const int half = piece % 4 / 2, part = piece % 2;
-        return {load_sixteen<BlockQ2_K>(block.qs + half * 32 + part * 16),
-                {load_four<BlockQ2_K>(block.scales + half * 8), load_four<BlockQ2_K>(block.scales + half * 8 + 4)},
-                load_four<BlockQ2_K>(&block.d),
-                part};
+    __device__ static Weights load(const Block& block, uint32_t part, uint32_t, const RoundedInput&) {
+        const uint32_t half = part / 2;
+        return {load_sixteen<Block>(block.qs + half * 32 + part % 2 * 16),
+                {load_four<Block>(block.scales + half * 8), load_four<Block>(block.scales + half * 8 + 4)},
+                load_four<Block>(&block.d)};
     }
-    __device__ static float add(const Weights& w, const Input& in, float sum) {
+    __device__ static float add(const Weights& w, const Input& in, uint32_t part, float sum) {
         const float d = from_half(static_cast<half_bits>(w.d)), dmin = from_half(static_cast<half_bits>(w.d >> 16));
         for (int i = 0; i < 4; ++i) {
-            const uint32_t group = w.scales[i / 2] >> (i % 2 * 16 + w.part * 8);
+            const uint32_t group = w.scales[i / 2] >> (i % 2 * 16 + part % 2 * 8);
             const int n = dot(bits_of(w.q, i * 2, 0x03030303), in.x[i]) * static_cast<int>(group & 15);
             sum = fmaf(static_cast<float>(n), d * in.scale[i], sum);
             const int off = in.sum[i] * static_cast<int>(group >> 4 & 15);
@@ -338,25 +367,23 @@ struct Piece<WeightType::Q2_K> : QuarterPiece {
 
 template <>
 struct Piece<WeightType::Q3_K> : QuarterPiece {
+    using Block = BlockQ3_K;
     struct Weights {
         Words q, high, tail;  // the last two bytes of qs, the scales, d
-        int piece;
     };
-    __device__ static Weights load(const std::byte* row, int piece) {
-        const auto& block = block_at<BlockQ3_K>(row, piece / 4);
-        const int half = piece % 4 / 2, part = piece % 2;
-        return {load_sixteen<BlockQ3_K>(block.qs + half * 32 + part * 16),
-                load_sixteen<BlockQ3_K>(block.hmask + part * 16),
-                load_sixteen<BlockQ3_K>(&block.qs[sizeof(block.qs) - 2]), piece};
+    __device__ static Weights load(const Block& block, uint32_t part, uint32_t, const RoundedInput&) {
+        return {load_sixteen<Block>(block.qs + part / 2 * 32 + part % 2 * 16),
+                load_sixteen<Block>(block.hmask + part % 2 * 16),
+                load_sixteen<Block>(&block.qs[sizeof(block.qs) - 2])};
     }
-    __device__ static float add(const Weights& w, const Input& in, float sum) {
-        const int half = w.piece % 4 / 2, part = w.piece % 2;
+    __device__ static float add(const Weights& w, const Input& in, uint32_t part, float sum) {
+        const int half = static_cast<int>(part / 2);
         const float d = from_half(static_cast<half_bits>(w.tail.word[3] >> 16));
         const auto scales = [&](int word) { return w.tail.word[word] >> 16 | w.tail.word[word + 1] << 16; };
-        const int by = part * 8 + half * 4;
+        const int by = static_cast<int>(part % 2) * 8 + half * 4;
         for (int i = 0; i < 4; ++i) {
             Words q = bits_of(w.q, i * 2, 0x03030303);
-            put_high(q, bits_of(w.high, half * 4 + i, 0x01010101), 2);
+            put_high(q, w.high, half * 4 + i, 2, 0x04040404);
             const uint32_t low = scales(i / 2) >> (by + i % 2 * 16) & 15;
             const uint32_t high = scales(2) >> (by + i % 2 * 16 + i / 2 * 2) & 3;
             const int scale = static_cast<int>(low | high << 4) - 32;
@@ -369,25 +396,24 @@ struct Piece<WeightType::Q3_K> : QuarterPiece {
 
 template <>
 struct Piece<WeightType::Q6_K> : QuarterPiece {
+    using Block = BlockQ6_K;
     struct Weights {
         Words low[2], high;
         int scale[4];
         float d;
     };
-    __device__ static Weights load(const std::byte* row, int piece) {
-        const auto& block = block_at<BlockQ6_K>(row, piece / 4);
-        const int half = piece % 4 / 2, part = piece % 2;
-        const uint8_t* low = block.ql + half * 64 + part * 16;
-        const int8_t* scales = block.scales + half * 8 + part;
-        return {{load_sixteen<BlockQ6_K>(low), load_sixteen<BlockQ6_K>(low + 32)},
-                load_sixteen<BlockQ6_K>(block.qh + half * 32 + part * 16),
+    __device__ static Weights load(const Block& block, uint32_t part, uint32_t, const RoundedInput&) {
+        const uint8_t* low = block.ql + part / 2 * 64 + part % 2 * 16;
+        const int8_t* scales = block.scales + part / 2 * 8 + part % 2;
+        return {{load_sixteen<Block>(low), load_sixteen<Block>(low + 32)},
+                load_sixteen<Block>(block.qh + part / 2 * 32 + part % 2 * 16),
                 {scales[0], scales[2], scales[4], scales[6]},
                 from_half(block.d)};
     }
-    __device__ static float add(const Weights& w, const Input& in, float sum) {
+    __device__ static float add(const Weights& w, const Input& in, uint32_t, float sum) {
         for (int i = 0; i < 4; ++i) {
             Words q = nibbles(w.low[i % 2], i / 2);
-            put_high(q, bits_of(w.high, i * 2, 0x03030303), 4);
+            put_high(q, w.high, i * 2, 4, 0x30303030);
             const int n = (dot(q, in.x[i]) - 32 * in.sum[i]) * w.scale[i];
             sum = fmaf(static_cast<float>(n), w.d * in.scale[i], sum);
         }
@@ -405,42 +431,41 @@ struct PlainInput {
 
 template <class Element>
 struct FloatPiece {
-    static constexpr int kColumns = 8;
+    static constexpr uint32_t kColumns = 8, kPieces = 1;
+    struct Block {
+        Element elements[kColumns];
+    };
     struct Weights {
         Words elements;
     };
     struct Input {
         float x[kColumns];
     };
+    __device__ static uint32_t first_column(uint32_t piece) { return piece * kColumns; }
     // A row's last piece may lack columns: their weights and x are 0.
-    __device__ static Weights load(const std::byte* row, int piece, const PlainInput& in) {
-        const int col = piece * kColumns;
-        const std::byte* from = row + col * 2;
-        if (in.aligned_w) return {load_constant_words(from)};
+    __device__ static Weights load(const Block& block, uint32_t, uint32_t column, const PlainInput& in) {
+        if (in.aligned_w) return {load_constant_words(&block)};
         Weights w{};
-        for (int i = 0; i < kColumns; ++i) {
-            if (col + i < in.x.cols) {
-                w.elements.word[i / 2] |= uint32_t{reinterpret_cast<const uint16_t*>(from)[i]} << i % 2 * 16;
-            }
+        for (uint32_t i = 0; i < kColumns; ++i) {
+            if (column + i < in.x.cols) w.elements.word[i / 2] |= uint32_t{block.elements[i].bits} << i % 2 * 16;
         }
         return w;
     }
-    __device__ static Input input(const PlainInput& in, int64_t token, int piece) {
-        const int col = piece * kColumns;
-        const float* from = in.x.data + token * in.x.stride + col;
+    __device__ static Input input(const PlainInput& in, uint32_t at, uint32_t, uint32_t column) {
+        const float* from = in.x.data + at;
         Input input;
-        if (in.aligned_x && col + kColumns <= in.x.cols) {
+        if (in.aligned_x && column + kColumns <= in.x.cols) {
             for (int i = 0; i < 2; ++i) {
                 const Words words = load_words(from + i * 4);
                 for (int j = 0; j < 4; ++j) input.x[i * 4 + j] = float_of_bits(words.word[j]);
             }
         } else {
-            for (int i = 0; i < kColumns; ++i) input.x[i] = col + i < in.x.cols ? from[i] : 0.0f;
+            for (uint32_t i = 0; i < kColumns; ++i) input.x[i] = column + i < in.x.cols ? from[i] : 0.0f;
         }
         return input;
     }
-    __device__ static float add(const Weights& w, const Input& in, float sum) {
-        for (int i = 0; i < kColumns; ++i) {
+    __device__ static float add(const Weights& w, const Input& in, uint32_t, float sum) {
+        for (uint32_t i = 0; i < kColumns; ++i) {
             const Element element{static_cast<uint16_t>(w.elements.word[i / 2] >> i % 2 * 16)};
             sum = fmaf(to_float(element), in.x[i], sum);
         }
@@ -452,15 +477,10 @@ struct Piece<WeightType::F16> : FloatPiece<Half> {};
 template <>
 struct Piece<WeightType::BF16> : FloatPiece<Bfloat> {};
 
-template <class P>
-__device__ __forceinline__ auto load_piece(const std::byte* row, int piece, const RoundedInput&) {
-    return P::load(row, piece);
-}
-template <class P>
-__device__ __forceinline__ auto load_piece(const std::byte* row, int piece, const PlainInput& in) {
-    return P::load(row, piece, in);
-}
-__device__ __forceinline__ int64_t columns(const RoundedInput& x) { return x.cols; }
-__device__ __forceinline__ int64_t columns(const PlainInput& x) { return x.x.cols; }
+__device__ __forceinline__ uint32_t columns(const RoundedInput& x) { return static_cast<uint32_t>(x.cols); }
+__device__ __forceinline__ uint32_t columns(const PlainInput& x) { return static_cast<uint32_t>(x.x.cols); }
+// Between rows of x.
+__device__ __forceinline__ uint32_t stride(const RoundedInput& x) { return static_cast<uint32_t>(x.cols); }
+__device__ __forceinline__ uint32_t stride(const PlainInput& x) { return static_cast<uint32_t>(x.x.stride); }
 
 }  // namespace yivl::cuda

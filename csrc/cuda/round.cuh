@@ -18,9 +18,13 @@ __device__ __forceinline__ void round_block(const RoundedInput& to, int64_t row,
     const int64_t at = row * to.cols + col;
     to.high[at] = static_cast<int8_t>(high);
     to.low[at] = static_cast<int8_t>(n - high * 256);
-    const auto sum = static_cast<int>(reduce_warp<Sum>(rounded));  // of at most 19 bits: exact
+    // Of at most 19 bits: exact. The first lane's half is the first 16 columns.
+    float half_sum = rounded;
+    for (int mask = kBlock / 4; mask > 0; mask /= 2) half_sum += shuffle_xor(half_sum, mask);
+    const float sum = half_sum + shuffle_xor(half_sum, kBlock / 2);
     if (lane_id() == 0) {
-        to.blocks[at / kBlock] = {finite ? (some ? most / kLargestInteger : 0.0f) : NAN, sum};
+        const float scale = finite ? (some ? most / kLargestInteger : 0.0f) : NAN;
+        to.blocks[at / kBlock] = {scale, scale * sum, static_cast<int>(sum), static_cast<int>(half_sum)};
     }
 }
 

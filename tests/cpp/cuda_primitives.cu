@@ -245,7 +245,7 @@ __global__ void numbers_kernel(float* out, int* dots, const float* in, int n) {
         const uint32_t halves = pack_halves(in[i], 2.0f);
         out[3 * n + i] =
             to_float(Half{static_cast<uint16_t>(halves)}) * to_float(Half{static_cast<uint16_t>(halves >> 16)});
-        dots[i] = dp4a(0x7f80ff01 + i, 0x8001fe03 - i, 1000);
+        dots[i] = dp4a(0x7f80ff01 + i, 0x8001fe03 - i, 1000) + 7 * dp4a_unsigned(0x7f80ff01 + i, 0x8001fe03 - i, 1);
     }
 }
 
@@ -276,10 +276,11 @@ void numbers(Stream& stream) {
         // What device.h says of it.
         const double power = std::exp2(double{values[i]});
         expect(std::fabs(found[2 * n + i] - power) <= std::ldexp(power, -22), "fast_exp2", i);
-        int sum = 1000;
+        int sum = 1000 + 7;
         const uint32_t a = 0x7f80ff01u + static_cast<uint32_t>(i), b = 0x8001fe03u - static_cast<uint32_t>(i);
         for (int byte = 0; byte < 4; ++byte) {
-            sum += static_cast<int8_t>(a >> 8 * byte) * static_cast<int8_t>(b >> 8 * byte);
+            const int of_b = static_cast<int8_t>(b >> 8 * byte);
+            sum += static_cast<int8_t>(a >> 8 * byte) * of_b + 7 * static_cast<uint8_t>(a >> 8 * byte) * of_b;
         }
         expect(found_dots[i] == sum, "dp4a", i);
     }

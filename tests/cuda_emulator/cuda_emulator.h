@@ -144,6 +144,9 @@ template <class T>
 T shuffle_xor(T value, int mask, const emulator::Place& place = emulator::Place::current()) {
     return cuda::shuffle(value, lane_id() ^ mask, place);
 }
+inline int uniform_warp_id(const emulator::Place& place = emulator::Place::current()) {
+    return cuda::shuffle(warp_id(), 0, place);
+}
 inline unsigned ballot(bool value, const emulator::Place& place = emulator::Place::current()) {
     unsigned out;
     emulator::meet(
@@ -195,6 +198,10 @@ inline void fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 inline int dp4a(int a, int b, int sum) {
     for (int i = 0; i < 32; i += 8) sum += static_cast<int8_t>(a >> i) * static_cast<int8_t>(b >> i);
+    return sum;
+}
+inline int dp4a_unsigned(uint32_t a, int b, int sum) {
+    for (int i = 0; i < 32; i += 8) sum += static_cast<uint8_t>(a >> i) * static_cast<int8_t>(b >> i);
     return sum;
 }
 
