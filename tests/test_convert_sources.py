@@ -215,12 +215,6 @@ def test_wrong_files_are_told(tmp_path: Path, golden: dict[str, Path]) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["noise.gguf"]
 
 
-def test_output_may_replace_the_source(tmp_path: Path, golden: dict[str, Path]) -> None:
-    shutil.copyfile(golden["f32"], tmp_path / "model.gguf")
-    convert(tmp_path / "model.gguf", tmp_path / "model.gguf", type="q8_0")
-    assert contents(tmp_path / "model.gguf")[1] == contents(golden["q8_0"])[1]
-
-
 def test_importance_changes_the_codes_and_is_checked(tmp_path: Path, golden: dict[str, Path]) -> None:
     images, prompts = tmp_path / "images", tmp_path / "prompts.txt"
     images.mkdir()
