@@ -194,9 +194,11 @@ MATVEC = [*INTEGERS, GGMLQuantizationType.F16, GGMLQuantizationType.BF16]
 def test_products_for_decode_at_awkward_sizes(isa: str, qtype: GGMLQuantizationType) -> None:
     ops = _core.KernelOps(isa)
     block = GGML_QUANT_SIZES[qtype][0]
-    # Fewer pieces of a row than a warp has lanes, and more; an odd number of blocks leaves rows at odd places.
-    for cols in (588, 8, 3) if block == 1 else (block, 3 * block, max(1056 // block, 9) * block):
-        for rows in (1, 2, 9):
+    # Fewer pieces of a row than a warp has lanes, and more, in two rounds and in many; an odd number of blocks leaves
+    # rows at odd places.
+    several = (588, 8, 3) if block == 1 else (block, 3 * block, max(1056 // block, 9) * block)
+    for cols in (*several, 6400 + block):
+        for rows in (1, 2, 9) if cols < 6400 else (3,):
             data, w = random_weights(qtype, rows, cols, rows)
             x, bias = normal(cols, 7, cols), normal(3, rows)
             exact, sizes = product(isa, x, w, qtype)

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                   static_cast<int>(head_dim));
     wait_for_earlier_kernels();
 
-    const int warp = warp_id(), col = lane_id() * kLane;
+    const int warp = uniform_warp_id(), col = lane_id() * kLane;
     const bool has_columns = col < head_dim;
     const float scale = 1.0f / sqrtf(static_cast<float>(head_dim));
     const int64_t kv_col = kv_head * head_dim + (has_columns ? col : 0);
