@@ -24,8 +24,8 @@ constexpr int kMostTokens = 4;  // of a warp
 // multiprocessors of an H100.
 constexpr int blocks_at_once(WeightType type, int tokens) {
     if (type == WeightType::Q4_K && tokens == 1) return 5;
-    const bool large_piece =
-        type == WeightType::Q3_K || type == WeightType::Q6_K || (type == WeightType::Q2_K && tokens > 1);
+    const bool large_piece = type == WeightType::Q3_K || type == WeightType::Q6_K ||
+                             (type == WeightType::Q2_K && tokens > 1) || (type == WeightType::Q5_K && tokens > 2);
     return 4 - large_piece - (tokens > 1);
 }
 constexpr int kGatedWarps = 8;

@@ -4,9 +4,9 @@
 // for every 32 columns. An integer of x is 256 * high + low, two signed bytes, so that two dp4a multiply four weights;
 // sums of a group of columns are exact, then scaled and added in float32. Half-precision weights meet x itself.
 //
-// A lane's pieces are kWarp apart, and a block has 1, 2, 4 or 8: which part of their blocks they are never changes. So a
-// row's pieces are reached by adding the same again and again to a pointer, and what follows from the part is computed
-// once.
+// A lane's pieces are kWarp apart, and a block has 1, 2, 4 or 8: which part of their blocks they are never changes. So
+// a row's pieces are reached by adding the same again and again to a pointer, and what follows from the part is
+// computed once.
 //
 // A piece type has kColumns, Block and kPieces of it, first_column(piece), Weights load(block, part, column, x), Input
 // input(x, at, part, column), x's column of a token being number `at` of all, and add(weights, input, part, sum), which
@@ -92,7 +92,6 @@ __device__ __forceinline__ int upper_nibbles_dot(const Words& q, const Sixteen& 
     const auto upper = [&](int i) { return q.word[i] & 0xf0f0f0f0; };
     return dot_unsigned({{upper(0), upper(1), upper(2), upper(3)}}, x);
 }
-
 
 // Of each word the bits of `mask`, brought down by `by`.
 __device__ __forceinline__ Words bits_of(const Words& w, int by, uint32_t mask) {
@@ -254,9 +253,7 @@ struct KPiece {
     __device__ static uint32_t first_column(uint32_t piece) { return piece / 2 * 64 + piece % 2 * 16; }
     __device__ static Input input(const RoundedInput& x, uint32_t at, uint32_t part, uint32_t) {
         const RoundedBlock* const blocks = x.blocks + at / kBlock;
-        return {{sixteen(x, at), sixteen(x, at + 32)},
-                {blocks[0].scale, blocks[1].scale},
-                blocks[part % 2].sum_of_x};
+        return {{sixteen(x, at), sixteen(x, at + 32)}, {blocks[0].scale, blocks[1].scale}, blocks[part % 2].sum_of_x};
     }
     // The scales of both groups and the one minimum, of `head`, the block's first 16 bytes.
     struct Scales {
@@ -267,10 +264,10 @@ struct KPiece {
         // elsewhere, and the upper two above those of the others.
         const bool upper = part >= 4;
         const uint32_t by = part / 2 % 2 * 16, low_bits = upper ? 0x0f0f : 0x3f3f, high_bits = upper ? 0x3030 : 0;
-        const uint32_t scales = ((upper ? head.word[3] : head.word[1]) >> by & low_bits) |
-                                (head.word[1] >> (by + 2) & high_bits);
-        const uint32_t minima = ((upper ? head.word[3] >> 4 : head.word[2]) >> by & low_bits) |
-                                (head.word[2] >> (by + 2) & high_bits);
+        const uint32_t scales =
+            ((upper ? head.word[3] : head.word[1]) >> by & low_bits) | (head.word[1] >> (by + 2) & high_bits);
+        const uint32_t minima =
+            ((upper ? head.word[3] >> 4 : head.word[2]) >> by & low_bits) | (head.word[2] >> (by + 2) & high_bits);
         const float d = from_half(static_cast<half_bits>(head.word[0]));
         const float dmin = from_half(static_cast<half_bits>(head.word[0] >> 16));
         return {{d * static_cast<float>(scales & 255), d * static_cast<float>(scales >> 8)},
@@ -373,8 +370,7 @@ struct Piece<WeightType::Q3_K> : QuarterPiece {
     };
     __device__ static Weights load(const Block& block, uint32_t part, uint32_t, const RoundedInput&) {
         return {load_sixteen<Block>(block.qs + part / 2 * 32 + part % 2 * 16),
-                load_sixteen<Block>(block.hmask + part % 2 * 16),
-                load_sixteen<Block>(&block.qs[sizeof(block.qs) - 2])};
+                load_sixteen<Block>(block.hmask + part % 2 * 16), load_sixteen<Block>(&block.qs[sizeof(block.qs) - 2])};
     }
     __device__ static float add(const Weights& w, const Input& in, uint32_t part, float sum) {
         const int half = static_cast<int>(part / 2);
