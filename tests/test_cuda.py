@@ -219,9 +219,10 @@ def test_products_for_decode_at_awkward_sizes(isa: str, qtype: GGMLQuantizationT
 @pytest.mark.parametrize("qtype", MATVEC, ids=lambda t: t.name)
 def test_gated_products_for_decode(isa: str, qtype: GGMLQuantizationType) -> None:
     ops = _core.KernelOps(isa)
-    (gate, _), (up, _) = (random_weights(qtype, 70, 256, seed) for seed in (1, 2))
-    for tokens in (1, 3):
-        x = normal(5, tokens, 256)
+    block = GGML_QUANT_SIZES[qtype][0]
+    for tokens, cols in ((1, 256), (3, 256), (1, 6400 + block)):
+        (gate, _), (up, _) = (random_weights(qtype, 70, cols, seed) for seed in (1, 2))
+        x = normal(5, tokens, cols)
         y, g, u = np.full((3, tokens, 70), np.nan, np.float32)
         ops.gated_linear(y, x, gate.reshape(-1), qtype.value, up.reshape(-1), qtype.value)
         ops.linear(g, x, gate.reshape(-1), qtype.value)

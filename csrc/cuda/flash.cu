@@ -4,7 +4,7 @@
 // Every operand is a sum of two halves, high + low, of 22 bits together. high * high + high * low + low * high is a
 // product as good as float32's to within 2^-21, for three times the work of one pass; in one pass, models with float32
 // weights would no longer be exact. A tensor core's own sums are less exact than float32's (docs/cuda.md): they go no
-// further than a few keys. Beyond 65504 keys and values become infinite.
+// further than a few keys. Keys and values beyond 65504 make what meets their tile no number.
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/tile.cuh"

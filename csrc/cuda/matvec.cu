@@ -54,8 +54,8 @@ __device__ __forceinline__ void prefetch_row(const std::byte* row, int64_t row_b
     if (lane_id() < kLinesAhead && at < row_bytes) prefetch_line(row + at);
 }
 
-// sums[r][t] = w[r] . x[first_token + t], in every lane. Tokens past the last repeat it. begun() is called when earlier
-// kernels have ended: what it loads comes while this multiplies.
+// sums[r][t] = w[r] . x[first_token + t], in every lane. Tokens past the last repeat it, or have sums of 0. begun() is
+// called when earlier kernels have ended: what it loads comes while this multiplies.
 template <class P, class Input, int kTokens, class Begun>
 __device__ __forceinline__ void multiply_rows(float (&sums)[kRows][kTokens], const std::byte* const (&w)[kRows],
                                               const Input& x, int64_t first_token, int64_t n_tokens, Begun&& begun) {

@@ -13,8 +13,7 @@ template <int kRows, int kChunks>
 struct Tile {
     __device__ Words& chunk(int row, int c) { return chunk(0, 0, row, c); }
     // The same of first_row + row and first_chunk + c. Where the compiler knows the first ones, a thread's part of the
-    // address is the same for many. first_row is a multiple of kExchanged, and neither is first_chunk + c carried into
-    // the next kExchanged.
+    // address is the same for many. Where chunks are exchanged, first_row is a multiple of 8.
     __device__ Words& chunk(int first_row, int first_chunk, int row, int c) {
         const int turn = (kExchanged == 4 ? row / 2 : row) % kExchanged;
         return words[first_row + row][first_chunk / kExchanged * kExchanged + ((first_chunk % kExchanged + c) ^ turn)];
