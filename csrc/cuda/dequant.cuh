@@ -62,25 +62,21 @@ __device__ __forceinline__ float value(const BlockQ3_K& b, int i) {
 struct GroupPair {
     uint32_t scales, minima;
 };
-__device__ __forceinline__ GroupPair group_pair(const Words& head, int first) {
-    const int by = first % 4 * 8;
-    uint32_t scales = head.word[1] >> by, minima = head.word[2] >> by;
-    if (first < 4) {
-        scales &= 0x3f3f;
-        minima &= 0x3f3f;
-    } else {
-        const uint32_t low = head.word[3] >> by;
-        scales = (low & 0x0f0f) | (scales >> 2 & 0x3030);
-        minima = (low >> 4 & 0x0f0f) | (minima >> 2 & 0x3030);
-    }
-    return {scales, minima};
+__device__ __forceinline__ GroupPair group_pair(const Words& head, uint32_t first) {
+    // Without branches, for lanes that differ: of groups 4 to 7 the lower four bits are elsewhere, and the upper two
+    // above those of the others.
+    const bool upper = first >= 4;
+    const uint32_t by = first % 4 * 8, low_bits = upper ? 0x0f0f : 0x3f3f, high_bits = upper ? 0x3030 : 0;
+    const uint32_t scales = upper ? head.word[3] : head.word[1], minima = upper ? head.word[3] >> 4 : head.word[2];
+    return {(scales >> by & low_bits) | (head.word[1] >> (by + 2) & high_bits),
+            (minima >> by & low_bits) | (head.word[2] >> (by + 2) & high_bits)};
 }
 // Group g: scale * q - minimum.
 struct Group {
     float scale, minimum;
 };
 __device__ __forceinline__ Group group_of(const Words& head, int g) {
-    const GroupPair pair = group_pair(head, g / 2 * 2);
+    const GroupPair pair = group_pair(head, static_cast<uint32_t>(g) / 2 * 2);
     return {from_half(static_cast<half_bits>(head.word[0])) * static_cast<float>(pair.scales >> g % 2 * 8 & 255),
             from_half(static_cast<half_bits>(head.word[0] >> 16)) * static_cast<float>(pair.minima >> g % 2 * 8 & 255)};
 }

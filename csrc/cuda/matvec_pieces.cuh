@@ -260,14 +260,7 @@ struct KPiece {
         float scale[2], minimum;
     };
     __device__ static Scales scales(const Words& head, uint32_t part) {
-        // Without branches, as the lanes of a warp are of different parts: of groups 4 to 7 the lower four bits are
-        // elsewhere, and the upper two above those of the others.
-        const bool upper = part >= 4;
-        const uint32_t by = part / 2 % 2 * 16, low_bits = upper ? 0x0f0f : 0x3f3f, high_bits = upper ? 0x3030 : 0;
-        const uint32_t scales =
-            ((upper ? head.word[3] : head.word[1]) >> by & low_bits) | (head.word[1] >> (by + 2) & high_bits);
-        const uint32_t minima =
-            ((upper ? head.word[3] >> 4 : head.word[2]) >> by & low_bits) | (head.word[2] >> (by + 2) & high_bits);
+        const auto [scales, minima] = group_pair(head, part / 2 * 2);
         const float d = from_half(static_cast<half_bits>(head.word[0]));
         const float dmin = from_half(static_cast<half_bits>(head.word[0] >> 16));
         return {{d * static_cast<float>(scales & 255), d * static_cast<float>(scales >> 8)},

@@ -107,11 +107,12 @@ def inspect(
     is_mmproj = metadata.get("general.architecture") == "clip"
     if is_mmproj and mmproj is not None:
         raise _core.ModelFileError(f"{path}: expected the text model of the pair, found an mmproj file")
-    if mmproj is not None and os.path.exists(mmproj) and os.path.samefile(path, mmproj):
+    has_tower = "clip.has_vision_encoder" in metadata
+    if mmproj is not None and has_tower and os.path.exists(mmproj) and os.path.samefile(path, mmproj):
         mmproj = None  # a single file has both halves
     if mmproj is not None:
         vision_file = _core.GgufFile.open(mmproj)
-    elif is_mmproj or "clip.has_vision_encoder" in metadata:
+    elif is_mmproj or has_tower:
         vision_file = file
     else:
         vision_file = None
