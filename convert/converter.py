@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +30,7 @@ from yivl_edge.convert.selftest import make_self_test, self_test_keys
 from yivl_edge.convert.source import Source, open_source
 from yivl_edge.convert.tensor_map import Part, Policy, Tensor
 from yivl_edge.convert.writer import Files, check_targets, writing
+from yivl_edge.hashes import damage
 from yivl_edge.selftest import IMPORTANCE_KEY, TINY, rounding_limit, scale_limit
 
 # Weights in flight: small against any model, large enough for numpy; a cancel waits for one such slice.
@@ -94,7 +96,7 @@ def run_conversion(
             for plan in plans
             for info in plan.tensors
         ),
-        notes=(*_notes(types, wanted, importance), *_without_effect(table, choice)),
+        notes=(*source.notes, *_notes(types, wanted, importance), *_without_effect(table, choice)),
     )
     if dry_run:
         return result
@@ -143,22 +145,28 @@ class _Run:
         tensor = self._tensors[published_name]
         first_visit = tensor.name not in self.written
         results: list[Any] = []
-        pending: deque[tuple[int, Future[_Piece]]] = deque()
+        pending: deque[tuple[int, int, Future[_Piece]]] = deque()
+        carried = self._source.stored_hash(tensor) if first_visit else None
+        stored = hashlib.sha256()
 
         def finish() -> None:
-            count, future = pending.popleft()
+            first, count, future = pending.popleft()
             piece = future.result()
             results.append(piece.result)
+            if carried is not None and (data := self._source.stored(tensor, first, count)) is not None:
+                stored.update(data.data)
             if first_visit:
                 self._files.write(tensor.name, piece.data, rounding=piece.rounding)
                 self._report(count * prod(tensor.shape[1:]))
 
         for first, count in _slices(tensor, self._source.config.decoder.head_dim):
-            pending.append((count, self._pool.submit(self._slice, tensor, first, count, work)))
+            pending.append((first, count, self._pool.submit(self._slice, tensor, first, count, work)))
             if len(pending) > self._ahead:
                 finish()
         while pending:
             finish()
+        if carried is not None and stored.hexdigest() != carried[1]:
+            raise damage(str(carried[0]), tensor.name, carried[1], stored.hexdigest())
         self.written.add(tensor.name)
         return results
 

@@ -18,6 +18,7 @@ from yivl_edge.convert.header import Key
 from yivl_edge.convert.source import Source
 from yivl_edge.convert.tensor_map import Part, Tensor
 from yivl_edge.convert.tokenizer import TokenizerTables
+from yivl_edge.hashes import TENSORS_KEY, DamagedHeaderError, recorded_hashes
 
 
 class GgufSource(Source):
@@ -49,6 +50,20 @@ class GgufSource(Source):
             if isinstance(number := file.metadata.get("general.file_type"), int)
         }
         self._swapped = _swapped_mlp(self._tensors, self.config.vision)
+        self.notes = []
+        self._hashes: dict[str, tuple[Path, str]] = {}
+        for carrying, file in zip(self._paths, files, strict=True):
+            if TENSORS_KEY not in file.metadata:
+                continue
+            try:
+                hashes = recorded_hashes(carrying)
+            except DamagedHeaderError:
+                self.notes.append(
+                    f"{carrying}: its header is not the one that was hashed: another program changed it, or it is "
+                    "damaged. Its hashes were not checked"
+                )
+            else:
+                self._hashes |= {name: (carrying, sha256) for name, sha256 in hashes.items()}
 
     def _model_config(self, path: Path, config: _core.Config) -> ModelConfig:
         decoder, vision = config.decoder, config.vision
@@ -151,6 +166,10 @@ class GgufSource(Source):
         data = self._find(tensor).data
         row = len(data) // tensor.shape[0]  # a vector has rows of one
         return data[first * row : (first + count) * row]
+
+    def stored_hash(self, tensor: Tensor) -> tuple[Path, str] | None:
+        """See Source."""
+        return self._hashes.get(self._name(tensor))
 
 
 _OWN_KEYS = {"general.architecture", "general.name"}

@@ -31,6 +31,7 @@ class Source(ABC):
     file_types: Mapping[Part, int] = MappingProxyType(
         {}
     )  # ``general.file_type`` of decoder and vision, if there
+    notes: Sequence[str] = ()  # what whoever converts this should know
 
     def tensors(self, *, all_vision_blocks: bool) -> list[Tensor]:
         """The table for this model, with the ViT's blocks that run or all of them."""
@@ -59,6 +60,10 @@ class Source(ABC):
 
     def stored(self, _tensor: Tensor, _first: int, _count: int) -> npt.NDArray[np.uint8] | None:
         """The bytes of these rows, flat, where the source has them as GGUF has them. Threads may call it."""
+        return None
+
+    def stored_hash(self, _tensor: Tensor) -> tuple[Path, str] | None:
+        """The SHA-256 that the tensor's stored bytes should have, and the file that says so."""
         return None
 
 

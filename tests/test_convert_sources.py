@@ -14,6 +14,7 @@ import pytest
 from checkpoints import GOLDEN, GOLDEN_VIT, golden_decoder, golden_vit, write_shards
 from gguf import GGUFReader
 from test_foreign_files import as_old_scripts, with_block_count
+from test_verify import damaged
 from weight_types import rewrite
 from yivl_edge import Model, ModelFileError
 from yivl_edge.cli import main
@@ -200,6 +201,31 @@ def test_text_model_alone_stays_one(tmp_path: Path, golden: dict[str, Path]) -> 
 def test_single_file_cannot_become_a_pair(tmp_path: Path, golden: dict[str, Path]) -> None:
     with pytest.raises(CheckpointError, match="has only the 3 ViT blocks that run"):
         convert(golden["f32"], tmp_path / "out.gguf", layout="pair")
+
+
+@pytest.mark.parametrize("half", ["f32", "f32-text", "f32-text-mmproj"])
+def test_damaged_weights_are_not_made_into_a_sound_file(
+    tmp_path: Path, golden: dict[str, Path], half: str
+) -> None:
+    tensor = "v.blk.1.ffn_up.weight" if half == "f32-text-mmproj" else "blk.1.ffn_up.weight"
+    damaged(golden[half], tmp_path / "damaged.gguf", tensor)
+    halves = golden | {half: tmp_path / "damaged.gguf"}
+    mmproj = None if half == "f32" else halves["f32-text-mmproj"]
+    source = halves["f32" if half == "f32" else "f32-text"]
+    with pytest.raises(ModelFileError, match=rf"damaged\.gguf: {tensor} is damaged: its SHA-256 should be"):
+        convert(source, tmp_path / "out.gguf", mmproj=mmproj, type="q8_0")
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged.gguf"]
+
+
+def test_a_file_that_another_program_changed_is_taken_as_it_is(
+    tmp_path: Path, golden: dict[str, Path]
+) -> None:
+    named = {"general.name": "Another"}
+    source = rewrite(golden["f32"], tmp_path / "renamed.gguf", keys=lambda keys: keys | named)
+    (note,) = convert(source, tmp_path / "out.gguf", type="q8_0").notes
+    assert "renamed.gguf: its header is not the one that was hashed" in note
+    assert contents(tmp_path / "out.gguf")[1] == contents(golden["q8_0"])[1]
+    assert main(["verify", str(tmp_path / "out.gguf")]) == 0
 
 
 def test_wrong_files_are_told(tmp_path: Path, golden: dict[str, Path]) -> None:

@@ -34,24 +34,12 @@ def header_hash(header: bytes) -> str:
     return hashlib.sha256(before + mark + NO_HASH.encode() + after[len(NO_HASH) :]).hexdigest()
 
 
-def check_hashes(
-    path: str | os.PathLike[str],
-    *,
-    n_threads: int | None = None,
-    on_progress: Callable[[str, float], object] | None = None,
-) -> int:
-    """Compare a file's header, and the bytes of every tensor, with the SHA-256 that the file carries.
-
-    Args:
-        path: a model file, or either half of a pair.
-        n_threads: threads to work with; None for one per physical core.
-        on_progress: called with ``"hash"`` and the fraction done.
-
-    Returns:
-        The number of tensors.
+def recorded_hashes(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The SHA-256 that a file carries of each tensor, by name, once its header is found to be the one that was hashed.
 
     Raises:
-        ModelFileError: the file cannot be read, carries no hashes, or is damaged.
+        DamagedHeaderError: it is not: damage, or another program changed it.
+        ModelFileError: the file cannot be read, carries no hashes, or has other tensors than they say.
     """
     file, name = _core.GgufFile.open(path), os.fspath(path)
     lines, header = file.metadata.get(TENSORS_KEY), file.metadata.get(HEADER_KEY)
@@ -73,14 +61,41 @@ def check_hashes(
         raise _core.ModelFileError(f"{name}: {unhashed[0]} and {len(unhashed) - 1} more tensors have no hash")
     if absent := hashes.keys() - {tensor.name for tensor in tensors}:
         raise _core.ModelFileError(f"{name}: {min(absent)} has a hash, but is not in the file")
+    return hashes
+
+
+def damage(name: str, tensor: str, expected: str, found: str) -> DamagedError:
+    """The error of a tensor in the file `name` whose bytes have another SHA-256 than the file says."""
+    return DamagedError(f"{name}: {tensor} is damaged: its SHA-256 should be {expected}, found {found}")
+
+
+def check_hashes(
+    path: str | os.PathLike[str],
+    *,
+    n_threads: int | None = None,
+    on_progress: Callable[[str, float], object] | None = None,
+) -> int:
+    """Compare a file's header, and the bytes of every tensor, with the SHA-256 that the file carries.
+
+    Args:
+        path: a model file, or either half of a pair.
+        n_threads: threads to work with; None for one per physical core.
+        on_progress: called with ``"hash"`` and the fraction done.
+
+    Returns:
+        The number of tensors.
+
+    Raises:
+        ModelFileError: the file cannot be read, carries no hashes, or is damaged.
+    """
+    hashes, name = recorded_hashes(path), os.fspath(path)
+    tensors = _core.GgufFile.open(path).tensors
     total, done = sum(tensor.nbytes for tensor in tensors), 0
     with ThreadPoolExecutor(n_threads or _core.default_thread_count()) as pool:
         try:
             for tensor, found in zip(tensors, pool.map(_tensor_hash, tensors), strict=True):
                 if found != hashes[tensor.name]:
-                    raise DamagedError(
-                        f"{name}: {tensor.name} is damaged: its SHA-256 should be {hashes[tensor.name]}, found {found}"
-                    )
+                    raise damage(name, tensor.name, hashes[tensor.name], found)
                 done += tensor.nbytes
                 if on_progress is not None:
                     on_progress("hash", done / total)
