@@ -9,7 +9,7 @@ namespace yivl {
 class Buffer {
 public:
     Buffer() = default;
-    Buffer(Backend& backend, int64_t rows, int64_t cols, Filling filling = Filling::at_once);
+    Buffer(Backend& backend, int64_t rows, int64_t cols);
     Mat view() const { return {reinterpret_cast<float*>(memory_.get()), rows_, cols_}; }
     Mat rows(int64_t count) const { return view().row_range(0, count); }
 

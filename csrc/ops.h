@@ -97,12 +97,6 @@ enum class Unit {
     half,  // matrices of half precision, summed in float32
 };
 
-// How memory comes to be used.
-enum class Filling {
-    at_once,
-    over_time,  // what is not used yet should take no memory
-};
-
 // What a device offers: where weights live and how to compute there. Shared by all sessions of a model.
 class Backend {
 public:
@@ -112,7 +106,7 @@ public:
     virtual int n_threads() const = 0;
     virtual std::unique_ptr<Ops> ops(Control& control) = 0;
     // Not initialised, aligned to 64 bytes or more. Throws AllocationError.
-    virtual Memory allocate(size_t bytes, Filling filling) = 0;
+    virtual Memory allocate(size_t bytes) = 0;
     // Bytes of a mapped file where operations can read them: the same ones, or a copy that lives as long as the
     // backend.
     virtual const std::byte* place(std::span<const std::byte> bytes, Control& control) = 0;

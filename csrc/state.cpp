@@ -35,8 +35,8 @@ DecoderState::DecoderState(Backend& backend, const DecoderConfig& c, Layers laye
       logits(backend, 1, c.vocab_size),
       n_kv_heads(c.n_kv_heads),
       by_head(backend.cache_by_head()),
-      k_cache(backend, layers.count() * n_ctx, c.kv_width(), Filling::over_time),
-      v_cache(backend, layers.count() * n_ctx, c.kv_width(), Filling::over_time) {}
+      k_cache(backend, layers.count() * n_ctx, c.kv_width()),
+      v_cache(backend, layers.count() * n_ctx, c.kv_width()) {}
 
 Heads DecoderState::of_layer(const Buffer& cache, int64_t layer) const {
     const Mat all = cache.view().row_range((layer - layers.begin) * n_ctx, n_ctx);

@@ -446,7 +446,7 @@ public:
         state_.pool.check_process();
         return std::make_unique<CpuOps>(state_, control);
     }
-    Memory allocate(size_t bytes, Filling filling) override {
+    Memory allocate(size_t bytes) override {
         constexpr size_t kLine = 64;  // of the cache, and the widest vector
         constexpr size_t kHugePage = 1 << 21;
         const size_t alignment = bytes >= kHugePage ? kHugePage : kLine;
@@ -457,11 +457,8 @@ public:
                                   " bytes of activations or KV cache; a smaller n_ctx needs less");
         }
 #if defined(__linux__)
-        // Rows of activations lie far apart: with small pages kernels wait for their addresses. A huge page is in memory
-        // as soon as a byte of it is used, and of a KV cache the beginning of every head's part is. Only hints.
-        if (alignment == kHugePage) {
-            madvise(memory, rounded, filling == Filling::at_once ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
-        }
+        // Attention goes through keys that lie far apart: with small pages it waits for their addresses. Only a hint.
+        if (alignment == kHugePage) madvise(memory, rounded, MADV_HUGEPAGE);
 #endif
         return {static_cast<std::byte*>(memory), std::free};
     }

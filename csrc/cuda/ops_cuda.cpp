@@ -489,7 +489,7 @@ public:
     std::unique_ptr<Ops> ops(Control& control) override {
         return std::make_unique<CudaOps>(workspaces_, profiled_ ? &profile_ : nullptr, control);
     }
-    Memory allocate(size_t bytes, Filling) override { return allocate_shared(device_, bytes); }
+    Memory allocate(size_t bytes) override { return allocate_shared(device_, bytes); }
 
     const std::byte* place(std::span<const std::byte> bytes, Control& control) override {
         std::byte* const placed = room_for(bytes.size());
@@ -515,7 +515,7 @@ public:
             stream.synchronize();
             return done;
         }
-        const Memory sink = allocate_shared(device_, sizeof(float));
+        const Memory sink = allocate(sizeof(float));
         auto* to = reinterpret_cast<float*>(sink.get());
         done = unit == Unit::half ? exert_halves(stream, to, n_multiprocessors_, rounds)
                                   : exert_floats(stream, to, n_multiprocessors_, rounds);
@@ -535,7 +535,7 @@ private:
     Copied room_to_copy() {
         for (size_t size = copied_bytes_;; size /= 2) {
             try {
-                return {allocate_shared(device_, size), allocate_shared(device_, size), size};
+                return {allocate(size), allocate(size), size};
             } catch (const AllocationError&) {
                 if (size <= copied_bytes_ / kLeastPart) throw;
             }

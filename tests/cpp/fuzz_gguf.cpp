@@ -169,7 +169,7 @@ public:
     const char* name() const override { return "widen"; }
     int n_threads() const override { return 1; }
     std::unique_ptr<Ops> ops(Control&) override { return std::make_unique<Widen>(); }
-    Memory allocate(size_t bytes, Filling) override { return {new std::byte[bytes], std::default_delete<std::byte[]>()}; }
+    Memory allocate(size_t bytes) override { return {new std::byte[bytes], std::default_delete<std::byte[]>()}; }
     const std::byte* place(std::span<const std::byte> bytes, Control&) override { return bytes.data(); }
 };
 
