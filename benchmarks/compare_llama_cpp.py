@@ -4,7 +4,7 @@ Example:
     python benchmarks/compare_llama_cpp.py --isa avx512 --work /tmp/compare --json avx512.json
 
 The first run builds llama-cpp-python for the instruction set in an environment of its own (30 minutes on two cores),
-writes 12 GB of model files and tries llama.cpp's settings; later runs find all that in the folder --work. Both sides
+writes 13 GB of model files and tries llama.cpp's settings; later runs find all that in the folder --work. Both sides
 read the same files with the same number of threads, in turns, each in its own process; the one that waits sleeps.
 benchmarks/README.md says more.
 """
@@ -536,7 +536,7 @@ def main() -> None:
         "--isa", choices=tuple(COLUMNS), required=True, help="the column: ours forced, theirs built for it"
     )
     parser.add_argument(
-        "--work", type=Path, required=True, metavar="DIR", help="folder of what is made once (12 GB)"
+        "--work", type=Path, required=True, metavar="DIR", help="folder of what is made once (13 GB)"
     )
     parser.add_argument("--json", type=Path, required=True, metavar="OUT", help="where the figures go")
     parser.add_argument(

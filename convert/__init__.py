@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from yivl_edge.bounds import threads
 from yivl_edge.convert.errors import CheckpointError
 from yivl_edge.convert.options import (
     LAYOUTS,
@@ -95,8 +96,7 @@ def convert(
     if vision_type is not None:
         check_choice("vision_type", vision_type, WEIGHT_TYPES)
     check_choice("layout", layout, LAYOUTS)
-    if n_threads is not None and n_threads < 1:
-        raise ValueError(f"n_threads should be at least 1, found {n_threads}")
+    n_threads = threads(n_threads)
     try:
         from yivl_edge.convert.converter import run_conversion
         from yivl_edge.convert.presets import Choice

@@ -128,6 +128,11 @@ class PyTorchFile(WeightsFile):
             for name, tensor in self._load().items()
         }
 
+    def _begins_as_pickle(self) -> bool:
+        """As PyTorch wrote before 1.6; since then it writes zip archives."""
+        with self.path.open("rb") as file:
+            return file.read(1) == b"\x80"
+
     def _load(self) -> dict[str, torch.Tensor]:
         try:
             import torch
@@ -144,7 +149,7 @@ class PyTorchFile(WeightsFile):
                 "refused. Use a copy from a source that you trust, best as safetensors."
             ) from error
         except (RuntimeError, ValueError, EOFError, OSError) as error:
-            if "mmap can only be used" in str(error):
+            if self._begins_as_pickle():
                 raise CheckpointError(
                     f"{self.path} has the file format of PyTorch before 1.6. Save it again with a current "
                     "torch: torch.save(torch.load(FILE, weights_only=True), FILE)"

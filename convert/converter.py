@@ -176,7 +176,7 @@ class _Run:
         values = source.read(tensor, first, count)
         if not np.isfinite(values).all():
             raise CheckpointError(
-                f"{tensor.name} holds values that are no finite numbers. The shard is damaged."
+                f"{tensor.name} holds values that are no finite numbers. Its file is damaged."
             )
         rows = values
         if tensor.rule.permuted and source.published_rows:

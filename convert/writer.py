@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGUFValueType
 from yivl_edge.convert.header import Key, TensorInfo, aligned, header_start, padded, tensor_table
-from yivl_edge.files import beside, check_apart, resolved
+from yivl_edge.files import beside, check_output, resolved
 from yivl_edge.hashes import HEADER_KEY, NO_HASH, TENSORS_KEY, header_hash
 from yivl_edge.selftest import ROUNDING_KEY
 
@@ -135,14 +135,17 @@ def writing(plans: Sequence[GgufPlan]) -> Iterator[Files]:
 
 
 def check_targets(plans: Sequence[GgufPlan], *inputs: Path | None) -> None:
-    """Raise OSError for a place where the files cannot be put, ValueError for one of the inputs."""
+    """Raise OSError for a place where the files cannot be put, ValueError for one of the inputs or what is in them."""
+    sources = [path for path in inputs if path is not None]
+    # All that a published folder holds is of the model, but not what was converted into it.
+    parts = [
+        part
+        for folder in sources
+        for part in folder.rglob("*")
+        if part.is_file() and part.suffix.lower() != ".gguf"
+    ]
     for plan in plans:
-        target = resolved(plan.path)
-        if not target.parent.is_dir():
-            raise FileNotFoundError(f"No such file or directory: {target.parent}, the output's folder")
-        if target.exists() and not target.is_file():
-            raise OSError(errno.EINVAL, "exists and is no plain file", str(target))
-        check_apart(plan.path, *inputs)
+        check_output(plan.path, *sources, *parts)
 
 
 def _check_free_space(plans: Sequence[GgufPlan]) -> None:

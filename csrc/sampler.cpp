@@ -39,9 +39,9 @@ size_t greatest(std::span<const float> logits) {
     for (; i < logits.size(); ++i) look(0, logits[i]);
 
     if (std::any_of(bad.begin(), bad.end(), [](int32_t b) { return b != 0; }))
-        throw std::runtime_error("the logits hold NaN or infinity: the model's weights or its input are damaged");
+        throw ModelFileError("the logits hold NaN or infinity: the model's weights are damaged");
     const float top = *std::max_element(most.begin(), most.end());
-    if (top == -infinity) throw std::runtime_error("all logits are -infinity: no id can be drawn");
+    if (top == -infinity) throw ModelFileError("all logits are -infinity: the model's weights are damaged");
     return static_cast<size_t>(std::find(logits.begin(), logits.end(), top) - logits.begin());
 }
 

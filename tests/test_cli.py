@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.metadata
 import json
 import os
 import pty
 import re
 import select
+import shlex
 import shutil
 import struct
 import subprocess
@@ -17,8 +19,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yivl_edge
+from gguf import GGMLQuantizationType
+from weight_types import rewrite
 from yivl_edge import _core
 from yivl_edge.cli import main
 from yivl_edge.cli.terminal import visible
@@ -26,6 +31,7 @@ from yivl_edge.cli.terminal import visible
 COMMAND = [sys.executable, "-m", "yivl_edge"]
 # With Python's UTF-8 mode, what the tests see does not depend on the locale they run in.
 ENVIRONMENT = {**os.environ, "PYTHONUTF8": "1", "TERM": "xterm"}
+IMATRIX = ["imatrix", "m", "--images", "i", "--prompts", "p", "-o", "o"]
 
 
 def run(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
@@ -189,7 +195,19 @@ def test_what_cannot_work_is_one_line(golden_f32, golden_pair, golden_image, cap
         (["chat", "m", "--repetition-penalty", "0"], "expected a number above 0 and up to 100, found '0'"),
         (["chat", "m", "--max-tokens", "0"], "--max-tokens: expected an integer of at least 1, found '0'"),
         (["chat", "m", "--seed", str(2**64)], f"expected an integer from 0 to {2**64 - 1}, found '{2**64}'"),
-        (["chat", "m", "--threads", "two"], "--threads: expected an integer of at least 1, found 'two'"),
+        (["chat", "m", "--threads", "two"], "--threads: expected an integer from 1 to 1024, found 'two'"),
+        (
+            ["verify", "m", "--threads", "9" * 30],
+            f"--threads: expected an integer from 1 to 1024, found '{'9' * 30}'",
+        ),
+        (
+            ["chat", "m", "--top-k", "9" * 30],
+            f"--top-k: expected an integer from 0 to {2**31 - 1}, found '{'9' * 30}'",
+        ),
+        (
+            [*IMATRIX, "--limit", "9" * 30],
+            f"--limit: expected an integer from 1 to {2**31 - 1}, found '{'9' * 30}'",
+        ),
         (["chat", "m", "--n-ctx", "0"], "--n-ctx: expected an integer of at least 1, found '0'"),
         (["inspect"], "required: FILE"),
         (["inspect", "m", "--n-ctx", "1.5"], "--n-ctx: expected an integer of at least 1, found '1.5'"),
@@ -543,3 +561,69 @@ def test_the_stub_names_what_the_native_module_has():
         found = getattr(_core, owner) if owner else _core
         public = {name for name in vars(found) if not name.startswith("_")}
         assert members == public, owner or "module"
+
+
+# What goes wrong.
+
+
+@pytest.fixture
+def damaged(golden_f32: Path, tmp_path: Path) -> Path:
+    """A model whose logits are no numbers."""
+
+    def tensor(name: str, values: np.ndarray) -> tuple[str, np.ndarray, GGMLQuantizationType]:
+        return (
+            name,
+            values * np.float32("nan" if name == "output_norm.weight" else 1),
+            GGMLQuantizationType.F32,
+        )
+
+    return rewrite(golden_f32, tmp_path / "damaged.gguf", tensor=tensor)
+
+
+def test_a_damaged_model_is_told_on_one_line(damaged, golden_f32, golden_image, tmp_path, capfd):
+    (tmp_path / "questions.txt").write_text("Why?\n")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/one.png").write_bytes(golden_image.read_bytes())
+    talks = ["--images", str(tmp_path / "pictures"), "--prompts", str(tmp_path / "questions.txt")]
+    for command in (
+        ["chat", str(damaged), "--prompt", "Why?"],
+        ["bench", str(damaged), "--prompt-tokens", "8", "--generate", "2", "--runs", "1"],
+        ["imatrix", str(damaged), *talks, "-o", str(tmp_path / "out.gguf")],
+        ["compare", str(damaged), str(golden_f32), *talks],
+    ):
+        assert main(command) == 1
+        error = capfd.readouterr().err
+        assert "yivl-edge: error: the logits hold NaN or infinity: the model's weights are damaged" in error
+        assert "Traceback" not in error
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_conversation_with_a_damaged_model_goes_on(damaged):
+    found = run("chat", damaged, stdin=b"")
+    assert found.returncode == 1  # no question
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execvpe(COMMAND[0], [*COMMAND, "chat", str(damaged)], ENVIRONMENT)
+    os.write(terminal, b"Why?\n/exit\n")
+    output = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while part := os.read(terminal, 4096):
+            output += part
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert b"the logits hold NaN or infinity" in output
+    assert b"Traceback" not in output
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    "arguments", [["inspect"], ["chat", "--prompt", "Why?", "--max-tokens", "2"], ["chat"]]
+)
+def test_closed_streams_are_nothing_to_fail_over(golden_f32, closed, arguments):
+    command, *options = arguments
+    line = shlex.join([*COMMAND, command, str(golden_f32), *options]) + " " + closed
+    found = subprocess.run(["sh", "-c", line], capture_output=True, timeout=60, env=ENVIRONMENT, check=False)
+    nothing_asked = arguments == ["chat"]
+    assert found.returncode == (1 if nothing_asked else 0), found.stderr
+    assert b"Traceback" not in found.stderr
+    if ">&-" not in closed.split() and not nothing_asked:
+        assert found.stdout

@@ -151,6 +151,16 @@ def test_json_has_null_for_infinity_and_is_there_complete_or_not_at_all(
     assert "expected a file's name in a folder that exists" in capfd.readouterr().err
 
 
+def test_figures_do_not_take_the_place_of_a_picture(golden_q4_0, golden_image, tmp_path, capfd):
+    picture, prompts = tmp_path / "picture.png", tmp_path / "questions.txt"
+    picture.write_bytes(golden_image.read_bytes())
+    prompts.write_text("Why?\n", encoding="utf-8")
+    talks = ["--images", str(tmp_path), "--prompts", str(prompts)]
+    assert main(["compare", str(golden_q4_0), str(golden_q4_0), *talks, "--json", str(picture)]) == 1
+    assert f"expected another file than {picture}, which it would replace" in capfd.readouterr().err
+    assert picture.read_bytes() == golden_image.read_bytes()
+
+
 def test_logits_that_are_no_numbers_are_told():
     found = predictions(np.full((1, 3), np.nan, np.float32), np.ones((1, 3), np.float32), np.array([1]))
     with pytest.raises(ValueError, match="expected finite logits"):

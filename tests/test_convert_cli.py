@@ -49,7 +49,7 @@ def test_command_line_tells_errors_without_a_traceback(
     assert main([str(tmp_path / "none"), "-o", str(tmp_path / "out.gguf")]) == 1
     assert capsys.readouterr().err.startswith("yivl-edge: error: ")
     assert main([str(GOLDEN), "-o", str(tmp_path / "none" / "out.gguf")]) == 1
-    assert "No such file or directory" in capsys.readouterr().err
+    assert "expected a file's name in a folder that exists" in capsys.readouterr().err
 
 
 def test_folder_of_something_else_is_told_by_the_name_that_the_usage_has(

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import GOLDEN, write_checkpoint
+from checkpoints import GOLDEN, VIT_NAME, write_checkpoint
+from yivl_edge import Model
 from yivl_edge.convert import CheckpointError, convert
 from yivl_edge.convert import converter as converter_module
 from yivl_edge.convert import writer as writer_module
@@ -98,7 +99,7 @@ def test_failed_rename_of_the_second_half_takes_the_first_back(
 
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_output_folder_must_exist(tmp_path: Path, dry_run: bool) -> None:
-    with pytest.raises(FileNotFoundError, match=r"No such file .*missing, the output's folder"):
+    with pytest.raises(FileNotFoundError, match=r"out\.gguf: expected a file's name in a folder that exists"):
         convert(GOLDEN, tmp_path / "missing" / "out.gguf", type="q8_0", dry_run=dry_run)
 
 
@@ -121,10 +122,47 @@ def test_output_through_a_link_goes_where_it_leads(tmp_path: Path) -> None:
 
 def test_output_must_not_be_a_folder(tmp_path: Path) -> None:
     (tmp_path / "out.gguf").mkdir()
-    with pytest.raises(OSError, match="exists and is no plain file"):
+    (tmp_path / "file").touch()
+    for output in ("out.gguf", "file/out.gguf", "no such folder/out.gguf"):
+        with pytest.raises(FileNotFoundError, match="expected a file's name in a folder that exists"):
+            convert(GOLDEN, tmp_path / output)
+
+
+def test_output_must_not_be_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "out.gguf")
+    with pytest.raises(OSError, match=r"out\.gguf: expected a file, found a pipe or a device"):
         convert(GOLDEN, tmp_path / "out.gguf")
-    with pytest.raises(FileNotFoundError):
-        convert(GOLDEN, tmp_path / "no such folder" / "out.gguf")
+    assert (tmp_path / "out.gguf").is_fifo()
+
+
+def test_a_folder_that_nobody_may_write_to_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access = os.access  # root, as whom tests may run, may write everywhere
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: access(path, mode) and not (path == tmp_path and mode & os.W_OK)
+    )
+    with pytest.raises(PermissionError, match=r"out\.gguf: expected a folder that may be written to"):
+        convert(GOLDEN, tmp_path / "out.gguf", dry_run=True)
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["config.json", "tokenizer.model", "model-00001-of-00002.safetensors", f"vit/{VIT_NAME}/config.json"],
+)
+def test_output_does_not_take_the_place_of_a_part_of_the_folder(tmp_path: Path, part: str) -> None:
+    folder = write_checkpoint(tmp_path / "model", decoder_layers=1)
+    before = (folder / part).read_bytes()
+    with pytest.raises(ValueError, match=r"expected another file than .*, which it would replace"):
+        convert(folder, folder / part)
+    assert (folder / part).read_bytes() == before
+
+
+def test_output_may_lie_in_the_folder_and_be_made_anew(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", decoder_layers=1)
+    for preset in ("f16", "q8_0"):
+        convert(folder, folder / "model.gguf", type=preset)
+    assert Model(folder / "model.gguf").config.decoder.n_layers == 1
 
 
 @pytest.mark.parametrize("dry_run", [False, True])

@@ -235,6 +235,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         write_bytes("model-00001-of-00002.safetensors", b"x" * 999),
         r"no safetensors file",
     ),
+    "bin not fetched by Git LFS": (
+        write_bytes(VIT_FILE, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        r"cannot be read by torch.*Download it again",
+    ),
+    "bin empty": (truncate(VIT_FILE, 0), r"cannot be read by torch.*Download it again"),
     "bin truncated": (truncate(VIT_FILE, 10_000), r"cannot be read by torch.*incomplete"),
     "bin of other bytes": (write_bytes(VIT_FILE, b"no pickle"), r"pytorch_model\.bin"),
     "bin of no tensors": (

@@ -331,7 +331,7 @@ def test_wrong_usage_names_the_option_that_was_typed(
         ),
         (
             [source, "-o", "x.gguf", "--threads", "0"],
-            "--threads: expected an integer of at least 1, found '0'",
+            "--threads: expected an integer from 1 to 1024, found '0'",
         ),
         ([source, "-o", "x.gguf", "--type", "q9"], "argument --type: invalid choice: 'q9'"),
     ):

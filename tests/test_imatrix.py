@@ -418,6 +418,8 @@ def test_a_pair_is_recorded_as_the_single_file(golden_model, golden_pair, golden
         ({"-o": "nowhere/out.gguf"}, "nowhere/out.gguf: expected a file's name in a folder that exists"),
         ({"-o": "empty"}, "empty: expected a file's name in a folder that exists"),
         ({"-o": ""}, "error: '': expected a file's name in a folder that exists"),
+        ({"-o": "pipe"}, "pipe: expected a file, found a pipe or a device"),
+        ({"-o": "{picture}"}, "which it would replace"),
         ({"model": "missing.gguf"}, "missing.gguf: cannot open"),
         ({"model": "{text}"}, "no vision tower"),
     ],
@@ -428,6 +430,9 @@ def test_what_cannot_work_is_one_line_and_leaves_no_file(
     work = tmp_path / "work"
     (work / "empty").mkdir(parents=True)
     monkeypatch.chdir(work)
+    os.mkfifo("pipe")
+    picture = pictures / "b.png"
+    before = picture.read_bytes()
     prompts = tmp_path / "questions.txt"
     prompts.write_text(QUESTIONS, encoding="utf-8")
     options = {
@@ -436,14 +441,18 @@ def test_what_cannot_work_is_one_line_and_leaves_no_file(
         "-o": "out.gguf",
         "model": str(golden_f32),
     }
-    options |= {k: v.format(empty=work / "empty", text=golden_pair[0]) for k, v in changes.items()}
+    options |= {
+        k: v.format(empty=work / "empty", text=golden_pair[0], picture=picture) for k, v in changes.items()
+    }
     model = options.pop("model")
     assert main(["imatrix", model, *(part for option in options.items() for part in option)]) == 1
     error = capfd.readouterr().err
     assert error.startswith("yivl-edge: error: ")
     assert expected in error
     assert error.count("\n") == 1
-    assert os.listdir(work) == ["empty"]
+    assert sorted(os.listdir(work)) == ["empty", "pipe"]
+    assert Path("pipe").is_fifo()
+    assert picture.read_bytes() == before
 
 
 def test_ctrl_c_leaves_no_file(golden_f32, pictures, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from yivl_edge import _core
+from yivl_edge import ModelFileError, _core
 
 V = 100
 N_DRAWS = 100_000
@@ -275,9 +275,9 @@ def test_damaged_logits_are_refused(temperature: float) -> None:
             for bad in (np.nan, np.inf, -np.nan):
                 logits = some_logits(1, size=size)
                 logits[at] = bad
-                with pytest.raises(RuntimeError, match="NaN or infinity"):
+                with pytest.raises(ModelFileError, match="NaN or infinity"):
                     sampler.sample(logits)
-    with pytest.raises(RuntimeError, match="all logits are -infinity"):
+    with pytest.raises(ModelFileError, match="all logits are -infinity"):
         sampler.sample(np.full(40, -np.inf, np.float32))
     with pytest.raises(ValueError, match="at least one logit"):
         sampler.sample(np.zeros(0, np.float32))

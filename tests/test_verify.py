@@ -464,3 +464,10 @@ def test_every_instruction_set_passes(files: dict[str, Path], isa: str) -> None:
         command, env=os.environ | {"YIVL_ISA": isa}, capture_output=True, text=True, check=True
     )
     assert result.stdout.split() == [isa, "True"]
+
+
+@pytest.mark.parametrize("n_threads", [-1, 0, 1025])
+def test_a_wrong_number_of_threads_is_told_before_the_work(files: dict[str, Path], n_threads: int) -> None:
+    for check in (verify, check_hashes):
+        with pytest.raises(ValueError, match="n_threads: expected an integer from 1 to 1024"):
+            check(files["q8_0"], n_threads=n_threads)

@@ -39,10 +39,13 @@ def check_output(path: str | os.PathLike[str], *inputs: str | os.PathLike[str] |
         OSError: `write_whole` could put nothing there.
         ValueError: it would take the place of one of the inputs.
     """
-    target = resolved(path)
+    target, name = resolved(path), os.fspath(path) or "''"
     if target.is_dir() or not target.parent.is_dir():
-        name = os.fspath(path) or "''"
         raise FileNotFoundError(f"{name}: expected a file's name in a folder that exists")
+    if target.exists() and not target.is_file():
+        raise OSError(f"{name}: expected a file, found a pipe or a device, which a file would replace")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{name}: expected a folder that may be written to, found {target.parent}")
     check_apart(path, *inputs)
 
 

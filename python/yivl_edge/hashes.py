@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from yivl_edge import _core
+from yivl_edge.bounds import threads
 
 TENSORS_KEY = "yivl.sha256"
 HEADER_KEY = "yivl.header_sha256"
@@ -87,7 +88,9 @@ def check_hashes(
 
     Raises:
         ModelFileError: the file cannot be read, carries no hashes, or is damaged.
+        ValueError, TypeError: a number of threads that `Model` would not take.
     """
+    n_threads = threads(n_threads)
     hashes, name = recorded_hashes(path), os.fspath(path)
     tensors = _core.GgufFile.open(path).tensors
     total, done = sum(tensor.nbytes for tensor in tensors), 0

@@ -45,7 +45,7 @@ _ORIENTATION_TAG = 0x0112
 
 _16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
-_OPAQUE_MODES = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
+_MODES = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", *_ALPHA_MODES, *_16_BIT_MODES)
 
 _warnings_lock = threading.Lock()
 
@@ -195,8 +195,8 @@ def _convert(image: Image.Image, name: str) -> NDArray[np.uint8]:
         raise ImageError(f"{name}: expected 8 or 16 bits per channel, found floating point of unknown range")
     if image.mode == "La":  # converts to nothing else
         image = image.convert("LA")
-    if image.mode not in (*_ALPHA_MODES, *_OPAQUE_MODES):
-        raise ImageError(f"{name}: expected one of the modes {', '.join(_OPAQUE_MODES)}, found {image.mode}")
+    if image.mode not in _MODES:
+        raise ImageError(f"{name}: expected one of the modes {', '.join(_MODES)}, found {image.mode}")
     if image.mode in _ALPHA_MODES or "transparency" in image.info or _palette_mode(image) == "RGBA":
         return np.asarray(image if image.mode == "RGBA" else image.convert("RGBA"))
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))

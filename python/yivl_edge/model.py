@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import numbers
-import operator
 import os
 import secrets
 import threading
@@ -12,12 +10,13 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, SupportsIndex, overload
+from typing import Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from yivl_edge import _core, data
+from yivl_edge.bounds import integer, real, threads
 from yivl_edge.hashes import check_hashes
 from yivl_edge.image import DEFAULT_MAX_PIXELS, ImageSource, load_image
 from yivl_edge.messages import Messages, checked_text, normalise
@@ -38,22 +37,6 @@ _IDLE_SESSIONS = 4
 
 # How often a reply that waits for a prefill looks whether it is to end.
 _SECONDS_BETWEEN_LOOKS = 0.02
-
-
-def _integer(name: str, value: SupportsIndex, least: int, most: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: expected an integer, found {value!r}") from None
-    if not least <= number <= most:
-        raise ValueError(f"{name}: expected an integer from {least} to {most}, found {number}")
-    return number
-
-
-def _number(name: str, value: float) -> float:
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected a number, found {value!r}")
-    return float(value)
 
 
 def _stops(stop: str | Sequence[str] | None) -> list[str]:
@@ -123,11 +106,11 @@ class Model:
         verify: bool = False,
         on_progress: Progress | None = None,
     ) -> None:
-        n_threads = 0 if n_threads is None else _integer("n_threads", n_threads, 1, 1024)
-        self._n_ctx = 0 if n_ctx is None else _integer("n_ctx", n_ctx, 1, 2**63 - 1)
+        n_threads = threads(n_threads) or 0
+        self._n_ctx = 0 if n_ctx is None else integer("n_ctx", n_ctx, 1, 2**63 - 1)
         if n_gpu_layers is not None:
-            n_gpu_layers = _integer("n_gpu_layers", n_gpu_layers, 0, 2**31 - 1)
-        max_image_pixels = _integer("max_image_pixels", max_image_pixels, 1, 2**63 - 1)
+            n_gpu_layers = integer("n_gpu_layers", n_gpu_layers, 0, 2**31 - 1)
+        max_image_pixels = integer("max_image_pixels", max_image_pixels, 1, 2**63 - 1)
         _check_progress(on_progress)
         if verify:
             for file in (path, mmproj):
@@ -294,14 +277,14 @@ class Model:
         picture, turns = normalise(image, messages, system)
         ids = self._ids(turns, picture is not None)
         sampling = _core.SamplingOptions(
-            temperature=_number("temperature", temperature),
-            top_k=_integer("top_k", top_k, 0, 2**31 - 1),
-            top_p=_number("top_p", top_p),
-            min_p=_number("min_p", min_p),
-            repetition_penalty=_number("repetition_penalty", repetition_penalty),
-            seed=secrets.randbits(63) if seed is None else _integer("seed", seed, 0, 2**64 - 1),
+            temperature=real("temperature", temperature),
+            top_k=integer("top_k", top_k, 0, 2**31 - 1),
+            top_p=real("top_p", top_p),
+            min_p=real("min_p", min_p),
+            repetition_penalty=real("repetition_penalty", repetition_penalty),
+            seed=secrets.randbits(63) if seed is None else integer("seed", seed, 0, 2**64 - 1),
         )
-        max_tokens = _integer("max_tokens", max_tokens, 1, 2**63 - 1)
+        max_tokens = integer("max_tokens", max_tokens, 1, 2**63 - 1)
         stops = _stops(stop)
         _check_progress(on_progress)
         _check_cancel(cancel)
@@ -457,7 +440,7 @@ class Model:
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids; special tokens are skipped."""
-        checked = [_integer(f"ids[{i}]", n, -(2**31), 2**31 - 1) for i, n in enumerate(ids)]
+        checked = [integer(f"ids[{i}]", n, -(2**31), 2**31 - 1) for i, n in enumerate(ids)]
         with working():
             return self._model.detokenize(checked)
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from yivl_edge import _core
+from yivl_edge.bounds import threads
 from yivl_edge.hashes import DamagedError, DamagedHeaderError, check_hashes
 from yivl_edge.selftest import (
     IMPORTANCE_KEY,
@@ -84,7 +85,9 @@ def verify(
 
     Raises:
         ModelFileError: a file cannot be read, or carries no hashes or no self-test.
+        ValueError, TypeError: a number of threads or a device that `Model` would not take.
     """
+    n_threads = threads(n_threads)
     paths = [path] if mmproj is None else [path, mmproj]
     files = [_core.GgufFile.open(each) for each in paths]
     checks: list[Check] = []

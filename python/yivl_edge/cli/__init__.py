@@ -84,6 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 for success, 1 for an error, 2 for wrong usage, 130 after Ctrl-C, 141 when nobody
         reads the output any more.
     """
+    # Of streams that are closed Python has none.
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character gets a "?" in its place, not the end of the answer.
         if reconfigure := getattr(stream, "reconfigure", None):

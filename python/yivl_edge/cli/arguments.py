@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from yivl_edge.bounds import MOST_THREADS
+
 PROMPTS_HELP = """\
 The prompts are a text file: a question per line, asked about each picture by itself; or JSON per line,
 {"image": "name.jpg", "messages": [{"role": "user", "content": "What is this?"}, ...]}, where the last message may be
@@ -58,14 +60,20 @@ def add_device(parser: argparse._ActionsContainer, default: str = "auto") -> Non
     )
 
 
-def add_threads(parser: argparse.ArgumentParser) -> None:
+def add_threads(parser: argparse._ActionsContainer) -> None:
     """Adds the option that says how many threads compute."""
     parser.add_argument(
-        "--threads", type=integer(1), metavar="N", help="threads (default: one per physical core)"
+        "--threads",
+        type=integer(1, MOST_THREADS),
+        metavar="N",
+        help="threads (default: one per physical core)",
     )
 
 
-def integer(low: int, high: int | None = None) -> Callable[[str], int]:
+_LARGEST = 2**31 - 1  # more of anything would not work
+
+
+def integer(low: int, high: int = _LARGEST) -> Callable[[str], int]:
     """Parser of an integer from `low` to `high`, both included."""
 
     def parse(text: str) -> int:
@@ -73,8 +81,8 @@ def integer(low: int, high: int | None = None) -> Callable[[str], int]:
             value = int(text)
         except ValueError:
             value = low - 1
-        if value < low or (high is not None and value > high):
-            limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+        if not low <= value <= high:
+            limits = f"of at least {low}" if high == _LARGEST and value < low else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"expected an integer {limits}, found {text!r}")
         return value
 
@@ -109,4 +117,5 @@ def add_conversation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=integer(1), metavar="N", help="only the first N conversations (default: all)"
     )
+    add_device(parser)
     add_threads(parser)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from yivl_edge import _core
-from yivl_edge.cli.arguments import add_device, integer
+from yivl_edge.cli.arguments import add_device, add_threads, integer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,7 +91,7 @@ def add_parser(commands: Any) -> None:
         "--context", type=integer(1), metavar="N", help="also measure decoding after N tokens of text"
     )
     parser.add_argument("--runs", type=integer(1), default=3, metavar="N", help="runs of each stage (3)")
-    parser.add_argument("--threads", type=integer(1), metavar="N", help="threads (one per physical core)")
+    add_threads(parser)
     add_device(parser)
     parser.add_argument(
         "--profile",

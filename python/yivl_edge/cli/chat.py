@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yivl_edge import ChatResult, Model
-from yivl_edge.cli.arguments import add_device, integer, number
+from yivl_edge.cli.arguments import add_device, add_threads, integer, number
 from yivl_edge.cli.terminal import Progress, is_terminal, note, read_line, visible
 from yivl_edge.image import DEFAULT_MAX_PIXELS, load_image
 
@@ -138,15 +138,10 @@ def add_options(parser: argparse.ArgumentParser, temperature: float | None = Non
         metavar="N",
         help="context in tokens; less saves memory (default: the model's)",
     )
-    limits.add_argument(
-        "--threads",
-        type=integer(1),
-        metavar="N",
-        help="threads to compute with (default: one per physical core)",
-    )
+    add_threads(limits)
     limits.add_argument(
         "--max-image-pixels",
-        type=integer(1),
+        type=integer(1, 2**63 - 1),
         default=DEFAULT_MAX_PIXELS,
         metavar="N",
         help="refuse pictures of more pixels (default: %(default)s)",

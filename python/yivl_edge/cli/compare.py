@@ -23,7 +23,7 @@ from yivl_edge.conversations import (
     load_conversations,
     transcribe,
 )
-from yivl_edge.files import check_output, write_whole
+from yivl_edge.files import check_apart, check_output, write_whole
 
 _EXAMPLE = f"""\
 example:
@@ -44,6 +44,8 @@ class _Args(argparse.Namespace):
     prompts: str
     max_tokens: int
     limit: int | None
+    device: str
+    gpu_layers: int | None
     threads: int | None
     json: str | None
 
@@ -103,11 +105,16 @@ def run(args: _Args) -> int:
     """Compares and prints the table; writes JSON if asked."""
     files = (args.a, args.mmproj_a), (args.b, args.mmproj_b)
     contents = [inspect(path, mmproj) for path, mmproj in files]
-    check_same_vocabulary(args.a, args.b)
     if args.json is not None:
         check_output(args.json, args.a, args.mmproj_a, args.b, args.mmproj_b, args.prompts)
     conversations = load_conversations(args.images, args.prompts, args.limit)
-    a, b = (Model(path, mmproj=mmproj, n_threads=args.threads) for path, mmproj in files)
+    if args.json is not None:
+        check_apart(args.json, *{conversation.image for conversation in conversations})
+    a, b = (
+        Model(path, mmproj=mmproj, device=args.device, n_gpu_layers=args.gpu_layers, n_threads=args.threads)
+        for path, mmproj in files
+    )
+    check_same_vocabulary(args.a, args.b)
     progress = Progress()
     try:
         reference = read_conversations(a, conversations, args.max_tokens, progress)

@@ -13,7 +13,7 @@ from yivl_edge.cli.arguments import PROMPTS_HELP, add_command, add_conversation_
 from yivl_edge.cli.terminal import Progress, note
 from yivl_edge.conversations import Conversation, answer_logits, load_conversations, transcribe
 from yivl_edge.convert.imatrix import write_imatrix
-from yivl_edge.files import check_output
+from yivl_edge.files import check_apart, check_output
 
 _EXAMPLE = f"""\
 example:
@@ -36,6 +36,8 @@ class _Args(argparse.Namespace):
     output: str
     max_tokens: int
     limit: int | None
+    device: str
+    gpu_layers: int | None
     threads: int | None
 
 
@@ -62,7 +64,14 @@ def run(args: _Args) -> int:
     """Works through the conversations, then writes the file."""
     check_output(args.output, args.model, args.mmproj, args.prompts)
     conversations = load_conversations(args.images, args.prompts, args.limit)
-    model = Model(args.model, mmproj=args.mmproj, n_threads=args.threads)
+    check_apart(args.output, *{conversation.image for conversation in conversations})
+    model = Model(
+        args.model,
+        mmproj=args.mmproj,
+        device=args.device,
+        n_gpu_layers=args.gpu_layers,
+        n_threads=args.threads,
+    )
     columns, positions = record(model, conversations, args.max_tokens, Progress())
     write_imatrix(
         args.output,
