@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -248,3 +249,54 @@ def test_bench_refuses_what_it_cannot_measure_in_one_line(golden_f32, arguments,
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
+
+
+def test_figures_do_not_take_the_place_of_the_vision_half(golden_pair, tmp_path, golden_image, capsys):
+    text, mmproj = map(str, golden_pair)
+    victim, prompts = tmp_path / "mmproj.gguf", tmp_path / "prompts.txt"
+    victim.write_bytes(golden_pair[1].read_bytes())
+    prompts.write_text("Why?\n", encoding="utf-8")
+    talks = ["--images", str(golden_image.parent), "--prompts", str(prompts)]
+    for command in (
+        ["bench", text, "--mmproj", str(victim), *QUICK, "--json", str(victim)],
+        ["imatrix", text, "--mmproj", str(victim), *talks, "-o", str(victim)],
+        [
+            "compare",
+            text,
+            text,
+            "--mmproj-a",
+            str(victim),
+            "--mmproj-b",
+            mmproj,
+            *talks,
+            "--json",
+            str(victim),
+        ],
+        [
+            "compare",
+            text,
+            text,
+            "--mmproj-a",
+            mmproj,
+            "--mmproj-b",
+            str(victim),
+            *talks,
+            "--json",
+            str(victim),
+        ],
+    ):
+        assert main(command) == 1
+        assert "which it would replace" in capsys.readouterr().err
+        assert victim.read_bytes() == golden_pair[1].read_bytes()
+
+
+def test_arithmetic_of_a_prompt_is_counted_pair_by_pair(golden_model, golden_f32):
+    n, width, kv_width, mlp, layers, vocab = 5, 256, 128, 768, 3, 2048
+    flop = 2 * width * vocab
+    for layer, t in itertools.product(range(layers), range(n)):
+        flop += 2 * width * 2 * kv_width  # keys and values
+        if layer < layers - 1 or t == n - 1:
+            flop += 2 * width * (2 * width + 3 * mlp)  # queries, output, MLP
+            flop += 4 * (t + 1) * width  # scores and values of t + 1 keys
+    # Half of n^2 pairs for n (n + 1) / 2.
+    assert abs(Stages(golden_model, str(golden_f32)).prefill_flop(n) - flop) <= 2 * (layers - 1) * n * width

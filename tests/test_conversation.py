@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yivl_edge
 from PIL import Image
 from yivl_edge import ContextOverflowError, Model, _core
 
@@ -627,3 +628,62 @@ def test_other_python_threads_run_while_the_core_tokenises(model):
         lambda: model._model.detokenize(ids),
     ):
         assert ticks_during(work) >= 15  # of about 100
+
+
+# Caches, times, seeds
+
+
+def two_conversations(model):
+    """At once, so that each has a cache of its own; their results."""
+    first = ask(model, None, "first", stream=True)
+    next(first)
+    second = ask(model, None, "second, of which more", stream=True)
+    next(second)
+    return [
+        (question, stream.result)
+        for question, stream in (("first", first), ("second, of which more", second))
+    ]
+
+
+def test_two_conversations_in_turns_keep_their_caches(model):
+    first, second = two_conversations(model)
+    for question, result in (second, first, first, second):
+        assert ask(model, None, question).usage.cached_tokens == result.usage.prompt_tokens - 1
+
+
+def test_a_prefill_goes_on_from_the_conversation_that_it_begins_like(model):
+    first, second = two_conversations(model)
+    assert model.prefill(None, second[0])
+    for question, result in (first, second):
+        assert ask(model, None, question).usage.cached_tokens == result.usage.prompt_tokens - 1
+
+
+def test_caches_of_many_conversations_at_once_are_not_all_kept(model):
+    streams = [ask(model, None, f"{i}", stream=True) for i in range(6)]
+    for stream in streams:
+        next(stream)
+    for stream in streams:
+        stream.close()
+    assert len(model._idle) == 4
+
+
+def test_without_a_seed_replies_differ(model):
+    assert len({ask(model, None, FIRST, temperature=3.0, seed=None).text for _ in range(4)}) > 1
+
+
+def test_reading_the_picture_counts(model, golden_image, monkeypatch):
+    load = yivl_edge.model.load_image
+
+    def slow(*arguments, **options):
+        time.sleep(0.2)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(yivl_edge.model, "load_image", slow)
+    times = ask(model, golden_image, FIRST).timings
+    assert times.preprocess >= 0.2
+    assert times.first_token >= times.preprocess + times.image + times.prefill
+
+
+def test_texts_of_a_turn_are_lines(model):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert model.prompt([user(parts)], image=False) == model.prompt("a\nb", image=False)

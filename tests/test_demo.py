@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 
-from yivl_edge import Model
+import numpy as np
+import pytest
+from yivl_edge import ImageError, Model
 from yivl_edge.cli import main
 from yivl_edge.data import MODEL, samples
 
@@ -58,3 +60,10 @@ def test_the_demo_says_how_to_choose_a_picture_where_nobody_can_be_asked(capfd, 
     error = capfd.readouterr().err
     assert "found the end of the input: give it with --sample or --image" in error
     assert "Traceback" not in error
+
+
+def test_the_demo_model_opens_with_the_options_of_every_model():
+    assert Model.demo(n_ctx=300).n_ctx == 300
+    assert Model.demo(n_threads=1).n_threads == 1
+    with pytest.raises(ImageError, match="above the limit of 10;"):
+        Model.demo(max_image_pixels=10).preprocess(np.zeros((8, 8, 3), np.uint8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 import shutil
@@ -14,6 +15,7 @@ import pytest
 import yivl_edge
 from emulated import missing_device
 from PIL import Image
+from yivl_edge import Model
 from yivl_edge._core import GgufFile
 from yivl_edge.cli import main
 from yivl_edge.convert.imatrix import write_imatrix
@@ -135,3 +137,28 @@ def test_the_types_of_arguments_annotate_functions_that_say_when_there_is_none()
     types = get_type_hints(ask)  # evaluated, as where a module does not put its annotations off
     for name in ("image", "messages", "on_progress", "cancel"):
         assert type(None) in get_args(types[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("Model", Model),
+        ("model.chat", Model.chat),
+        ("Model.demo", Model.demo),
+        ("model.prefill", Model.prefill),
+    ],
+)
+def test_parameters_and_defaults_are_the_documented_ones(name, function):
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    (documented,) = re.findall(rf"`{re.escape(name)}\(([^`]*)\)`", text)
+    found, keywords = [], False
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.name == "self":
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY and not keywords:
+            found.append("*")
+            keywords = True
+        default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
+        found.append((parameter.name + default).replace("'", '"').replace("_", ""))
+    # Large numbers may be written with underscores.
+    assert re.sub(r"[\s_]+", "", documented).split(",") == found

@@ -585,3 +585,22 @@ print(len(files), refused, grown)
     total, refused, grown_kib = map(int, result.stdout.split())
     assert refused == total
     assert grown_kib < 2048
+
+
+def test_items_of_all_arrays_count_together() -> None:
+    half = u32(Kind.ARRAY) + u32(Kind.U8) + u64((1 << 23) + 1) + bytes((1 << 23) + 1)
+    with pytest.raises(ModelFileError, match="array length: expected at most 8388607"):
+        GgufFile.parse(build([key("a", half), key("b", half)]))
+
+
+def test_a_delete_character_does_not_get_into_a_message() -> None:
+    with pytest.raises(ModelFileError) as error:
+        GgufFile.parse(build([key("k\x7fk", u32(99))]))
+    assert "\x7f" not in str(error.value)
+
+
+def test_a_message_is_cut_between_characters() -> None:
+    with pytest.raises(ModelFileError) as error:
+        GgufFile.parse(build([key("中" * 100, u32(99))]))
+    assert "中" in str(error.value)
+    assert "\\x" not in str(error.value)

@@ -543,3 +543,9 @@ def test_row_operations_do_not_depend_on_threads(isa: str) -> None:
         results.append(np.stack([norm, gelu, rope]))
     assert np.array_equal(results[0], results[1])
     assert np.array_equal(results[0], results[2])
+
+
+def test_more_tokens_than_are_computed_at_once(isa: str) -> None:
+    ops = _core.KernelOps(isa, 2)
+    x, w = normal(1, 1160, 64), normal(2, 40, 64)
+    assert np.array_equal(linear(ops, x, w)[1150:], linear(ops, x[1150:], w))

@@ -397,3 +397,43 @@ def test_files_of_other_models_and_formats_are_refused(tmp_path: Path) -> None:
         error(path)
     path.unlink()
     assert "cannot open" in error(path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"llama.rope.dimension_count": ("uint32", 2)},
+            "llama.rope.dimension_count: expected the head dim 4, found 2",
+        ),
+        ({"llama.expert_count": ("uint32", 2)}, "llama.expert_count: not part of"),
+        ({"llama.rope.scaling.type": ("string", "linear")}, "llama.rope.scaling.type: not part of"),
+        (
+            {"yivl.prompt.stops": ("array", ["###", ""])},
+            "yivl.prompt.stops: expected texts, found an empty one",
+        ),
+        ({"yivl.image.pad_color": ("array", [1, 2])}, "expected 3 numbers, found 2"),
+    ],
+)
+def test_what_a_key_says_of_another_model_is_refused(tmp_path: Path, keys: Keys, message: str) -> None:
+    assert message in error(write(tmp_path / "m.gguf", KEYS | keys))
+
+
+def test_keys_that_say_nothing_else_are_taken(tmp_path: Path) -> None:
+    same = {
+        "llama.expert_count": ("uint32", 0),
+        "llama.rope.scaling.type": ("string", "none"),
+        "clip.projector_type": ("string", "mlp_norm"),
+    }
+    open_model(write(tmp_path / "m.gguf", KEYS | same))
+
+
+def test_defaults_are_the_published_models(tmp_path: Path) -> None:
+    keys = {k: v for k, v in KEYS.items() if not k.startswith("yivl.") and k != "llama.rope.freq_base"}
+    keys |= {"clip.vision.image_mean": ("array", [0.48145466, 0.4578275, 0.40821073])}
+    config = open_model(write(tmp_path / "m.gguf", keys)).config
+    assert tuple(config.pad_color) == (122, 116, 104)
+    assert config.decoder.rope_theta == 10000
+    assert config.stops == ["###", "\nHuman:"]
+    assert config.system.startswith("This is a chat between an inquisitive human and an AI assistant.")
+    assert config.system.endswith("礼貌的回答。")

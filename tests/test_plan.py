@@ -113,3 +113,23 @@ def test_inspect_for_a_device_that_is_not_there_is_an_error(
     assert "CUDA" in capsys.readouterr().err
     with pytest.raises(DeviceError):
         _core.cuda_memory("cuda:99")
+
+
+def test_activations_are_for_no_more_tokens_than_the_context_has(golden_f32: Path) -> None:
+    file = _core.GgufFile.open(golden_f32)
+    config = _core.read_config(file, file)
+    d = config.decoder
+    floats = 100 * (2 * d.width + 2 * d.n_heads * d.head_dim + d.mlp_width) + d.vocab_size
+    assert _core.MemoryPlan(file, file, config, 100).decoder_activations == 4 * floats
+    assert _core.memory_needed(config, 100)[1] == 4 * floats
+
+
+def test_a_block_of_the_tower_that_does_not_run_takes_no_memory(golden_pair: tuple[Path, Path]) -> None:
+    text, vision = map(_core.GgufFile.open, golden_pair)
+    config = _core.read_config(text, vision)
+    assert config.vision is not None
+    unused = f"v.blk.{config.vision.n_blocks}."
+    assert any(tensor.name.startswith(unused) for tensor in vision.tensors)
+    used = sum(tensor.nbytes for tensor in vision.tensors if not tensor.name.startswith(unused))
+    rest = _core.MemoryPlan(text, vision, config).vision_weights - used
+    assert 0 <= rest < 256 * len(vision.tensors)  # each begins at a multiple of 256

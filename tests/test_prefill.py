@@ -167,3 +167,36 @@ assert os.waitstatus_to_exitcode(status) == 0
         check=True,
     )
     assert "did not survive the fork" in result.stdout
+
+
+def test_waiting_for_a_prefill_counts(model, golden_image):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hold(*_):
+        begun.set()
+        go_on.wait(20)
+
+    reading = threading.Thread(target=model.prefill, args=(golden_image,), kwargs={"on_progress": hold})
+    reading.start()
+    assert begun.wait(20)
+    threading.Timer(0.3, go_on.set).start()
+    times = ask(model, golden_image, FIRST).timings
+    reading.join()
+    assert times.prefill >= 0.2
+    assert times.first_token >= times.preprocess + times.image + times.prefill
+
+
+def test_a_question_asked_by_a_prefills_own_callback_does_not_wait_for_it(model, golden_image):
+    replies = []
+
+    def ask_once(*_):
+        if not replies:
+            replies.append(None)
+            replies.append(ask(model, golden_image, FIRST, max_tokens=2))
+
+    options = {"args": (golden_image,), "kwargs": {"on_progress": ask_once}}
+    reading = threading.Thread(target=model.prefill, daemon=True, **options)
+    reading.start()
+    reading.join(20)
+    assert not reading.is_alive()
+    assert replies[1].usage.completion_tokens == 2

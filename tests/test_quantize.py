@@ -342,3 +342,10 @@ def test_other_types_of_array_are_refused() -> None:
             quantize(normal(1, 32), "q4_0", array)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^array: expected a float32 array, found NoneType$"):
         quantize(None, "q8_0")  # type: ignore[arg-type]
+
+
+def test_every_piece_is_looked_at() -> None:
+    array = np.zeros((8, 1 << 15), np.float32)
+    array[-1, -1] = np.nan
+    with pytest.raises(ValueError, match="found nan in row 7, column 32767"):
+        quantize(array, "Q8_0", n_threads=2)

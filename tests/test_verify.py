@@ -33,6 +33,7 @@ from yivl_edge.selftest import (
     SelfTest,
     picture,
     relative_error,
+    rounding_limit,
     sample,
     sample_logits,
 )
@@ -471,3 +472,23 @@ def test_a_wrong_number_of_threads_is_told_before_the_work(files: dict[str, Path
     for check in (verify, check_hashes):
         with pytest.raises(ValueError, match="n_threads: expected an integer from 1 to 1024"):
             check(files["q8_0"], n_threads=n_threads)
+
+
+def test_a_damaged_vision_half_does_not_open(files: dict[str, Path], tmp_path: Path) -> None:
+    bad = damaged(files["pair-mmproj"], tmp_path / "bad.gguf", "v.blk.1.ffn_up.weight")
+    Model(files["pair"], mmproj=bad)
+    with pytest.raises(ModelFileError, match=r"bad\.gguf: v\.blk\.1\.ffn_up\.weight is damaged"):
+        Model(files["pair"], mmproj=bad, verify=True)
+
+
+def test_limits_of_rounding_are_the_documented_ones() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "command-line.md").read_text(encoding="utf-8")
+    said = re.search(
+        r"Limits, relative to the weights' size: (.*?); ([\d.]+) for fewer than eight bits", page
+    )
+    assert said is not None
+    limits = re.findall(r"([\d.]+) for (\w+)", said[1])
+    assert len(limits) == 3
+    for number, name in limits:
+        assert rounding_limit(name, False) == float(number)
+    assert rounding_limit("Q4_K", True) == float(said[2])
