@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -206,13 +207,24 @@ def _rename_all(temporaries: Sequence[Path], targets: Sequence[Path]) -> None:
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Ctrl-C and termination wait until the end: between two renames they would leave half a pair."""
-    if not hasattr(signal, "pthread_sigmask"):
+    """Ctrl-C and termination wait until the end: between two renames they would leave half a pair.
+
+    To block them would not do: a thread of a library's would take them, and what Python does of it comes to the main
+    thread all the same.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    held = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    came: list[int] = []
+    before: dict[int, Any] = {}
     try:
+        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)):
+            if number is not None and (handler := signal.getsignal(number)) is not None:
+                before[number] = handler
+                signal.signal(number, lambda number, _frame: came.append(number))
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)

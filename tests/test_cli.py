@@ -325,9 +325,14 @@ def test_a_conversation_goes_on_until_reset(terminal, golden_model):
     # What comes before the question was computed while it was typed.
     before = golden_model.prompt("Hello", image=False).split("Hello")[0].rstrip()
     assert len(golden_model.tokenize(before)) <= cached < alone
+    time.sleep(0.5)
     second, cached = ask(terminal, "再说一遍")
     assert second > alone + 6
-    assert cached >= alone
+    # The answer, too, was read while the next question was typed.
+    said = golden_model.chat(None, "Hello", max_tokens=6, temperature=0).text
+    turns = [("user", "Hello"), ("assistant", said), ("user", "再说一遍")]
+    until_now = golden_model.prompt([{"role": role, "content": text} for role, text in turns], image=False)
+    assert cached >= len(golden_model.tokenize(until_now.split("再说一遍")[0].rstrip()))
     terminal.type("/reset\n")
     terminal.read_until(r"\(new conversation\)\n> $")
     assert ask(terminal, "Hello")[0] == alone
@@ -348,7 +353,8 @@ def test_a_picture_starts_a_new_conversation(terminal, golden_model, golden_imag
     time.sleep(0.5)
     prompt, cached = ask(terminal, "What?")
     assert prompt == alone
-    assert rows < cached < alone
+    before_picture = golden_model.prompt("What?").split("<image_placeholder>")[0]
+    assert len(golden_model.tokenize(before_picture)) + rows <= cached < alone
 
     # A picture that cannot be used changes nothing.
     terminal.type(f"/image {picture}\n")
@@ -627,3 +633,14 @@ def test_closed_streams_are_nothing_to_fail_over(golden_f32, closed, arguments):
     assert b"Traceback" not in found.stderr
     if ">&-" not in closed.split() and not nothing_asked:
         assert found.stdout
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_question_ends_with_130(golden_f32, monkeypatch, capfd):
+    monkeypatch.setattr("yivl_edge.cli.chat.Progress.__call__", interrupt)
+    assert main(["chat", str(golden_f32), "--prompt", "Why?"]) == 130
+    assert main(["demo", "--once"]) == 130
+    assert capfd.readouterr().out.count("> ") == 1  # no other question after it

@@ -6,6 +6,7 @@ import base64
 import gc
 import itertools
 import random
+import struct
 import subprocess
 import sys
 import threading
@@ -687,3 +688,51 @@ def test_reading_the_picture_counts(model, golden_image, monkeypatch):
 def test_texts_of_a_turn_are_lines(model):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert model.prompt([user(parts)], image=False) == model.prompt("a\nb", image=False)
+
+
+def test_the_end_of_text_ends_a_reply_and_counts(golden_f32, tmp_path):
+    # What comes first greedily is made the end of text.
+    first = int(Model(golden_f32).logits(None, "Why?")[-1].argmax())
+    data, key = bytearray(golden_f32.read_bytes()), b"tokenizer.ggml.eos_token_id"
+    struct.pack_into("<I", data, data.index(key) + len(key) + 4, first)
+    (tmp_path / "model.gguf").write_bytes(data)
+    reply = Model(tmp_path / "model.gguf").chat(None, "Why?", temperature=0, max_tokens=5)
+    assert (reply.text, reply.finish_reason, reply.usage.completion_tokens) == ("", "stop", 1)
+
+
+def test_a_stop_text_at_the_very_end_is_a_stop(model, golden_image):
+    whole = ask(model, golden_image, FIRST)
+    assert whole.finish_reason == "length"
+    end = whole.text[-2:]
+    reply = ask(model, golden_image, FIRST, stop=[end, whole.text[-3:] + "zzz"])
+    assert (reply.finish_reason, reply.text) == ("stop", whole.text[: whole.text.index(end)].rstrip())
+
+
+def test_the_last_progress_is_all_of_it(golden_f32, model):
+    opened, decoded = [], []
+    Model(golden_f32, on_progress=lambda *progress: opened.append(progress))
+    assert (opened[0], opened[-1]) == (("load", 0.0), ("load", 1.0))
+    whole = ask(model, None, FIRST, max_tokens=40)
+    ask(
+        model,
+        None,
+        FIRST,
+        max_tokens=40,
+        stop=whole.text[5:7],
+        on_progress=lambda *progress: decoded.append(progress),
+    )
+    assert decoded[-1] == ("decode", 1.0)
+
+
+def test_a_cancelled_picture_is_not_preprocessed(model):
+    control = _core.Control()
+    control.cancel()
+    with pytest.raises(_core.Cancelled):
+        model._model.preprocess(np.zeros((8, 8, 3), np.uint8), control)
+
+
+def test_the_context_is_used_to_its_last_token(model):
+    room = model.n_ctx - len(model.prompt_ids("Why?", image=False))
+    model.chat(None, "Why?", max_tokens=room, stream=True).close()
+    with pytest.raises(ContextOverflowError, match=f"needs {model.n_ctx + 1} tokens"):
+        model.chat(None, "Why?", max_tokens=room + 1, stream=True)

@@ -18,6 +18,8 @@ from yivl_edge import Model
 from yivl_edge.convert import CheckpointError, convert
 from yivl_edge.convert import converter as converter_module
 from yivl_edge.convert import writer as writer_module
+from yivl_edge.convert.__main__ import main
+from yivl_edge.files import write_whole
 
 
 def folder_state(folder: Path) -> dict[str, bytes]:
@@ -214,7 +216,10 @@ def test_progress_rises_to_one_and_can_cancel(out_folder: Path, monkeypatch: pyt
     assert folder_state(out_folder) == before
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGHUP, 128 + signal.SIGHUP)],
+)
 def test_signal_midway_leaves_the_old_state(
     tmp_path: Path, out_folder: Path, number: signal.Signals, status: int
 ) -> None:
@@ -241,3 +246,36 @@ def test_signal_midway_leaves_the_old_state(
     assert process.returncode == status
     assert "Traceback" not in stderr
     assert folder_state(out_folder) == before
+
+
+def test_a_pair_is_renamed_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("out.gguf", "out-mmproj.gguf"):
+        (tmp_path / name).write_bytes(b"old")
+    replace = Path.replace
+
+    def then_terminate(self: Path, target: Path) -> Path:
+        done = replace(self, target)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return done
+
+    monkeypatch.setattr(Path, "replace", then_terminate)
+    with pytest.raises(SystemExit) as end:
+        main([str(GOLDEN), "-o", str(tmp_path / "out.gguf"), "--layout", "pair"])
+    assert end.value.code == 128 + signal.SIGTERM
+    heads = {path.name: path.read_bytes()[:4] for path in tmp_path.iterdir()}
+    assert heads == {"out.gguf": b"GGUF", "out-mmproj.gguf": b"GGUF"}
+
+
+def test_what_is_left_of_an_interrupted_write_vanishes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_bytes
+
+    def half(self: Path, content: bytes) -> int:
+        write(self, content[:1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "file", b"abc")
+    assert not list(tmp_path.iterdir())

@@ -604,3 +604,10 @@ def test_a_message_is_cut_between_characters() -> None:
         GgufFile.parse(build([key("中" * 100, u32(99))]))
     assert "中" in str(error.value)
     assert "\\x" not in str(error.value)
+
+
+def test_an_open_file_holds_no_descriptor(golden_f32: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    files = [GgufFile.open(golden_f32) for _ in range(3)]
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(files) == 3

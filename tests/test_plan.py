@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from emulated import EMULATOR
 from test_random_model import load
+from tiny_models import write_single
 from yivl_edge import DeviceError, _core
 from yivl_edge.cli import main
 
@@ -133,3 +134,12 @@ def test_a_block_of_the_tower_that_does_not_run_takes_no_memory(golden_pair: tup
     used = sum(tensor.nbytes for tensor in vision.tensors if not tensor.name.startswith(unused))
     rest = _core.MemoryPlan(text, vision, config).vision_weights - used
     assert 0 <= rest < 256 * len(vision.tensors)  # each begins at a multiple of 256
+
+
+def test_embeddings_that_are_the_head_too_stay_on_the_device(tmp_path: Path) -> None:
+    file = _core.GgufFile.open(write_single(tmp_path / "tied.gguf"))
+    plan = _core.MemoryPlan(file, file, _core.read_config(file, file))
+    sizes = {tensor.name: -(-tensor.nbytes // 256) * 256 for tensor in file.tensors}
+    assert "output.weight" not in sizes
+    head = sizes["token_embd.weight"] + sizes["output_norm.weight"]
+    assert plan.weights_on_device(0) == plan.vision_weights + head

@@ -466,3 +466,9 @@ def test_reading_a_model_file() -> None:
 def test_a_damaged_tokeniser_in_a_file_is_named(change: dict[str, bytes | None], message: str) -> None:
     with pytest.raises(_core.ModelFileError, match=f"(?s)broken.gguf.*{message}"):
         _core.Tokenizer.parse(model_file(**change), "broken.gguf")
+
+
+def test_a_byte_twice_and_one_missing_is_told() -> None:
+    pieces = [f"<0x{i:02X}>" for i in range(255)] + ["<0x00>"]
+    with pytest.raises(ValueError, match="expected all 256 byte pieces or none, found 255"):
+        _core.Tokenizer(["<unk>", *pieces], [0.0] * 257, [2, *[6] * 256])
