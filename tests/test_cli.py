@@ -452,6 +452,9 @@ def test_control_characters_of_an_answer_do_not_reach_the_terminal():
 # inspect.
 
 
+TOWER = ("vision tower", "projector")
+
+
 def inspect_json(capfd: pytest.CaptureFixture[str], *arguments: object) -> dict:
     assert main(["inspect", *map(str, arguments), "--json"]) == 0
     return json.loads(capfd.readouterr().out)
@@ -494,6 +497,14 @@ def test_inspect_counts_every_tensor_and_byte(golden_f32, golden_pair, capfd):
 
 def test_inspect_counts_a_file_once_that_is_given_twice(golden_f32, capfd):
     assert inspect_json(capfd, golden_f32, "--mmproj", golden_f32) == inspect_json(capfd, golden_f32)
+
+
+def test_inspect_counts_of_two_single_files_the_halves_that_a_model_uses(golden_f32, golden_q8_0, capfd):
+    mixed = inspect_json(capfd, golden_q8_0, "--mmproj", golden_f32)
+    decoder = [row for row in inspect_json(capfd, golden_q8_0)["tensors"] if row["group"] not in TOWER]
+    tower = [row for row in inspect_json(capfd, golden_f32)["tensors"] if row["group"] in TOWER]
+    assert mixed["tensors"] == decoder + tower
+    assert len(mixed["files"]) == 2
 
 
 def test_inspect_writes_json_that_no_encoding_spoils(golden_f32):

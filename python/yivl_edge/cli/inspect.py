@@ -124,9 +124,13 @@ def inspect(
         config = _core.read_config(file, vision_file)
         layout = "text" if vision_file is None else "single" if vision_file is file else "pair"
     files = [(path, file)]
+    tensors = file.tensors
     if mmproj is not None and vision_file is not None:
         files.append((mmproj, vision_file))
-    tensors = [tensor for _, opened in files for tensor in opened.tensors]
+        # The half that each is opened for: either may be a single file.
+        tensors = [t for t in file.tensors if not _of_tower(t)] + [
+            t for t in vision_file.tensors if _of_tower(t)
+        ]
     parameters = sum(_count(tensor.shape) for tensor in tensors)
     tensor_bytes = sum(tensor.nbytes for tensor in tensors)
     return {
@@ -157,6 +161,10 @@ def inspect(
         if is_mmproj or device is None
         else _device(device, _core.MemoryPlan(file, vision_file, config, n_ctx or 0)),
     }
+
+
+def _of_tower(tensor: _core.GgufTensor) -> bool:
+    return tensor.name.startswith(("v.", "mm."))
 
 
 def _count(shape: Iterable[int]) -> int:
