@@ -25,8 +25,9 @@ import yivl_edge
 from gguf import GGMLQuantizationType
 from weight_types import rewrite
 from yivl_edge import _core
-from yivl_edge.cli import main
+from yivl_edge.cli import chat, main
 from yivl_edge.cli.terminal import visible
+from yivl_edge.replies import ChatResult, Timings, Usage
 
 COMMAND = [sys.executable, "-m", "yivl_edge"]
 # With Python's UTF-8 mode, what the tests see does not depend on the locale they run in.
@@ -114,6 +115,16 @@ def test_timings_count_tokens(golden_f32, golden_image, golden_model, capfd):
     assert main([*arguments, "--max-tokens", "4", "--temperature", "0", "--timings"]) == 0
     positions = len(golden_model.prompt_ids("What?")) + golden_model.config.vision.n_patches - 1
     assert f"{positions} tokens, 0 cached" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "speed"), [(6, "0.5"), (0.3, "10"), (0.003, "1,000"), (0.00078, "3,846")]
+)
+def test_timings_show_a_speed_without_an_exponent(seconds, speed, capfd):
+    timings = Timings(preprocess=0, image=0, prefill=0, first_token=0, decode=seconds)
+    usage = Usage(prompt_tokens=1, cached_tokens=0, completion_tokens=4)
+    chat._print_timings(ChatResult("", "stop", usage, timings))
+    assert f"4 tokens, {speed} a second" in capfd.readouterr().err
 
 
 def test_nobody_reading_the_answer_is_no_traceback(golden_f32):

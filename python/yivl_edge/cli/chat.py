@@ -335,7 +335,8 @@ def _print_timings(result: ChatResult) -> None:
     ]
     if usage.completion_tokens > 1 and times.decode > 0:
         speed = (usage.completion_tokens - 1) / times.decode
-        parts.append(f"{usage.completion_tokens} tokens, {speed:.3g} a second")
+        shown = f"{speed:.3g}" if speed < 999.5 else f"{speed:,.0f}"
+        parts.append(f"{usage.completion_tokens} tokens, {shown} a second")
     note("; ".join(parts))
 
 
